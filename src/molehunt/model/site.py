@@ -1,0 +1,38 @@
+"""Where in a model an activation lives. Imports nothing heavy: the contracts name sites, too."""
+
+import re
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+Stream = Literal["resid", "attn", "mlp"]
+STREAMS: tuple[Stream, ...] = get_args(Stream)
+
+
+@dataclass(frozen=True, order=True, slots=True)
+class Site:
+    """One place to read or edit: a decoder block and a stream.
+
+    Law: `Site.parse(str(site)) == site`.
+    """
+
+    layer: int
+    """0-based decoder block."""
+    stream: Stream = "resid"
+    """`resid` is the block's output (before any final norm); `attn` and `mlp` are what those modules return."""
+
+    def __post_init__(self) -> None:
+        if self.layer < 0:
+            raise ValueError(f"layer must be 0 or more, got {self.layer}")
+        if self.stream not in STREAMS:
+            raise ValueError(f"stream must be one of {', '.join(STREAMS)}, got {self.stream!r}")
+
+    def __str__(self) -> str:
+        return f"L{self.layer}.{self.stream}"
+
+    @classmethod
+    def parse(cls, text: str) -> "Site":
+        """`"L6.resid"` → `Site(6, "resid")`. Raises ValueError for anything else."""
+        found = re.fullmatch(r"L(\d{1,6})\.(resid|attn|mlp)", text)
+        if found is None:
+            raise ValueError(f"a site reads like L6.resid (streams: {', '.join(STREAMS)}), got {text!r}")
+        return cls(int(found[1]), found[2])  # pyright: ignore[reportArgumentType]

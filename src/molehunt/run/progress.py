@@ -1,0 +1,19 @@
+"""How long work tells the person who waits. Library code takes a `Track`; only the command line knows terminals."""
+
+from collections.abc import Iterable
+from typing import Protocol, TypeVar
+
+T = TypeVar("T")
+
+
+class Track(Protocol):
+    """Yields the items of an iterable and shows how far along it is."""
+
+    def __call__(self, items: Iterable[T], what: str, total: int | None = None) -> Iterable[T]:
+        """Yield every item of `items` in order; `what` is a short phrase such as "scanning traffic"."""
+        ...
+
+
+def silent(items: Iterable[T], what: str, total: int | None = None) -> Iterable[T]:
+    """The default: a library says nothing."""
+    return items
