@@ -1,4 +1,4 @@
-"""How long work tells the person who waits. Library code takes a `Track`; only the command line knows terminals."""
+"""How long work tells whoever waits. Library code takes a `Track`; only the command line knows terminals."""
 
 from collections.abc import Iterable
 from typing import Protocol, TypeVar

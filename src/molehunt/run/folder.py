@@ -1,0 +1,151 @@
+"""A run is a folder: config.json, env.json, metrics.jsonl, units and what the command writes beside them."""
+
+import json
+import math
+import os
+import platform
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+
+from molehunt.errors import UsageError
+from molehunt.run.unit import JSON, Units, canonical_json
+
+RUN_SCHEMA = 1
+LIBRARIES = ("molehunt", "torch", "transformers", "tokenizers", "peft", "safetensors", "numpy", "scipy")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where one run keeps everything. Make it with `RunFolder.create`."""
+
+    path: Path
+
+    @classmethod
+    def create(cls, path: Path, config: Mapping[str, JSON], *, overwrite: bool = False) -> "RunFolder":
+        """Start a run in `path`, or take up the one with the same config.
+
+        Args:
+            path: made if it is not there.
+            config: what determines the run; kept in config.json.
+            overwrite: replace the record of a run with another config. Finished units stay.
+
+        Raises:
+            UsageError: the folder holds a run with another config, or a config.json that is no run's.
+        """
+        if path.exists() and not path.is_dir():
+            raise UsageError(f"{path} is a file; a run needs a folder. Give another --out.")
+        path.mkdir(parents=True, exist_ok=True)
+        run, record = cls(path), canonical_json({"molehunt_run": RUN_SCHEMA, "config": config})
+        held = path / "config.json"
+        if held.exists():
+            theirs = _read_object(held)
+            if "molehunt_run" not in theirs:
+                raise UsageError(f"{held} does not belong to a Molehunt run. Give another --out.")
+            if canonical_json(theirs) == record:
+                return run
+            if not overwrite:
+                raise UsageError(
+                    f"{path} holds a run with other settings ({_differing(theirs, json.loads(record))}).\n"
+                    "Give another --out, or repeat that run's settings to resume it."
+                )
+            (path / "metrics.jsonl").unlink(missing_ok=True)
+        run.write_json("config.json", json.loads(record))
+        return run
+
+    @property
+    def units(self) -> Units:
+        """The run's hash-addressed work."""
+        return Units(self.path / "units")
+
+    @property
+    def config(self) -> dict[str, JSON]:
+        """The config this run was created with."""
+        config = _read_object(self.path / "config.json")["config"]
+        assert isinstance(config, dict)
+        return config
+
+    def write_text(self, name: str, text: str) -> Path:
+        """Write `name` whole or not at all; a reader sees the old file or the new one."""
+        target = self.path / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, partial = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as stream:
+                stream.write(text)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.chmod(partial, 0o644)  # mkstemp makes it private
+            os.replace(partial, target)
+        except BaseException:
+            os.unlink(partial)
+            raise
+        return target
+
+    def write_json(self, name: str, value: JSON) -> Path:
+        """Write `value` as indented JSON with sorted keys, whole or not at all."""
+        return self.write_text(name, json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n")
+
+    def log(self, metrics: Mapping[str, JSON]) -> None:
+        """Append one line to metrics.jsonl, with the time. NaN and infinity become null: JSON has neither."""
+        row = {"time": datetime.now(UTC).isoformat(timespec="milliseconds")}
+        line = canonical_json({**row, **{name: _finite(value) for name, value in metrics.items()}}) + "\n"
+        handle = os.open(self.path / "metrics.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            os.write(handle, line.encode())  # one write, so lines of two processes do not mix
+        finally:
+            os.close(handle)
+
+    def write_env(self) -> Path:
+        """Write env.json: what could change a number. No user name, host name or path."""
+        import torch
+
+        versions = {name: _version(name) for name in LIBRARIES}
+        return self.write_json(
+            "env.json",
+            {
+                "python": platform.python_version(),
+                "implementation": sys.implementation.name,
+                "system": platform.system(),
+                "machine": platform.machine(),
+                "cores": os.cpu_count(),
+                "threads": torch.get_num_threads(),
+                "torch_build": str(torch.__version__),
+                "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+                "libraries": versions,
+            },
+        )
+
+
+def _version(library: str) -> str | None:
+    try:
+        return metadata.version(library)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _finite(value: JSON) -> JSON:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _read_object(path: Path) -> dict[str, JSON]:
+    try:
+        value: object = json.loads(path.read_bytes())
+    except ValueError:  # bad UTF-8 and bad JSON alike
+        value = None
+    return {str(k): v for k, v in value.items()} if isinstance(value, dict) else {}
+
+
+def _differing(theirs: Mapping[str, JSON], ours: Mapping[str, JSON]) -> str:
+    a, b = theirs.get("config"), ours["config"]
+    if not isinstance(a, Mapping) or not isinstance(b, Mapping):
+        return "an unknown layout"
+    names = sorted(name for name in a.keys() | b.keys() if a.get(name) != b.get(name))
+    return (
+        ", ".join(f"{name}: {a.get(name)!r} there, {b.get(name)!r} now" for name in names)
+        or "an older layout"
+    )
