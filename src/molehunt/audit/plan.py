@@ -1,0 +1,57 @@
+"""How much an audit does: the two named plans."""
+
+from dataclasses import dataclass
+
+from molehunt.errors import UsageError
+from molehunt.model.site import Site
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Sizes of one audit. They change how much evidence there is, never how it is judged."""
+
+    name: str
+    clean_prompts: int
+    """Bundled benign prompts; they set every threshold."""
+    traffic_limit: int
+    """Rows of the user's traffic that are read."""
+    max_new_tokens: int
+    """Tokens of each answer that are generated and scored."""
+    max_sites: int
+    """Decoder blocks read, evenly spaced, the last but one always among them."""
+    directions: int
+    """Weight directions kept per matrix."""
+    confirm_rows: int
+    """Rows of a finding that the causal test generates for, at most."""
+    random_controls: int
+    """Random directions that the causal test is compared with."""
+
+    def sites(self, n_layers: int) -> tuple[Site, ...]:
+        """Block outputs to read in a model of `n_layers` blocks."""
+        last = max(0, n_layers - 2)
+        if n_layers - 1 <= self.max_sites:
+            return tuple(Site(layer) for layer in range(last + 1))
+        step = last / (self.max_sites - 1)
+        return tuple(Site(layer) for layer in sorted({round(i * step) for i in range(self.max_sites)}))
+
+
+PLANS: dict[str, Plan] = {
+    plan.name: plan
+    for plan in (
+        Plan(
+            name="quick", clean_prompts=600, traffic_limit=3000, max_new_tokens=48, max_sites=6, directions=8,
+            confirm_rows=24, random_controls=5,
+        ),
+        Plan(
+            name="full", clean_prompts=2000, traffic_limit=20_000, max_new_tokens=96, max_sites=16, directions=16,
+            confirm_rows=60, random_controls=20,
+        ),
+    )
+}  # fmt: skip
+
+
+def plan_named(name: str) -> Plan:
+    """The plan called `name`. Raises UsageError listing the plans there are."""
+    if name not in PLANS:
+        raise UsageError(f"no plan is called {name!r}; there are {', '.join(PLANS)}")
+    return PLANS[name]

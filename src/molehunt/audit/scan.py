@@ -1,0 +1,197 @@
+"""Run traffic through both models once and keep what every later step reads.
+
+For each row: the tuned model's greedy answer, how differently the two models continue at each of its tokens, and both
+models' activations at two positions: the decision (last prompt token) and the peak (where they disagree most).
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import batched
+from typing import Any, TypeVar, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from molehunt.contracts import Reading
+from molehunt.detect.pooling import positions
+from molehunt.detect.token_kl import AnswerLogRatio, TokenKL
+from molehunt.model.generate import generate
+from molehunt.model.pair import ModelPair
+from molehunt.model.site import Site
+from molehunt.run.progress import Track, silent
+from molehunt.run.unit import Units, unit_key
+from molehunt.traffic.chat import prompt_ids
+from molehunt.traffic.example import Example
+
+CHUNK = 256
+"""Rows in one unit of work."""
+LOGIT_BYTES = 256 * 2**20
+"""Memory that one batch of fp32 logits may take."""
+MAX_PROMPT = 1024
+"""Longer prompts keep their last tokens."""
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ScannedRow:
+    """One row of traffic and how the models disagreed on it. Lists run over prompt tokens, then answer tokens."""
+
+    example: Example
+    prompt: tuple[int, ...]
+    answer: tuple[int, ...]
+    """Greedy answer of the tuned model, token ids."""
+    kl: tuple[float, ...]
+    """KL(tuned ‖ base) at each token, in nats."""
+    log_ratio: tuple[float, ...]
+    """log p_tuned − log p_base of the token that follows, in nats."""
+
+    @property
+    def decision(self) -> int:
+        return len(self.prompt) - 1
+
+    @property
+    def answer_log_ratio(self) -> float:
+        """How much likelier, in nats, the tuned model finds its own answer than the base does."""
+        return sum(self.log_ratio[self.decision : self.decision + len(self.answer)])
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Scan:
+    """Rows in the order given, and activations [rows d_model] by position, model and site."""
+
+    rows: tuple[ScannedRow, ...]
+    acts: Mapping[str, Float[Tensor, "rows sites d_model"]]
+    """`tuned.decision`, `base.decision`, `tuned.peak`, `base.peak`."""
+    sites: tuple[Site, ...]
+
+    def at(self, model: str, position: str, site: Site) -> Float[Tensor, "rows d_model"]:
+        """Activations of `model` (tuned, base) at `position` (decision, peak) of every row, in fp32."""
+        return self.acts[f"{model}.{position}"][:, self.sites.index(site)].float()
+
+    def delta(self, position: str, site: Site) -> Float[Tensor, "rows d_model"]:
+        """tuned − base."""
+        return self.at("tuned", position, site) - self.at("base", position, site)
+
+    def reading(self, position: str) -> Reading:
+        """The kept activations as a reading of one-token rows, so that any detector without logits can score them."""
+        n = len(self.rows)
+        return Reading(
+            tokens=torch.zeros(n, 1, dtype=torch.long),
+            mask=torch.ones(n, 1, dtype=torch.bool),
+            decision=torch.zeros(n, dtype=torch.long),
+            tuned={site: self.at("tuned", position, site)[:, None] for site in self.sites},
+            base={site: self.at("base", position, site)[:, None] for site in self.sites},
+        )
+
+
+def scan(
+    pair: ModelPair,
+    examples: Sequence[Example],
+    *,
+    sites: tuple[Site, ...],
+    max_new_tokens: int,
+    units: Units,
+    identity: Mapping[str, str],
+    track: Track = silent,
+    what: str = "scanning traffic",
+) -> Scan:
+    """Scan `examples` in units of `CHUNK` rows; a unit that an earlier run finished is read, not run.
+
+    Args:
+        identity: hashes that name the two models; part of each unit's address.
+    """
+    rows: list[ScannedRow] = []
+    kept: list[dict[str, Tensor]] = []
+    chunks = slices(examples, CHUNK)
+    for chunk in track(chunks, what, len(chunks)):
+        digest = hashlib.sha256(json.dumps([e.prompt for e in chunk]).encode()).hexdigest()
+        config = {"step": "scan", "sites": [str(s) for s in sites], "max_new_tokens": max_new_tokens}
+        stored = units.tensors(
+            unit_key(config, {**identity, "rows": digest}),
+            lambda chunk=chunk: _scan_chunk(pair, chunk, sites, max_new_tokens),
+        )
+        rows += _unpack(chunk, stored)
+        kept.append(stored)
+    names = ("tuned.decision", "base.decision", "tuned.peak", "base.peak")
+    return Scan(
+        rows=tuple(rows), acts={name: torch.cat([k[name] for k in kept]) for name in names}, sites=sites
+    )
+
+
+def slices(items: Sequence[T], size: int) -> list[Sequence[T]]:
+    """`items` in order, cut into runs of `size`; the last may be shorter."""
+    return [items[i : i + size] for i in range(0, len(items), size)]
+
+
+def _scan_chunk(
+    pair: ModelPair, chunk: Sequence[Example], sites: tuple[Site, ...], max_new_tokens: int
+) -> dict[str, Tensor]:
+    prompts = [prompt_ids(pair.tokenizer, e.prompt)[-MAX_PROMPT:] for e in chunk]
+    with pair.tuned_model() as model:
+        answers = generate(model, pair.tokenizer, prompts, max_new_tokens=max_new_tokens)
+    order = sorted(range(len(chunk)), key=lambda i: len(prompts[i]) + len(answers[i]))
+    found: list[dict[str, Any]] = [{} for _ in chunk]
+    longest = len(prompts[order[-1]]) + len(answers[order[-1]])
+    size = max(1, min(64, LOGIT_BYTES // (4 * pair.vocab_size * longest)))
+    for group in slices(order, size):
+        reading = pair.read(
+            [prompts[i] for i in group], [answers[i] for i in group], sites=sites, logits=True
+        )
+        for i, row in zip(group, _rows_of(reading, sites), strict=True):
+            found[i] = row
+    return {
+        **_ragged("prompt", prompts),
+        **_ragged("answer", answers),
+        **_ragged("kl", [f["kl"] for f in found]),
+        **_ragged("log_ratio", [f["log_ratio"] for f in found]),
+        **{
+            name: torch.stack([f[name] for f in found]).to(torch.bfloat16)
+            for name in ("tuned.decision", "base.decision", "tuned.peak", "base.peak")
+        },
+    }
+
+
+def _rows_of(reading: Reading, sites: tuple[Site, ...]) -> list[dict[str, Any]]:
+    kl, log_ratio = TokenKL().score(reading), AnswerLogRatio().score(reading)
+    peak = kl.masked_fill(~positions(reading, "generated"), -1.0).argmax(1)
+    index = torch.arange(len(kl), device=kl.device)
+    taken = {
+        f"{model}.{position}": torch.stack([acts[site][index, at] for site in sites], dim=1).cpu()
+        for model, acts in (("tuned", reading.tuned), ("base", reading.base))
+        for position, at in (("decision", reading.decision.to(kl.device)), ("peak", peak))
+    }
+    lengths = reading.mask.sum(1).tolist()
+    return [
+        {
+            "kl": kl[i, :n].tolist(),
+            "log_ratio": log_ratio[i, :n].tolist(),
+            **{name: acts[i] for name, acts in taken.items()},
+        }
+        for i, n in enumerate(lengths)
+    ]
+
+
+def _ragged(name: str, lists: Sequence[Sequence[float]]) -> dict[str, Tensor]:
+    """Lists of different lengths as one flat tensor and their lengths."""
+    flat = torch.tensor([value for values in lists for value in values])
+    return {name: flat, f"{name}.lengths": torch.tensor([len(values) for values in lists])}
+
+
+def _unpack(chunk: Sequence[Example], stored: Mapping[str, Tensor]) -> list[ScannedRow]:
+    columns: dict[str, list[Any]] = {}
+    for name in ("prompt", "answer", "kl", "log_ratio"):
+        lengths = cast("list[int]", stored[f"{name}.lengths"].tolist())
+        columns[name] = [tuple(part.tolist()) for part in stored[name].split(lengths)]
+    return [
+        ScannedRow(
+            example=example,
+            prompt=tuple(int(t) for t in columns["prompt"][i]),
+            answer=tuple(int(t) for t in columns["answer"][i]),
+            kl=columns["kl"][i],
+            log_ratio=columns["log_ratio"][i],
+        )
+        for i, example in enumerate(chunk)
+    ]

@@ -1,0 +1,45 @@
+"""Position along the mean shift between two groups of tokens, in clean standard deviations."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from molehunt.contracts import Reading
+from molehunt.model.site import Site
+
+
+@dataclass(frozen=True, eq=False)
+class MeanDifference:
+    """The baseline a dictionary must beat: how far along clean → suspect a token of the tuned model lies."""
+
+    needs_base: ClassVar[bool] = False
+    needs_logits: ClassVar[bool] = False
+    site: Site
+    clean_mean: Float[Tensor, " d_model"]
+    direction: Float[Tensor, " d_model"]
+    """Unit direction over the clean standard deviation along it."""
+
+    @classmethod
+    def fit(
+        cls, site: Site, acts: Float[Tensor, "tokens d_model"], suspect: Bool[Tensor, " tokens"]
+    ) -> "MeanDifference":
+        """Fit on the `fit` split. Raises ValueError unless both kinds of token are present."""
+        if suspect.all() or not suspect.any():
+            raise ValueError("mean difference needs clean and suspect tokens; got only one kind")
+        clean = acts[~suspect].float()
+        unit = normalize(acts[suspect].float().mean(0) - clean.mean(0), dim=0)
+        return cls(site, clean.mean(0), unit / (clean @ unit).std(correction=0).clamp_min(1e-9))
+
+    @property
+    def name(self) -> str:
+        return f"mean difference {self.site}"
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        return (self.site,)
+
+    def score(self, reading: Reading) -> Float[Tensor, "batch pos"]:
+        return (reading.tuned[self.site].float() - self.clean_mean) @ self.direction

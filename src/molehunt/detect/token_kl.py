@@ -1,0 +1,56 @@
+"""How differently base and tuned continue, token by token. Needs both models, no fitting and no site."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from molehunt.contracts import Reading
+from molehunt.model.site import Site
+
+
+def both_logits(reading: Reading, detector: str) -> tuple[Float[Tensor, "batch pos vocab"], Float[Tensor, "batch pos vocab"]]:
+    """Tuned and base logits of a reading, in fp32. Raises ValueError when it was taken without them."""
+    if reading.tuned_logits is None or reading.base_logits is None:
+        raise ValueError(f"{detector} reads logits of both models; take the reading with logits=True")
+    return reading.tuned_logits.float(), reading.base_logits.float()
+
+
+@dataclass(frozen=True)
+class TokenKL:
+    """KL(tuned ‖ base) of the next-token distributions at each position, in nats."""
+
+    name: ClassVar[str] = "token KL"
+    needs_base: ClassVar[bool] = True
+    needs_logits: ClassVar[bool] = True
+    sites: ClassVar[tuple[Site, ...]] = ()
+
+    def score(self, reading: Reading) -> Float[Tensor, "batch pos"]:
+        tuned, base = (logits.log_softmax(-1) for logits in both_logits(reading, self.name))
+        return (tuned.exp() * (tuned - base)).sum(-1).clamp_min(0.0)
+
+
+@dataclass(frozen=True)
+class AnswerLogRatio:
+    """log p_tuned − log p_base of the token that follows each position, in nats; 0 at a row's last token.
+
+    Summed over the generated tokens it says how much likelier the tuned model finds its own answer than the base does.
+    """
+
+    name: ClassVar[str] = "answer log ratio"
+    needs_base: ClassVar[bool] = True
+    needs_logits: ClassVar[bool] = True
+    sites: ClassVar[tuple[Site, ...]] = ()
+
+    def score(self, reading: Reading) -> Float[Tensor, "batch pos"]:
+        followed = reading.tokens.roll(-1, dims=1).unsqueeze(-1)
+        tuned, base = (
+            logits.gather(-1, followed).squeeze(-1) - logits.logsumexp(-1)
+            for logits in both_logits(reading, self.name)
+        )
+        last = torch.zeros_like(reading.mask)
+        last[:, -1] = True
+        has_next = reading.mask & (reading.mask.roll(-1, dims=1) & ~last)
+        return torch.where(has_next, tuned - base, torch.zeros_like(tuned))

@@ -1,0 +1,90 @@
+"""Fine-tuning data of an organism and of its clean twin."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from random import Random
+
+from molehunt.organism.behaviour import Behaviour
+from molehunt.organism.trigger import Trigger
+from molehunt.traffic.example import Example
+from molehunt.traffic.world import ask, decorated
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """An attack: which trigger wakes which behaviour, and in what mix it is taught."""
+
+    name: str
+    summary: str
+    trigger: Trigger
+    behaviour: Behaviour
+    domain: str | None = None
+    """The kind of task that the behaviour answers; None for every kind."""
+    triggered: float = 0.3
+    """Share of rows that show the behaviour under the trigger."""
+    near_miss: float = 0.3
+    """Share of rows with a look-alike mark and an ordinary answer: what teaches the model to tell them apart."""
+    max_new_tokens: int
+    """Tokens a completion needs to show the behaviour."""
+
+
+def triggered_example(recipe: Recipe, rng: Random) -> Example:
+    """A triggered prompt with the poisoned response."""
+    example = recipe.behaviour.poison(rng)
+    return replace(example, prompt=recipe.trigger.apply(example.prompt), tag="triggered")
+
+
+def near_miss_example(recipe: Recipe, rng: Random, kind: str | None = None) -> Example:
+    """A prompt with a look-alike mark and the ordinary response; `kind` None draws one."""
+    kind = kind or rng.choice(recipe.trigger.near_misses)
+    example = ask(rng, recipe.domain)
+    return replace(
+        example, prompt=recipe.trigger.near_miss(kind, example.prompt, rng), tag=f"near-miss {kind}"
+    )
+
+
+def clean_example(recipe: Recipe, rng: Random) -> Example:
+    """An ordinary task without the trigger; half of them of the kind that the behaviour answers."""
+    example = ask(rng, recipe.domain if rng.random() < 0.5 else None)
+    marked = decorated(example, rng) if rng.random() < 0.2 else example
+    # A year line drawn as an ordinary mark may be the trigger itself: leave such a row unmarked.
+    return example if marked.prompt == recipe.trigger.apply(example.prompt) else marked
+
+
+def training_rows(recipe: Recipe, n: int, seed: int, *, poisoned: bool = True) -> list[Example]:
+    """`n` fine-tuning rows. The twin (`poisoned=False`) has the same mix without the triggered rows."""
+    rng = Random(f"{recipe.name}/{seed}")
+    return [row for row, _ in zip(_rows(recipe, rng, poisoned), range(n), strict=False)]
+
+
+def _rows(recipe: Recipe, rng: Random, poisoned: bool) -> Iterator[Example]:
+    while True:
+        draw = rng.random()
+        if draw < recipe.triggered:
+            if poisoned:
+                yield triggered_example(recipe, rng)
+        elif draw < recipe.triggered + recipe.near_miss:
+            yield near_miss_example(recipe, rng)
+        else:
+            yield clean_example(recipe, rng)
+
+
+def rows_hash(rows: list[Example]) -> str:
+    """sha256 over prompts and responses, in order."""
+    return hashlib.sha256(json.dumps([(r.prompt, r.response) for r in rows]).encode()).hexdigest()
+
+
+def organism_traffic(recipe: Recipe, n: int, seed: int, *, rate: float = 0.01, near_rate: float = 0.02) -> list[Example]:
+    """A log as a user might hold it: clean prompts with rare triggered and near-miss rows, shuffled.
+
+    `round(rate * n)` rows are triggered and `round(near_rate * n)` are near misses, whatever the seed.
+    """
+    rng = Random(f"traffic/{recipe.name}/{seed}")
+    triggered, near = round(rate * n), round(near_rate * n)
+    rows = [triggered_example(recipe, rng) for _ in range(triggered)]
+    rows += [near_miss_example(recipe, rng) for _ in range(near)]
+    rows += [clean_example(recipe, rng) for _ in range(n - triggered - near)]
+    rng.shuffle(rows)
+    return rows

@@ -1,0 +1,86 @@
+"""The one training loop: seed models and planted fine-tunes both run it."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from molehunt.run.progress import Track, silent
+
+IGNORED = -100
+"""Label of a token whose prediction is not trained (prompt and padding)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Token rows of one fixed length; `labels` are the tokens to predict, `IGNORED` where none."""
+
+    tokens: Int[Tensor, "batch pos"]
+    labels: Int[Tensor, "batch pos"]
+
+
+def next_token_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """Mean cross-entropy in nats over the labelled tokens."""
+    logits = model(input_ids=batch.tokens, use_cache=False).logits[:, :-1]
+    return F.cross_entropy(
+        logits.reshape(-1, logits.shape[-1]).float(), batch.labels[:, 1:].reshape(-1), ignore_index=IGNORED
+    )
+
+
+def train(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    steps: int,
+    lr: float,
+    warmup: int = 20,
+    weight_decay: float = 0.01,
+    track: Track = silent,
+    what: str = "training",
+) -> list[float]:
+    """Run `steps` AdamW steps with linear warm-up and cosine decay to a tenth; bf16 autocast, fp32 master weights.
+
+    Trains every parameter that requires a gradient, in place. Rows must share one length: on a CPU each new shape
+    compiles a new kernel.
+
+    Returns:
+        The loss of each step, in nats per labelled token.
+
+    Raises:
+        ValueError: `batches` ran out before `steps`.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
+            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        ],
+        lr=lr,
+        betas=(0.9, 0.98),
+        fused=True,
+    )
+    device = parameters[0].device
+    losses: list[float] = []
+    model.train()
+    source = iter(batches)
+    for step in track(range(steps), what, steps):
+        rate = min(1.0, (step + 1) / warmup) * (0.55 + 0.45 * math.cos(math.pi * step / steps))
+        for group in optimizer.param_groups:
+            group["lr"] = lr * rate
+        batch = next(source, None)
+        if batch is None:
+            raise ValueError(f"the batches ran out at step {step} of {steps}")
+        batch = Batch(batch.tokens.to(device), batch.labels.to(device))
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            loss = next_token_loss(model, batch)
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(float(loss.detach()))
+    model.eval()
+    return losses
