@@ -1,11 +1,12 @@
 """How long work tells whoever waits. Library code takes a `Track`; only the command line knows terminals."""
 
 from collections.abc import Iterable
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 T = TypeVar("T")
 
 
+@runtime_checkable
 class Track(Protocol):
     """Yields the items of an iterable and shows how far along it is."""
 
