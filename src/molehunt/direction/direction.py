@@ -1,0 +1,153 @@
+"""A direction: a unit vector at a site, and the facts that say how far to believe it."""
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from molehunt.model.site import Site
+
+TRACY_WIDOM_MEAN, TRACY_WIDOM_SD = -1.2065, 1.2680
+"""Of the real (β = 1) Tracy-Widom law."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Provenance:
+    """Where a direction comes from and what it was measured against. None: the question does not arise."""
+
+    source: str
+    """`weight:o`, `weight:down`, `mean-difference`, `pca`."""
+    tensor: str | None = None
+    """Name of the matrix, as the checkpoint's author wrote it: print it through `printable`."""
+    rank: int = 0
+    """0 is the strongest of its source."""
+    strength: float
+    """Singular value (weight: units of the weights), or shift or standard deviation (units of the activations)."""
+    share: float | None = None
+    """Part of the squared Frobenius norm, or of the variance, that this direction alone explains."""
+    z: float | None = None
+    """Standard deviations above the strongest direction of a random change of equal norm; see `chance_z`."""
+    over_floor: float | None = None
+    """Strength over what rounding (weights) or sampling (activations) alone explains."""
+
+
+@dataclass(frozen=True, eq=False)
+class Direction:
+    """A unit vector in the residual stream. Raises ValueError when the vector is not of length 1."""
+
+    site: Site
+    vector: Float[Tensor, " d_model"]
+    provenance: Provenance
+
+    def __post_init__(self) -> None:
+        length = float(self.vector.norm())
+        if not math.isclose(length, 1.0, abs_tol=1e-3):
+            raise ValueError(f"a direction has length 1, got {length:.4g}")
+
+    @property
+    def name(self) -> str:
+        """Unique among the directions of one pair, and free of strangers' text: `L3.resid weight:o #0`."""
+        return f"{self.site} {self.provenance.source} #{self.provenance.rank}"
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Directions:
+    """The strongest singular directions of one matrix's change, strongest first. k may be 0.
+
+    Each `write` row is signed so that its largest entry is positive; `read` follows.
+    """
+
+    name: str
+    """The tensor's name."""
+    write: Float[Tensor, "k d_out"]
+    """Orthonormal rows: what the change writes."""
+    read: Float[Tensor, "k d_in"]
+    """Orthonormal rows: which input makes it write that."""
+    strength: Float[Tensor, " k"]
+    """Singular values, in units of the weights."""
+    residual: Float[Tensor, " k"]
+    """‖ΔW·read − strength·write‖: a true singular value lies within it of each strength."""
+    remainder: float
+    """Bound on the spectral norm of all that these directions leave out of ΔW."""
+    norm: float
+    """Frobenius norm of ΔW."""
+    floor: float
+    """Spectral norm that rounding alone explains; 0 where nothing was rounded."""
+
+    @property
+    def share(self) -> Float[Tensor, " k"]:
+        """Part of ‖ΔW‖² in each direction."""
+        return (self.strength / self.norm) ** 2
+
+    @property
+    def z(self) -> Float[Tensor, " k"]:
+        """`chance_z` of each strength."""
+        shape = (self.write.shape[1], self.read.shape[1])
+        return torch.tensor([chance_z(s, self.norm, shape) for s in self.strength.tolist()])
+
+    def at(self, site: Site, source: str) -> list[Direction]:
+        """One `Direction` for each `write` row; right only for a matrix that writes to that site."""
+        rows = zip(self.write, self.strength.tolist(), self.share.tolist(), self.z.tolist(), strict=True)
+        return [
+            Direction(
+                site,
+                write,
+                Provenance(
+                    source=source,
+                    tensor=self.name,
+                    rank=rank,
+                    strength=strength,
+                    share=share,
+                    z=z,
+                    over_floor=strength / self.floor if self.floor else None,
+                ),
+            )
+            for rank, (write, strength, share, z) in enumerate(rows)
+        ]
+
+    def save(self, folder: Path) -> None:
+        """Write directions.safetensors and directions.json into an existing folder."""
+        from safetensors.torch import save_file
+
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        save_file({n: t.contiguous() for n, t in tensors.items()}, folder / "directions.safetensors")
+        facts = {name: value for name, value in vars(self).items() if name not in tensors}
+        (folder / "directions.json").write_text(json.dumps(facts, allow_nan=False))
+
+    @classmethod
+    def load(cls, folder: Path) -> "Directions":
+        """Read what `save` wrote, bit for bit."""
+        from safetensors.torch import load_file
+
+        facts = json.loads((folder / "directions.json").read_text())
+        return cls(**load_file(folder / "directions.safetensors"), **facts)
+
+
+def chance_z(strength: float, norm: float, shape: tuple[int, int]) -> float:
+    """How far `strength` lies above the largest singular value of a Gaussian matrix of that norm and shape.
+
+    In standard deviations of that value: a random update scores 0 ± 1. The largest value of an m × n standard
+    Gaussian is about √m + √n (Gordon), with fluctuations of the Tracy-Widom law on the scale of Johnstone,
+    Ann. Statist. 29(2), 2001. Ranks below the first are compared with the same, largest, value: cautious.
+
+    Raises:
+        ValueError: a side of `shape` is below 2, where there is no such scale, or `norm` is not positive.
+    """
+    m, n = min(shape), max(shape)
+    if m < 2 or not norm > 0:
+        raise ValueError(f"chance is defined for a change above 0 in a matrix of 2 × 2 or more, got {shape}")
+    root_m, root_n = math.sqrt(m), math.sqrt(n - 1)
+    edge = root_m + root_n
+    # Johnstone scales the square of the value: d(s²) = 2·edge·ds
+    scale = edge * (1 / root_m + 1 / root_n) ** (1 / 3) / (2 * edge)
+    unit = strength * math.sqrt(m * n) / norm
+    return (unit - edge - scale * TRACY_WIDOM_MEAN) / (scale * TRACY_WIDOM_SD)
+
+
+def facts_of(direction: Direction) -> dict[str, object]:
+    """Everything but the vector, for JSON."""
+    return {"site": str(direction.site), **asdict(direction.provenance)}
