@@ -15,14 +15,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from torch import Tensor
-
 from molehunt import __version__
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     JSON: TypeAlias = "bool | int | float | str | Sequence[JSON] | Mapping[str, JSON] | None"
 else:
     JSON = Any  # a recursive alias cannot be checked at run time
+    Tensor = Any  # this module starts without torch: shards of small work start in a blink
 
 UNIT_SCHEMA = 1
 """Part of every key. Raise it when the same configuration starts to mean another result."""

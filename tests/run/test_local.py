@@ -1,0 +1,58 @@
+from collections.abc import Iterable
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from molehunt.errors import UsageError
+from molehunt.run.local import LocalExecutor, Shard
+
+SHARDS = st.integers(1, 50).flatmap(lambda count: st.builds(Shard, st.integers(1, count), st.just(count)))
+
+
+@given(SHARDS)
+def test_a_shard_reads_back_as_itself(shard: Shard) -> None:
+    assert Shard.parse(str(shard)) == shard
+
+
+@given(st.integers(1, 20), st.integers(0, 100))
+def test_shards_share_the_work_evenly_and_completely(count: int, n: int) -> None:
+    shares = [[i for i in range(n) if Shard(k, count).mine(i)] for k in range(1, count + 1)]
+    assert sorted(i for share in shares for i in share) == list(range(n))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+@pytest.mark.parametrize(
+    "text", ["", "3", "0/4", "5/4", "a/b", "-1/4", "1/0", "1/4/8", " 1/4", "１/４", "1/4\n"]
+)
+def test_what_is_no_shard_is_refused(text: str) -> None:
+    with pytest.raises(UsageError):
+        Shard.parse(text)
+
+
+def test_map_runs_its_shard_in_order_and_tracks_it() -> None:
+    told: list[object] = []
+
+    def track(items: Iterable[int], what: str, total: int | None = None) -> Iterable[int]:
+        told.append((what, total))
+        for item in items:
+            told.append(item)
+            yield item
+
+    doubled = LocalExecutor(Shard(2, 3), track).map(lambda n: 2 * n, range(8), "doubling")
+    assert doubled == [2, 8, 14]
+    assert told == [("doubling", 3), 1, 4, 7]
+    assert LocalExecutor().map(str, [3, 1], "printing") == ["3", "1"]
+
+
+def test_the_first_exception_ends_the_map() -> None:
+    seen: list[int] = []
+
+    def work(n: int) -> None:
+        seen.append(n)
+        if n == 2:
+            raise RuntimeError("two")
+
+    with pytest.raises(RuntimeError, match="two"):
+        LocalExecutor().map(work, [1, 2, 3], "working")
+    assert seen == [1, 2]
