@@ -61,7 +61,7 @@ def test_no_direction_is_made_up(a: torch.Tensor, b: torch.Tensor) -> None:
 
 
 def test_other_sites_do_not_mix_and_empty_streams_change_nothing() -> None:
-    with pytest.raises(ValueError, match="cannot merge L4.resid into L3.resid"):
+    with pytest.raises(ValueError, match=r"cannot merge L4\.resid into L3\.resid"):
         MeanDifferenceFitter(SITE).merge(MeanDifferenceFitter(Site(4)))
     mean = SampleMean().update(rows(5, 3, 0))
     before = (mean.n, mean.mean.clone(), mean.squares)

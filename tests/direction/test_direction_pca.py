@@ -60,7 +60,7 @@ def test_only_directions_with_variance_are_given() -> None:
     "acts", [torch.zeros(0, 3), torch.ones(1, 3), torch.ones(4, 3), torch.full((3, 3), torch.inf)]
 )
 def test_no_direction_is_made_up(acts: torch.Tensor) -> None:
-    with pytest.raises(NotTestable, match="No principal direction at L1.resid"):
+    with pytest.raises(NotTestable, match=r"No principal direction at L1\.resid"):
         pca_directions(SITE, acts, k=1)
 
 

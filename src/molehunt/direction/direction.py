@@ -26,7 +26,7 @@ class Provenance:
     rank: int = 0
     """0 is the strongest of its source."""
     strength: float
-    """Singular value (weight: units of the weights), or shift or standard deviation (units of the activations)."""
+    """Singular value in units of the weights; shift or standard deviation in units of the activations."""
     share: float | None = None
     """Part of the squared Frobenius norm, or of the variance, that this direction alone explains."""
     z: float | None = None

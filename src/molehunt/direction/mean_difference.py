@@ -1,4 +1,4 @@
-"""The direction along which two sets of activations differ in the mean: the baseline of every other method."""
+"""The direction along which two sets of activations differ in the mean: every other method's baseline."""
 
 import math
 from dataclasses import dataclass, field

@@ -32,7 +32,7 @@ class PCAFitter:
         return self
 
     def merge(self, other: "PCAFitter") -> "PCAFitter":
-        """Take in what another fitter saw at the same site (Chan et al. 1983). Raises ValueError for another site."""
+        """Take in what another fitter saw (Chan et al. 1983). Raises ValueError for another site."""
         if other.site != self.site:
             raise ValueError(f"cannot merge {other.site} into {self.site}")
         if not self.n:
@@ -47,9 +47,9 @@ class PCAFitter:
     def directions(self, k: int) -> list[Direction]:
         """The k directions of largest variance, strongest first, each with its largest entry positive.
 
-        Strength is the standard deviation along the direction; `share` its part of the variance; `z` compares with
-        the first direction of as many rows of white noise of equal total variance. Directions without variance are
-        left out.
+        Strength is the standard deviation along the direction; `share` its part of the variance; `z` compares
+        with the first direction of as many rows of white noise of equal total variance. Directions without
+        variance are left out.
 
         Raises:
             NotTestable: fewer than two rows, no variance at all, or activations that are no number.

@@ -15,7 +15,7 @@ EXACT_UP_TO = 512
 SKETCH = 32
 """Columns of the sketch at least; products this thin cost what reading the matrix costs."""
 ITERATIONS = range(4, 33)
-"""Fewest and most power iterations. 1 loses a tenth of the subspace of a slowly decaying spectrum, 4 a thousandth."""
+"""Fewest and most power iterations. On a slowly decaying spectrum, 1 loses a tenth of the subspace."""
 ANGLE = 0.01
 """Sine of the angle to the true subspace at which the iteration stops."""
 PROBES = 10
@@ -48,19 +48,19 @@ def weight_directions(
         ShapeMismatch: the two matrices differ in shape.
         NotTestable: a weight is NaN or infinite.
 
-    Source: WeightWatch, arXiv 2508.00161 (full SVD there); randomised as in Halko et al., arXiv 0909.4061, with
-    the residual as stop rule.
+    Source: WeightWatch, arXiv 2508.00161 (full SVD there); randomised as in Halko et al., arXiv 0909.4061,
+    with the residual as stop rule.
     """
     if base.shape != tuned.shape:
         raise ShapeMismatch(name, tuple(base.shape), tuple(tuned.shape))
     if torch.equal(base, tuned):
-        return _no_directions(name, tuple(base.shape), floor)
+        return _no_directions(name, base, floor)
     change = difference(base, tuned)
     norm = frobenius_norm(change)
     if not math.isfinite(norm):
         raise NotTestable(f"{printable(name)} holds NaN or infinity: no difference can be taken.")
     if norm <= floor:  # no singular value exceeds the norm
-        return _no_directions(name, tuple(base.shape), floor, norm)
+        return _no_directions(name, base, floor, norm)
     if min(change.shape) <= max(EXACT_UP_TO, SKETCH, 2 * k):
         u, s, vh = torch.linalg.svd(change, full_matrices=False)
         v, residual, missed = vh.mT, torch.zeros_like(s), 0.0
@@ -87,8 +87,8 @@ def lora_directions(
 ) -> Directions:
     """Singular directions of scale · B · A, exactly, without ever forming it: cost (d_out + d_in) r².
 
-    B = Q₁R₁ and Aᵀ = Q₂R₂, so the singular values are those of the r × r matrix scale · R₁R₂ᵀ. Nothing was rounded
-    into the base weights, so the floor is 0 and only numerically empty directions are dropped.
+    B = Q₁R₁ and Aᵀ = Q₂R₂, so the singular values are those of the r × r matrix scale · R₁R₂ᵀ. Nothing was
+    rounded into the base weights, so the floor is 0 and only numerically empty directions are dropped.
 
     Raises:
         NotTestable: a factor holds NaN or infinity.
@@ -162,8 +162,8 @@ def _missed(
 ) -> float:
     """A bound on ‖E‖ for E = A − QQᵀA that fails with probability 10^-PROBES.
 
-    Halko et al., Lemma 4.1, applied to E(EᵀE)² (whose norm is ‖E‖⁵) instead of E: on a flat spectrum the lemma's
-    slack of 8·√rank shrinks to its fifth root.
+    Halko et al., Lemma 4.1, applied to E(EᵀE)² (whose norm is ‖E‖⁵) instead of E: on a flat spectrum the
+    lemma's slack of 8·√rank shrinks to its fifth root.
     """
     x = torch.randn(a.shape[1], PROBES, generator=rng, dtype=a.dtype)
     for _ in range(2):
@@ -184,12 +184,12 @@ def _signed(found: Directions) -> Directions:
     return replace(found, write=(found.write * sign).contiguous(), read=(found.read * sign).contiguous())
 
 
-def _no_directions(name: str, shape: tuple[int, int], floor: float, norm: float = 0.0) -> Directions:
+def _no_directions(name: str, like: Tensor, floor: float, norm: float = 0.0) -> Directions:
     none = torch.zeros(0)
     return Directions(
         name=name,
-        write=torch.zeros(0, shape[0]),
-        read=torch.zeros(0, shape[1]),
+        write=torch.zeros(0, like.shape[0]),
+        read=torch.zeros(0, like.shape[1]),
         strength=none,
         residual=none,
         remainder=norm,
