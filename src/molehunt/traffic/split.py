@@ -50,7 +50,8 @@ class WrongSplit(TypeError):
     """Rows of one split were given where another is asked: the number that comes out would flatter itself."""
 
 
-class Splits(NamedTuple, Generic[T]):
+@dataclass(frozen=True)
+class Splits(Generic[T]):
     """All rows, each in exactly one split."""
 
     fit: Fit[T]
