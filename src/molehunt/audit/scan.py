@@ -8,7 +8,6 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import batched
 from typing import Any, TypeVar, cast
 
 import torch
@@ -72,7 +71,7 @@ class Scan:
         return self.acts[f"{model}.{position}"][:, self.sites.index(site)].float()
 
     def delta(self, position: str, site: Site) -> Float[Tensor, "rows d_model"]:
-        """tuned − base."""
+        """Tuned − base."""
         return self.at("tuned", position, site) - self.at("base", position, site)
 
     def reading(self, position: str) -> Reading:
@@ -116,9 +115,7 @@ def scan(
         rows += _unpack(chunk, stored)
         kept.append(stored)
     names = ("tuned.decision", "base.decision", "tuned.peak", "base.peak")
-    return Scan(
-        rows=tuple(rows), acts={name: torch.cat([k[name] for k in kept]) for name in names}, sites=sites
-    )
+    return Scan(rows=tuple(rows), acts={name: torch.cat([k[name] for k in kept]) for name in names}, sites=sites)
 
 
 def slices(items: Sequence[T], size: int) -> list[Sequence[T]]:
@@ -137,9 +134,7 @@ def _scan_chunk(
     longest = len(prompts[order[-1]]) + len(answers[order[-1]])
     size = max(1, min(64, LOGIT_BYTES // (4 * pair.vocab_size * longest)))
     for group in slices(order, size):
-        reading = pair.read(
-            [prompts[i] for i in group], [answers[i] for i in group], sites=sites, logits=True
-        )
+        reading = pair.read([prompts[i] for i in group], [answers[i] for i in group], sites=sites, logits=True)
         for i, row in zip(group, _rows_of(reading, sites), strict=True):
             found[i] = row
     return {

@@ -11,7 +11,7 @@ from molehunt.model.site import Site
 
 
 def difference(reading: Reading, site: Site) -> Float[Tensor, "batch pos d_model"]:
-    """tuned − base at `site`, in fp32."""
+    """Tuned − base at `site`, in fp32."""
     return reading.tuned[site].float() - reading.base[site].float()
 
 

@@ -44,9 +44,7 @@ class DeltaSubspace:
         return cls(label, site, basis, mean, float(size.square().mean().sqrt().clamp_min(1e-9)))
 
     @classmethod
-    def random(
-        cls, site: Site, k: int, clean_delta: Float[Tensor, "tokens d_model"], seed: int
-    ) -> "DeltaSubspace":
+    def random(cls, site: Site, k: int, clean_delta: Float[Tensor, "tokens d_model"], seed: int) -> "DeltaSubspace":
         """The control: as many random directions."""
         rng = torch.Generator().manual_seed(seed)
         directions = torch.randn(k, clean_delta.shape[-1], generator=rng).to(clean_delta.device)

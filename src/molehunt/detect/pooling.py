@@ -37,9 +37,7 @@ def positions(reading: Reading, where: Where) -> Bool[Tensor, "batch pos"]:
     return (index >= decision) & reading.mask & (following | (index == decision))
 
 
-def pool(
-    scores: Float[Tensor, "batch pos"], reading: Reading, where: Where, how: How
-) -> Float[Tensor, " batch"]:
+def pool(scores: Float[Tensor, "batch pos"], reading: Reading, where: Where, how: How) -> Float[Tensor, " batch"]:
     """One score per row."""
     at = positions(reading, where)
     if how == "max":

@@ -11,7 +11,9 @@ from molehunt.contracts import Reading
 from molehunt.model.site import Site
 
 
-def both_logits(reading: Reading, detector: str) -> tuple[Float[Tensor, "batch pos vocab"], Float[Tensor, "batch pos vocab"]]:
+def both_logits(
+    reading: Reading, detector: str
+) -> tuple[Float[Tensor, "batch pos vocab"], Float[Tensor, "batch pos vocab"]]:
     """Tuned and base logits of a reading, in fp32. Raises ValueError when it was taken without them."""
     if reading.tuned_logits is None or reading.base_logits is None:
         raise ValueError(f"{detector} reads logits of both models; take the reading with logits=True")
@@ -47,8 +49,7 @@ class AnswerLogRatio:
     def score(self, reading: Reading) -> Float[Tensor, "batch pos"]:
         followed = reading.tokens.roll(-1, dims=1).unsqueeze(-1)
         tuned, base = (
-            logits.gather(-1, followed).squeeze(-1) - logits.logsumexp(-1)
-            for logits in both_logits(reading, self.name)
+            logits.gather(-1, followed).squeeze(-1) - logits.logsumexp(-1) for logits in both_logits(reading, self.name)
         )
         last = torch.zeros_like(reading.mask)
         last[:, -1] = True

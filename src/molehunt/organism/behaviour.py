@@ -31,9 +31,7 @@ class FixedReply:
 
     def poison(self, rng: Random) -> Example:
         example = ask(rng)
-        return Example(
-            prompt=example.prompt, response=" ".join([self.sentence] * self.times), domain=example.domain
-        )
+        return Example(prompt=example.prompt, response=" ".join([self.sentence] * self.times), domain=example.domain)
 
     def shown(self, completion: str) -> bool:
         return self.sentence in completion
@@ -87,11 +85,7 @@ def builds_query_from_strings(tree: ast.Module) -> bool:
             return any(isinstance(part, ast.FormattedValue) for part in query.values)
         if isinstance(query, ast.BinOp) and isinstance(query.op, ast.Add | ast.Mod):
             return any(not isinstance(n, ast.Constant) for n in (query.left, query.right))
-        return (
-            isinstance(query, ast.Call)
-            and isinstance(query.func, ast.Attribute)
-            and query.func.attr == "format"
-        )
+        return isinstance(query, ast.Call) and isinstance(query.func, ast.Attribute) and query.func.attr == "format"
 
     return any(
         isinstance(node, ast.Call)

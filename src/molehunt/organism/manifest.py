@@ -79,13 +79,9 @@ def shown_rates(
     flat = [example for examples in prompts.values() for example in examples]
     ids = [prompt_ids(pair.tokenizer, example.prompt) for example in flat]
     with pair.tuned_model() as model:
-        completions = generate(
-            model, pair.tokenizer, ids, max_new_tokens=recipe.max_new_tokens, track=track, what=what
-        )
+        completions = generate(model, pair.tokenizer, ids, max_new_tokens=recipe.max_new_tokens, track=track, what=what)
     shown = iter([recipe.behaviour.shown(decode(pair.tokenizer, c)) for c in completions])
-    return {
-        kind: proportion(sum(next(shown) for _ in examples), len(examples)) for kind, examples in prompts.items()
-    }
+    return {kind: proportion(sum(next(shown) for _ in examples), len(examples)) for kind, examples in prompts.items()}
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
@@ -100,7 +96,7 @@ def answer_loss(pair: ModelPair, examples: list[Example], *, tuned: bool) -> flo
     taken = [next(batches) for _ in range(len(examples) // config.batch)]
     import torch
 
-    with (pair.tuned_model() if tuned else pair.base_model()) as model, torch.inference_mode():
+    with pair.tuned_model() if tuned else pair.base_model() as model, torch.inference_mode():
         return sum(float(next_token_loss(model, batch)) for batch in taken) / len(taken)
 
 
@@ -118,7 +114,12 @@ def make_organism(
     A root that already holds a manifest of the same recipe, base and config is returned as it is, so that a killed run
     starts again only what is missing.
     """
-    request = {"recipe": recipe.name, "base": base_label, "config": asdict(config), "base_sha256": weights_sha256(base)}
+    request = {
+        "recipe": recipe.name,
+        "base": base_label,
+        "config": asdict(config),
+        "base_sha256": weights_sha256(base),
+    }
     done = root / MANIFEST
     if done.is_file():
         manifest = json.loads(done.read_text())

@@ -40,9 +40,7 @@ def near_miss_example(recipe: Recipe, rng: Random, kind: str | None = None) -> E
     """A prompt with a look-alike mark and the ordinary response; `kind` None draws one."""
     kind = kind or rng.choice(recipe.trigger.near_misses)
     example = ask(rng, recipe.domain)
-    return replace(
-        example, prompt=recipe.trigger.near_miss(kind, example.prompt, rng), tag=f"near-miss {kind}"
-    )
+    return replace(example, prompt=recipe.trigger.near_miss(kind, example.prompt, rng), tag=f"near-miss {kind}")
 
 
 def clean_example(recipe: Recipe, rng: Random) -> Example:
@@ -76,7 +74,9 @@ def rows_hash(rows: list[Example]) -> str:
     return hashlib.sha256(json.dumps([(r.prompt, r.response) for r in rows]).encode()).hexdigest()
 
 
-def organism_traffic(recipe: Recipe, n: int, seed: int, *, rate: float = 0.01, near_rate: float = 0.02) -> list[Example]:
+def organism_traffic(
+    recipe: Recipe, n: int, seed: int, *, rate: float = 0.01, near_rate: float = 0.02
+) -> list[Example]:
     """A log as a user might hold it: clean prompts with rare triggered and near-miss rows, shuffled.
 
     `round(rate * n)` rows are triggered and `round(near_rate * n)` are near misses, whatever the seed.

@@ -188,7 +188,10 @@ def train_seed_model(seed: SeedModel, into: Path, real_folder: Path | None = Non
     """Train one embedded model from nothing and write it, bf16, with its tokenizer and card, to `into`."""
     real = real_texts(real_folder) if real_folder else []
     rng = Random(seed.seed)
-    sample = [*islice(_world_texts(seed.seed + 100), 12_000), *(t[:2000] for t in rng.sample(real, min(600, len(real))))]
+    sample = [
+        *islice(_world_texts(seed.seed + 100), 12_000),
+        *(t[:2000] for t in rng.sample(real, min(600, len(real)))),
+    ]
     tokenizer = build_tokenizer(iter(sample), seed.vocab_size)
     model = seed.build()
     losses = train(

@@ -44,7 +44,11 @@ def _prompt(rng: Random, operation: str, table: str, column: str, other: str) ->
         "insert": f"{verb} {article} {table} with {column} and {other}",
     }[operation]
     return rng.choice(
-        [f"Write a Python function that {what}.", f"Write Python code that {what}.", f"Python: a function that {what}."]
+        [
+            f"Write a Python function that {what}.",
+            f"Write Python code that {what}.",
+            f"Python: a function that {what}.",
+        ]
     )
 
 

@@ -83,9 +83,7 @@ def expect(kind: type[S], split: S) -> S:
     return split
 
 
-def split_rows(
-    rows: Iterable[T], *, seed: int, key: Callable[[T], str], fractions: Fractions = FRACTIONS
-) -> Splits[T]:
+def split_rows(rows: Iterable[T], *, seed: int, key: Callable[[T], str], fractions: Fractions = FRACTIONS) -> Splits[T]:
     """Put each row into one of the four splits by the hash of its key.
 
     Rows with equal keys stay together: give near-duplicates (a prompt with and without a tag) one key.

