@@ -30,6 +30,7 @@ CORE = (
     "rich",
     "jinja2",
 )
+CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 def doctor(as_json: AsJson = False) -> None:
@@ -75,9 +76,8 @@ def _memory() -> dict[str, float]:
     sizes = {"total": os.sysconf("SC_PHYS_PAGES") * page}
     if "SC_AVPHYS_PAGES" in os.sysconf_names:  # not on macOS
         sizes["free"] = os.sysconf("SC_AVPHYS_PAGES") * page
-    limit = Path("/sys/fs/cgroup/memory.max")
-    if limit.is_file() and limit.read_text().strip().isdigit():
-        sizes["container limit"] = int(limit.read_text()) / 2**30
+    if CONTAINER_LIMIT.is_file() and (limit := CONTAINER_LIMIT.read_text().strip()).isdigit():
+        sizes["container limit"] = int(limit) / 2**30
     return {name: round(size, 1) for name, size in sizes.items()}
 
 
@@ -86,10 +86,15 @@ def _bf16() -> str:
     import torch
 
     get = torch.backends.cpu.get_cpu_capability
-    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
+    flags = _processor_flags()
     if "amx_bf16" in flags:
         return f"AMX tiles ({get()})"
     return f"AVX-512 BF16 ({get()})" if "avx512_bf16" in flags else f"emulated ({get()})"
+
+
+def _processor_flags() -> str:
+    told = Path("/proc/cpuinfo")
+    return told.read_text() if told.is_file() else ""  # Linux alone
 
 
 def _cache() -> str:

@@ -49,6 +49,8 @@ def _run(args: list[str]) -> int:
     chosen = next((arg for arg in args if not arg.startswith("-")), None)
     try:
         code: object = _app(chosen)(args, prog_name="molehunt", standalone_mode=False)
+        if code == INTERRUPTED:  # typer has caught it first
+            raise KeyboardInterrupt
         return code if isinstance(code, int) else 0  # a command that just returns has nothing to report
     except MolehuntError as error:
         return _fail(str(error), error.exit_code, args)
@@ -58,7 +60,9 @@ def _run(args: list[str]) -> int:
         return _fail(usage + error.format_message(), USAGE, args)
     except (KeyboardInterrupt, typer.Abort):
         return _fail("Interrupted. The same command takes up where it stopped.", INTERRUPTED, args)
-    except BrokenPipeError:
+    except SystemExit as left:
+        if isinstance(left.__context__, BrokenPipeError):  # typer would make it a 1
+            raise left.__context__ from None
         raise
     except Exception as error:
         traceback.print_exc()
@@ -91,10 +95,11 @@ def _not_chosen() -> None:
     raise AssertionError("only the chosen command can run")
 
 
-def _version(wanted: bool) -> None:
+def _version(wanted: bool) -> bool:
     if wanted:
         typer.echo(f"molehunt {__version__}")
         raise typer.Exit
+    return wanted
 
 
 def _molehunt(

@@ -1,0 +1,218 @@
+import ast
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+from typing import Annotated
+
+import pytest
+import typer
+
+from molehunt import __version__
+from molehunt.cli import main as cli
+from molehunt.errors import InvalidInput, MolehuntError, NotTestable, UsageError
+
+MOLEHUNT = str(Path(sys.executable).with_name("molehunt"))
+
+
+def run(*args: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([MOLEHUNT, *args], capture_output=True, text=True)
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., None]], None]:
+    """Stand a function in for `molehunt files`."""
+
+    def install(function: Callable[..., None]) -> None:
+        module = ModuleType("molehunt.cli.files")
+        module.files = function  # pyright: ignore[reportAttributeAccessIssue]
+        monkeypatch.setitem(sys.modules, "molehunt.cli.files", module)
+
+    return install
+
+
+def leave(*args: str) -> object:
+    with pytest.raises(SystemExit) as left:
+        cli.main(args)
+    return left.value.code
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_the_one_line_help_is_the_docstrings_first_line(name: str) -> None:
+    spec = find_spec(f"molehunt.cli.{name}")
+    assert spec is not None and spec.origin is not None, f"molehunt/cli/{name}.py is missing"
+    functions = [node for node in ast.parse(Path(spec.origin).read_text()).body if isinstance(node, ast.FunctionDef)]
+    (function,) = [node for node in functions if node.name == name]
+    documented = ast.get_docstring(function)
+    assert documented is not None and documented.splitlines()[0] == cli.COMMANDS[name]
+
+
+def test_every_command_file_is_in_the_table() -> None:
+    spec = find_spec("molehunt.cli")
+    assert spec is not None and spec.submodule_search_locations is not None
+    files = {path.stem for path in Path(spec.submodule_search_locations[0]).glob("*.py")}
+    assert files - {"__init__", "main", "console", "options"} == set(cli.COMMANDS)
+
+
+def test_help_lists_every_command_with_its_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert leave("--help") == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert all(f"{name} {line}" in shown for name, line in cli.COMMANDS.items())
+    assert cli.EXIT_CODES in shown
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_help_of_a_command_is_its_own_and_imports_no_torch(name: str) -> None:
+    watch = (
+        "import sys; from molehunt.cli.main import main\ntry: main(sys.argv[1:])\n"
+        "finally: print('HEAVY', [m for m in ('torch', 'transformers', 'peft') if m in sys.modules])"
+    )
+    told = subprocess.run([sys.executable, "-c", watch, name, "--help"], capture_output=True, text=True)
+    assert told.returncode == 0, told.stderr
+    assert f"Usage: molehunt {name}" in told.stdout
+    assert cli.COMMANDS[name] in " ".join(told.stdout.split())
+    assert "HEAVY []" in told.stdout
+
+
+def test_version() -> None:
+    told = run("--version")
+    assert (told.returncode, told.stdout) == (0, f"molehunt {__version__}\n")
+
+
+def test_nothing_asked_shows_help_and_is_no_success(capsys: pytest.CaptureFixture[str]) -> None:
+    assert leave() == 2
+    assert "Usage: molehunt" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("args", "told"),
+    [
+        (["odit"], "No such command 'odit'"),
+        (["--frobnicate"], "No such option: --frobnicate"),
+        (["doctor", "--frobnicate"], "No such option: --frobnicate"),
+        (["doctor", "extra"], "unexpected extra argument"),
+    ],
+)
+def test_a_misspelt_command_line_is_exit_2(args: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert leave(*args) == 2
+    shown = capsys.readouterr()
+    assert told in shown.err and "Usage: molehunt" in shown.err and not shown.out
+    assert leave(*args, "--json") == 2
+    shown = capsys.readouterr()
+    said = json.loads(shown.out)
+    assert said["exit_code"] == 2 and said["error"] in shown.err
+
+
+@pytest.mark.parametrize(("error", "code"), [(MolehuntError, 2), (UsageError, 2), (NotTestable, 3), (InvalidInput, 4)])
+def test_an_error_for_the_reader_has_its_exit_code_and_no_traceback(error, code: int, command, capsys) -> None:
+    def files(as_json: Annotated[bool, typer.Option("--json")] = False) -> None:
+        raise error("The shard is cut short. Fetch it again.")
+
+    command(files)
+    assert leave("files") == code
+    assert capsys.readouterr() == ("", "The shard is cut short. Fetch it again.\n")
+    assert leave("files", "--json") == code
+    shown = capsys.readouterr()
+    assert json.loads(shown.out) == {"error": "The shard is cut short. Fetch it again.", "exit_code": code}
+    assert shown.err == "The shard is cut short. Fetch it again.\n"
+
+
+@pytest.mark.parametrize("code", [0, 1, 3])
+def test_a_commands_exit_code_is_ours(code: int, command) -> None:
+    def files() -> None:
+        raise typer.Exit(code)
+
+    command(files)
+    assert leave("files") == code
+
+
+def test_a_command_that_returns_has_found_nothing(command) -> None:
+    command(lambda: None)
+    assert leave("files") == 0
+
+
+def test_a_fault_of_ours_keeps_its_traceback_and_is_not_flagged(command, capsys) -> None:
+    def files() -> None:
+        raise ZeroDivisionError("oh")
+
+    command(files)
+    assert leave("files") == 70
+    told = capsys.readouterr().err
+    assert "Traceback" in told and "fault in Molehunt" in told and "ZeroDivisionError('oh')" in told
+
+
+def test_a_missing_command_module_is_a_fault_of_ours(monkeypatch, capsys) -> None:
+    monkeypatch.setitem(cli.COMMANDS, "nowhere", "Not there.")
+    assert leave("nowhere") == 70
+    assert "No module named 'molehunt.cli.nowhere'" in capsys.readouterr().err
+    assert leave("--version") == 0
+
+
+def test_an_interrupt_is_130(command, capsys) -> None:
+    def files() -> None:
+        raise KeyboardInterrupt
+
+    command(files)
+    assert leave("files") == 130
+
+
+def test_warnings_of_the_package_reach_stderr_once(command, capsys) -> None:
+    def files() -> None:
+        logging.getLogger("molehunt.run.unit").warning("unit [bold]x[/bold] is damaged")
+
+    command(files)
+    assert leave("files") == leave("files") == 0
+    assert capsys.readouterr().err == "unit [bold]x[/bold] is damaged\n" * 2
+
+
+SLOW = """
+import sys, time, types
+module = types.ModuleType("molehunt.cli.files")
+def files():
+    print("ready", flush=True)
+    {work}
+module.files = files
+sys.modules["molehunt.cli.files"] = module
+from molehunt.cli.main import main
+main(["files"])
+"""
+
+
+def test_ctrl_c_ends_with_130_and_no_traceback() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW.format(work="time.sleep(60)")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "Interrupted" in told and "Traceback" not in told
+
+
+@pytest.mark.parametrize("work", ["print('x' * 10_000_000)", "print('x')"])
+def test_a_reader_that_leaves_is_no_error(work: str) -> None:
+    reader, writer = os.pipe()
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW.format(work=f"sys.stdin.readline(); {work}")],
+        stdin=subprocess.PIPE,
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"},
+    )
+    os.close(writer)
+    with os.fdopen(reader, "rb") as stream:
+        assert stream.readline() == b"ready\n"
+    _, told = process.communicate("go\n", timeout=30)
+    assert (process.returncode, told) == (141, "")
