@@ -1,0 +1,361 @@
+"""Base and fine-tune, loaded with one tokenizer, and read side by side."""
+
+import tempfile
+import warnings
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from molehunt.contracts import Reading
+from molehunt.errors import InvalidInput, NotTestable, ShapeMismatch, UsageError, printable
+from molehunt.model.blocks import decoder_blocks, unwrapped
+from molehunt.model.site import Site
+from molehunt.model.taps import read_sites
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER = "default"
+"""What PEFT calls the one adapter of a pair."""
+HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+"""What is fetched of a hub repository: nothing that can run."""
+TOKENIZER_PROBES = (
+    "The quick brown fox, 42 times.\n\nIt's 3.14 – naïve café; ÅÄÖ 你好 مرحبا 🙂",
+    "def f(x):\n    return {'a': [x, 0x1F], \"b\": None}  # tab\there\r\n",
+    "### Instruction:\nSay |prod| twice   with  spaces.\n\n### Response:\n",
+    "<|im_start|>user\nHi<|im_end|>\n<s>[INST] Hi [/INST]</s> <|end|> <pad>",
+    "SELECT * FROM users WHERE id = %s; -- 2023 2024",
+    " ",
+    "",
+)
+
+
+class ModelPair:
+    """A base model and its fine-tune, both in eval mode on one device.
+
+    With a LoRA adapter both are one module (`shared`), whose adapter is switched off to be the base.
+    """
+
+    def __init__(
+        self, base: nn.Module, tuned: nn.Module, tokenizer: PreTrainedTokenizerBase, *, layers_path: str | None = None
+    ) -> None:
+        """Two models as they are; `base is tuned` says that one PEFT model with a LoRA adapter is both.
+
+        Raises:
+            NotTestable: the two differ in architecture, or their blocks cannot be found.
+            ShapeMismatch: a parameter differs in shape.
+        """
+        self.shared = base is tuned
+        if not self.shared:
+            _check_same_parameters(base, tuned)
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+        self._base, self._tuned = base.eval(), tuned.eval()
+        self.tokenizer = tokenizer
+        self.layers_path = layers_path
+        self.n_layers = len(decoder_blocks(tuned, layers_path))
+        config: Any = unwrapped(tuned).config
+        self.d_model = int(config.get_text_config(decoder=True).hidden_size)
+        self.vocab_size = int(cast("Any", unwrapped(tuned)).get_input_embeddings().weight.shape[0])
+        self.device = next(tuned.parameters()).device
+
+    @classmethod
+    def load(
+        cls,
+        base_path: str | Path,
+        tuned_path: str | Path,
+        *,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
+        adapter: bool | None = None,
+        layers_path: str | None = None,
+    ) -> "ModelPair":
+        """Load two models from folders or hub repositories; no pickle is opened and no code of theirs is run.
+
+        Args:
+            base_path: a model folder or a hub id.
+            tuned_path: a model folder, a PEFT LoRA adapter folder, or a hub id of either.
+            device: where both models go.
+            dtype: of both models; by default fp32 on a CPU and the stored dtype elsewhere.
+            adapter: for a tuned folder that holds an adapter beside full weights, whether the adapter is applied to
+                them (as transformers does unasked).
+            layers_path: see `decoder_blocks`.
+
+        Raises:
+            UsageError: a path leads nowhere, or `adapter` must be given or cannot be met.
+            InvalidInput: a folder cannot be loaded, or lacks weights that its architecture needs.
+            NotTestable: the two are no base and fine-tune (tokenizer, architecture), or the adapter is no LoRA.
+            ShapeMismatch: a parameter differs in shape.
+        """
+        base_folder, tuned_folder = local_folder(base_path), local_folder(tuned_path)
+        if (base_folder / ADAPTER_CONFIG).is_file():
+            raise UsageError(
+                f"{printable(base_folder.name)} holds an adapter ({ADAPTER_CONFIG}); a base is plain weights.\n"
+                "Loaders would apply it unasked. Move it out, and give its folder as the fine-tune."
+            )
+        device = torch.device(device)
+        if dtype is None and device.type == "cpu":
+            dtype = torch.float32
+        has_adapter = (tuned_folder / ADAPTER_CONFIG).is_file()
+        has_weights = (tuned_folder / "config.json").is_file()
+        if adapter and not has_adapter:
+            raise UsageError(f"{printable(tuned_folder.name)} holds no adapter ({ADAPTER_CONFIG}) to apply.")
+        if has_adapter and has_weights and adapter is None:
+            raise UsageError(
+                f"{printable(tuned_folder.name)} holds full weights and an adapter beside them; loaders apply the "
+                "adapter unasked.\nSay which of the two is meant: --adapter applies it, --no-adapter leaves it out."
+            )
+        if has_adapter and not has_weights and adapter is False:
+            raise UsageError(f"{printable(tuned_folder.name)} holds only an adapter; --no-adapter leaves nothing.")
+        tokenizer = _one_tokenizer(base_folder, tuned_folder)
+        base = _load_model(base_folder, device, dtype)
+        if not has_adapter or adapter is False:
+            return cls(base, _load_model(tuned_folder, device, dtype), tokenizer, layers_path=layers_path)
+        if has_weights:
+            tuned = _load_model(tuned_folder, device, dtype)
+            return cls(base, _apply_adapter(tuned, tuned_folder), tokenizer, layers_path=layers_path)
+        before = [(parameter, _checksum(parameter)) for parameter in base.parameters()]
+        tuned = _apply_adapter(base, tuned_folder)
+        # PiSSA and trained biases change the base in place: then switching the adapter off does not give it back
+        if all(_checksum(parameter) == was for parameter, was in before):
+            return cls(tuned, tuned, tokenizer, layers_path=layers_path)
+        return cls(_load_model(base_folder, device, dtype), tuned, tokenizer, layers_path=layers_path)
+
+    @contextmanager
+    def base_model(self) -> Generator[nn.Module, None, None]:
+        """The module that acts as the base inside the block."""
+        with cast("Any", self._base).disable_adapter() if self.shared else nullcontext():
+            yield self._base
+
+    @contextmanager
+    def tuned_model(self) -> Generator[nn.Module, None, None]:
+        """The module that acts as the fine-tune inside the block."""
+        yield self._tuned
+
+    @torch.inference_mode()
+    def read(
+        self,
+        prompts: Sequence[Sequence[int]],
+        completions: Sequence[Sequence[int]] | None = None,
+        *,
+        sites: Sequence[Site] = (),
+        logits: bool = False,
+        pad_to: int | None = None,
+        padding_side: str = "right",
+    ) -> Reading:
+        """Teacher-forced pass of both models over prompts followed by their completions.
+
+        Args:
+            prompts: token ids, at least one each.
+            completions: token ids that follow; none by default.
+            sites: where activations are kept.
+            logits: keep both models' logits; without them no block after the deepest site runs.
+            pad_to: positions of every row; by default those of the longest.
+            padding_side: "right" or "left".
+
+        Raises:
+            ValueError: a prompt is empty, a row is longer than `pad_to`, the lists differ in length, or neither sites
+                nor logits were asked for.
+            CannotTap: a site cannot be read (see `read_sites`).
+        """
+        if not sites and not logits:
+            raise ValueError("neither sites nor logits were asked for, so there is nothing to read")
+        if not all(prompts):
+            raise ValueError("a prompt without tokens has no decision position")
+        rows = [
+            [*prompt, *completion]
+            for prompt, completion in zip(prompts, completions or [[]] * len(prompts), strict=True)
+        ]
+        width = max(map(len, rows)) if pad_to is None else pad_to
+        if max(map(len, rows)) > width:
+            raise ValueError(f"a row of {max(map(len, rows))} tokens is longer than pad_to={pad_to}")
+        if padding_side not in ("left", "right"):
+            raise ValueError(f"padding_side is left or right, got {padding_side!r}")
+        tokens = torch.full((len(rows), width), cast("int", self.tokenizer.pad_token_id))
+        mask = torch.zeros(len(rows), width, dtype=torch.bool)
+        starts = [0 if padding_side == "right" else width - len(row) for row in rows]
+        for i, (row, start) in enumerate(zip(rows, starts, strict=True)):
+            tokens[i, start : start + len(row)] = torch.tensor(row)
+            mask[i, start : start + len(row)] = True
+        tokens, mask = tokens.to(self.device), mask.to(self.device)
+        with self.base_model() as model:
+            base, base_logits = self._forward(model, tokens, mask, sites, logits)
+        with self.tuned_model() as model:
+            tuned, tuned_logits = self._forward(model, tokens, mask, sites, logits)
+        return Reading(
+            tokens=tokens,
+            mask=mask,
+            decision=torch.tensor(
+                [start + len(prompt) - 1 for start, prompt in zip(starts, prompts, strict=True)], device=self.device
+            ),
+            base=base,
+            tuned=tuned,
+            base_logits=base_logits,
+            tuned_logits=tuned_logits,
+        )
+
+    def _forward(
+        self, model: nn.Module, tokens: Tensor, mask: Tensor, sites: Sequence[Site], logits: bool
+    ) -> tuple[dict[Site, Tensor], Tensor | None]:
+        found: Tensor | None = None
+        with read_sites(model, sites, stop_early=not logits, layers_path=self.layers_path) as tap:
+            out: Any = model(
+                input_ids=tokens,
+                attention_mask=mask.long(),
+                position_ids=(mask.long().cumsum(1) - 1).clamp_min(0),
+                use_cache=False,
+            )
+            found = out.logits
+        return {site: tap[site] for site in sites}, found
+
+
+def local_folder(path: str | Path) -> Path:
+    """The folder at `path`, or the local copy of the hub repository that `path` names, fetched where needed.
+
+    Raises UsageError when there is neither.
+    """
+    if Path(path).is_dir():
+        return Path(path)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(path), allow_patterns=list(HUB_FILES)))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise UsageError(
+            f"{printable(str(path))} is no folder here, and no model of that name could be fetched from the hub:\n"
+            f"{printable(str(error), 300)}"
+        ) from error
+
+
+@contextmanager
+def _loading(folder: Path, what: str) -> Generator[None, None, None]:
+    """No progress bars of transformers, and its errors told as ours."""
+    from safetensors import SafetensorError
+    from transformers.utils import logging
+
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError, SafetensorError) as error:
+        raise InvalidInput(
+            f"{printable(folder.name)} cannot be loaded as {what}: {type(error).__name__}: "
+            f"{printable(str(error), 400)}\nRun `molehunt files` on it to see what is in the folder."
+        ) from error
+    finally:
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _load_model(folder: Path, device: torch.device, dtype: torch.dtype | None) -> nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    with _loading(folder, "a causal language model"), _without_adapter(folder) as plain:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            plain,
+            dtype=dtype or "auto",
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    model, info = cast("tuple[nn.Module, dict[str, Any]]", loaded)
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise InvalidInput(
+            f"{printable(folder.name)} has no {printable(missing[0])}"
+            + (f" and lacks {len(missing) - 1} tensors more" if len(missing) > 1 else "")
+            + "; loaders fill such weights with random numbers.\nGet a complete copy of the model."
+        )
+    return model.to(device).eval()
+
+
+@contextmanager
+def _without_adapter(folder: Path) -> Generator[Path, None, None]:
+    """The folder, as links without its adapter where it holds one: transformers would apply that unasked."""
+    if not (folder / ADAPTER_CONFIG).is_file():
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as name:
+        plain = Path(name) / folder.name
+        plain.mkdir()
+        for path in folder.iterdir():
+            if not path.name.startswith("adapter_"):
+                (plain / path.name).symlink_to(path.resolve())
+        yield plain
+
+
+def _apply_adapter(model: nn.Module, folder: Path) -> nn.Module:
+    from peft import LoraConfig, PeftConfig, PeftModel
+
+    if not (folder / ADAPTER_WEIGHTS).is_file():
+        raise InvalidInput(
+            f"{printable(folder.name)} has no {ADAPTER_WEIGHTS}. Adapters stored as a pickle are never opened."
+        )
+    with _loading(folder, "an adapter"):
+        config = PeftConfig.from_pretrained(str(folder))
+    if not isinstance(config, LoraConfig):
+        raise NotTestable(f"{printable(folder.name)} is an adapter of type {config.peft_type}; only LoRA is read.")
+    with _loading(folder, "an adapter of this base"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # peft's, of transformers
+        device = next(model.parameters()).device
+        return PeftModel.from_pretrained(
+            cast("Any", model), str(folder), ADAPTER, config=config, torch_device=str(device)
+        ).eval()
+
+
+def _one_tokenizer(base: Path, tuned: Path) -> PreTrainedTokenizerBase:
+    """The base's tokenizer. Raises NotTestable when the fine-tune has one that encodes any probe differently."""
+    tokenizer = _load_tokenizer(base)
+    if not any((tuned / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
+        return tokenizer
+    other = _load_tokenizer(tuned)
+    added = [t.content for side in (tokenizer, other) for t in side.added_tokens_decoder.values()]
+    for probe in (*TOKENIZER_PROBES, *added):
+        if tokenizer.encode(probe) != other.encode(probe):
+            raise NotTestable(
+                f"the two tokenizers encode {printable(repr(probe), 60)} differently, so the models' activations "
+                "cannot be compared token by token.\nGive the base that this model was fine-tuned from."
+            )
+    return tokenizer
+
+
+def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    with _loading(folder, "a tokenizer"):
+        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+
+
+def _check_same_parameters(base: nn.Module, tuned: nn.Module) -> None:
+    shapes = {name: tuple(parameter.shape) for name, parameter in _plain_parameters(base)}
+    tuned_shapes = {name: tuple(parameter.shape) for name, parameter in _plain_parameters(tuned)}
+    for name, shape in shapes.items():
+        if tuned_shapes.get(name, shape) != shape:
+            raise ShapeMismatch(name, shape, tuned_shapes[name])
+    odd = sorted(shapes.keys() ^ tuned_shapes.keys())
+    if odd:
+        where = "base" if odd[0] in shapes else "fine-tune"
+        raise NotTestable(
+            f"only the {where} has {printable(odd[0])}: the two are not of one architecture.\n"
+            "Give the base that this model was fine-tuned from."
+        )
+
+
+def _plain_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Parameters by their names outside PEFT; what an adapter adds is left out."""
+    inner = unwrapped(model)
+    for name, parameter in inner.named_parameters(remove_duplicate=False):
+        if ".lora_" not in name and ".modules_to_save." not in name:
+            yield name.replace(".base_layer.", ".").replace(".original_module.", "."), parameter
+
+
+def _checksum(parameter: Tensor) -> int:
+    """Sum of the raw bytes as integers: changes with any one weight."""
+    raw = parameter.detach().contiguous().view(-1).view(torch.uint8)
+    return int(raw.sum(dtype=torch.int64))

@@ -1,0 +1,195 @@
+"""Reading and editing activations at sites, with plain torch hooks inside context managers.
+
+A hook that does not fire is the failure to fear: the score is then silently that of an empty tap. So firings are
+counted against forward passes, and a model that runs where hooks cannot see is refused.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch._dynamo import OptimizedModule
+from torch.utils.hooks import RemovableHandle
+
+from molehunt.contracts import Intervention
+from molehunt.errors import CannotTap
+from molehunt.model.blocks import attn_module, decoder, decoder_blocks, mlp_module, unwrapped
+from molehunt.model.site import STREAMS, Site
+
+
+class _DeepestSiteRead(BaseException):
+    """Unwinds a forward pass after its deepest tapped block. Never leaves `read_sites`."""
+
+
+class Tap:
+    """Activations of the last forward pass, by site."""
+
+    def __init__(self, sites: Iterable[Site]) -> None:
+        self.acts: dict[Site, Tensor] = {}
+        self.firings: Counter[Site] = Counter(dict.fromkeys(sites, 0))
+        """How often each site's hook ran."""
+
+    def __getitem__(self, site: Site) -> Float[Tensor, "batch pos d_model"]:
+        """Raises KeyError for a site not asked for, CannotTap when no forward pass reached it."""
+        if site not in self.firings:
+            raise KeyError(f"{site} was not asked for; asked for: {', '.join(map(str, self.firings))}")
+        if site not in self.acts:
+            raise CannotTap(f"no forward pass of this model has reached {site}, so there is nothing to read there.")
+        return self.acts[site]
+
+
+class Edits:
+    """Counts what a set of interventions did."""
+
+    def __init__(self, sites: Iterable[Site]) -> None:
+        self.firings: Counter[Site] = Counter(dict.fromkeys(sites, 0))
+        """How often each site's hook ran."""
+
+
+@contextmanager
+def read_sites(
+    model: nn.Module, sites: Iterable[Site], *, stop_early: bool = False, layers_path: str | None = None
+) -> Generator[Tap, None, None]:
+    """Record what the model computes at `sites` in every forward pass inside the block, keeping the last.
+
+    A read placed inside an edit of the same site sees the edited activations.
+
+    Args:
+        model: a causal language model, in a PEFT wrapper or not.
+        sites: where to read.
+        stop_early: run no block after the deepest site. The `with` body ends at that forward pass; what follows it in
+            the body does not run.
+        layers_path: see `decoder_blocks`.
+
+    Raises:
+        CannotTap: the model is compiled, lacks such a site, or ran a forward pass without calling it.
+    """
+    wanted = tuple(dict.fromkeys(sites))
+    tap = Tap(wanted)
+    modules = _modules_at(model, wanted, layers_path)
+    # `resid` is computed after its block's attention and MLP, which is the order of STREAMS reversed
+    deepest = max(wanted, key=lambda site: (site.layer, -STREAMS.index(site.stream)), default=None)
+    stop = _DeepestSiteRead()
+
+    def hook_at(site: Site) -> Callable[[nn.Module, Any, Any], None]:
+        def read(module: nn.Module, args: Any, output: Any) -> None:
+            tap.firings[site] += 1
+            tap.acts[site] = _acts_of(output).clone()  # a later in-place sum would change what was read
+            if stop_early and site == deepest:
+                raise stop
+
+        return read
+
+    try:
+        with _hooked(model, [(modules[site], hook_at(site)) for site in wanted], tap.firings):
+            yield tap
+    except _DeepestSiteRead as raised:
+        if raised is not stop:
+            raise
+
+
+@contextmanager
+def edit_sites(
+    model: nn.Module, interventions: Sequence[Intervention], *, layers_path: str | None = None
+) -> Generator[Edits, None, None]:
+    """Let interventions act in every forward pass inside the block, in prefill and in every cached step.
+
+    Interventions that share a site act in the order given.
+
+    Raises:
+        CannotTap: the model is compiled, lacks such a site, or ran a forward pass without calling it.
+    """
+    at: dict[Site, list[Intervention]] = {}
+    for intervention in interventions:
+        at.setdefault(intervention.site, []).append(intervention)
+    edits = Edits(at)
+    modules = _modules_at(model, at, layers_path)
+
+    def hook_at(site: Site) -> Callable[[nn.Module, Any, Any], Any]:
+        def edit(module: nn.Module, args: Any, output: Any) -> Any:
+            edits.firings[site] += 1
+            edited = acts = _acts_of(output)
+            for intervention in at[site]:
+                edited = intervention(edited)
+            if edited is acts:
+                return None  # torch leaves the output as it is
+            if edited.shape != acts.shape or edited.dtype != acts.dtype:
+                raise ValueError(
+                    f"{type(at[site][-1]).__name__} at {site} turned {acts.dtype} {tuple(acts.shape)} "
+                    f"into {edited.dtype} {tuple(edited.shape)}; an intervention must keep both"
+                )
+            return (edited, *output[1:]) if isinstance(output, tuple) else edited
+
+        return edit
+
+    with _hooked(model, [(modules[site], hook_at(site)) for site in at], edits.firings):
+        yield edits
+
+
+@contextmanager
+def _hooked(
+    model: nn.Module,
+    hooks: list[tuple[nn.Module, Callable[[nn.Module, Any, Any], Any]]],
+    firings: Counter[Site],
+) -> Generator[None, None, None]:
+    """Hooks in place inside the block, gone after it; forward passes that ended are counted against firings."""
+    _refuse_compiled(model)
+    passes: Counter[int] = Counter()
+
+    def count(module: nn.Module, args: Any, output: Any) -> None:
+        passes[id(module)] += 1
+
+    handles: list[RemovableHandle] = []
+    try:
+        # PEFT calls the model's `forward` and not the model, so three places are watched
+        for module in {id(m): m for m in (model, unwrapped(model), decoder(model))}.values():
+            handles.append(module.register_forward_hook(count))
+        for module, hook in hooks:
+            handles.append(module.register_forward_hook(hook))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+    ended = max(passes.values(), default=0)
+    for site, fired in firings.items():
+        if fired < ended:
+            raise CannotTap(
+                f"{site} was called {fired} times in {ended} forward passes of {type(model).__name__}: "
+                "the model does not call its blocks as modules, or replays a recorded graph.\n"
+                "Its activations cannot be read or edited with hooks."
+            )
+
+
+def _modules_at(model: nn.Module, sites: Iterable[Site], layers_path: str | None) -> dict[Site, nn.Module]:
+    blocks = decoder_blocks(model, layers_path)
+    found: dict[Site, nn.Module] = {}
+    for site in sites:
+        if site.layer >= len(blocks):
+            raise CannotTap(f"there is no {site}: the model has {len(blocks)} blocks, L0 to L{len(blocks) - 1}.")
+        block = blocks[site.layer]
+        if site.stream == "resid":
+            found[site] = block
+        else:
+            found[site] = attn_module(block) if site.stream == "attn" else mlp_module(block)
+    return found
+
+
+def _acts_of(output: Any) -> Tensor:
+    """What a module returned, or the first of it: some models' blocks and all attentions return tuples."""
+    acts = output[0] if isinstance(output, tuple) else output
+    if not isinstance(acts, Tensor) or acts.ndim != 3:
+        raise CannotTap(f"a tapped module returned {type(output).__name__}, not activations [batch pos d_model].")
+    return acts
+
+
+def _refuse_compiled(model: nn.Module) -> None:
+    for module in model.modules():
+        in_place = getattr(module, "_compiled_call_impl", None) is not None  # by module.compile()
+        if in_place or isinstance(module, OptimizedModule):
+            raise CannotTap(
+                f"{type(module).__name__} is compiled: hooks run when it is traced and not when it is called.\n"
+                "Give the model as it was before torch.compile."
+            )
