@@ -1,0 +1,192 @@
+"""The shape of the project, held by its own source: directions of import, catalogues, what is never done."""
+
+import ast
+import importlib
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import molehunt
+from molehunt.contracts import Detector, Intervention
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "src" / "molehunt"
+# fmt: off
+ORDER = [
+    "run", "checkpoint", "model", "traffic", "measure", "organism", "activation", "direction", "dictionary", "detect",
+    "steer", "transfer", "stress", "watch", "audit", "bench", "report", "serve", "cli",
+]
+# fmt: on
+"""Each folder may import from those before it."""
+ALLOWED_TO_ALL = {"", "contracts", "errors"}
+CONTRACTS = {"detect": Detector, "steer": Intervention}
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+HEAVY = ("torch", "transformers", "peft", "scipy", "numpy")
+
+
+def name(path: Path) -> str:
+    return path.relative_to(PACKAGE).as_posix()
+
+
+every_source = pytest.mark.parametrize("path", SOURCES, ids=name)
+
+
+def imported(path: Path) -> Iterator[str]:
+    """Dotted names inside the package, without its own name: `model.site`, `errors`."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            told = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module == "molehunt":
+            told = [f"molehunt.{a.name}" if (PACKAGE / a.name).exists() else "molehunt" for a in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            told = [node.module or ""]
+        else:
+            continue
+        yield from (
+            dotted.removeprefix("molehunt").lstrip(".") for dotted in told if dotted.split(".")[0] == "molehunt"
+        )
+
+
+def calls(path: Path) -> Iterator[ast.Call]:
+    return (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call))
+
+
+def spelled(node: ast.expr) -> str:
+    """`torch.load` for the call's function, whatever it is."""
+    return ast.unparse(node)
+
+
+def test_every_folder_has_its_place() -> None:
+    folders = {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").exists()}
+    assert folders <= set(ORDER)
+
+
+@every_source
+def test_imports_point_upwards_only(path: Path) -> None:
+    parts = path.relative_to(PACKAGE).parts
+    if len(parts) == 1:
+        assert parts[0] in {"__init__.py", "contracts.py", "errors.py"}
+        if parts[0] != "__init__.py":  # that one names the public things, and imports them when they are used
+            assert set(imported(path)) <= ({"model.site"} if parts[0] == "contracts.py" else set())
+        return
+    own = ORDER.index(parts[0])
+    seen = {dotted.split(".")[0] for dotted in imported(path)} - ALLOWED_TO_ALL
+    below = {folder for folder in seen if ORDER.index(folder) > own}
+    assert not below, f"{name(path)} imports from {below}, which come after {parts[0]}"
+
+
+@every_source
+def test_nobody_imports_the_command_line(path: Path) -> None:
+    if path.parent.name != "cli":
+        assert not [dotted for dotted in imported(path) if dotted.split(".")[0] == "cli"]
+
+
+def test_what_names_things_imports_nothing_heavy() -> None:
+    light = ["molehunt", "molehunt.cli.main", "molehunt.cli.options", "molehunt.errors", "molehunt.model.site"]
+    light += [f"molehunt.{name(path)[:-3].replace('/', '.')}" for path in PACKAGE.rglob("catalog.py")]
+    code = f"import sys, {', '.join(light)}; print([m for m in {HEAVY} if m in sys.modules])"
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert told.stdout == "[]\n", told.stderr
+
+
+def wraps_another(node: ast.ClassDef) -> bool:
+    """A gate or a control around an intervention: it is made from one, never named."""
+    fields = [field for field in node.body if isinstance(field, ast.AnnAssign)]
+    return any(spelled(field.annotation) in {"Detector", "Intervention"} for field in fields)
+
+
+def catalogues() -> list[tuple[str, str, str]]:
+    rows = []
+    for path in sorted(PACKAGE.rglob("catalog.py")):
+        if path.parent.name != "run":
+            module = importlib.import_module(f"molehunt.{path.parent.name}.catalog")
+            rows += [(path.parent.name, key, row) for key, row in module.CATALOG.items()]
+    return rows
+
+
+@pytest.mark.parametrize(("folder", "key", "row"), catalogues())
+def test_every_row_leads_to_a_file_of_its_folder(folder: str, key: str, row: str) -> None:
+    module, _, attribute = row.partition(":")
+    assert re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", key), "names are typed at a terminal"
+    assert module.startswith(f"molehunt.{folder}.")
+    found = getattr(importlib.import_module(module), attribute)
+    if folder in CONTRACTS:
+        asked = {member for member in vars(CONTRACTS[folder]) if not member.startswith("_")} | (
+            {"__call__"} if folder == "steer" else set()
+        )
+        fields = set(getattr(found, "__dataclass_fields__", ()))
+        assert all(hasattr(found, member) or member in fields for member in asked)
+
+
+@pytest.mark.parametrize(
+    ("folder", "method", "argument"), [("detect", "score", "reading"), ("steer", "__call__", "acts")]
+)
+def test_every_class_of_a_contract_has_a_row(folder: str, method: str, argument: str) -> None:
+    rows = importlib.import_module(f"molehunt.{folder}.catalog").CATALOG.values()
+    written = [
+        f"molehunt.{folder}.{path.stem}:{node.name}"
+        for path in sorted((PACKAGE / folder).glob("*.py"))
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_") and not wraps_another(node)
+        for member in node.body
+        if isinstance(member, ast.FunctionDef) and member.name == method
+        if argument in {a.arg for a in member.args.args}
+    ]
+    assert written, "the search itself works"
+    assert sorted(written) == sorted(rows)
+
+
+@every_source
+def test_a_file_is_short_and_named_for_what_it_holds(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= 400
+    assert not re.search(r"util|helper|common|misc|manager", name(path))
+
+
+@every_source
+def test_nothing_from_a_checkpoint_is_executed(path: Path) -> None:
+    forbidden = {"pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            modules = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module or ""]
+            assert not forbidden & {module.split(".")[0] for module in modules}
+    for call in calls(path):
+        given = {keyword.arg: spelled(keyword.value) for keyword in call.keywords}
+        function = spelled(call.func)
+        where = f"{name(path)}:{call.lineno}"
+        assert given.get("trust_remote_code", "False") == "False", where
+        assert given.get("allow_pickle", "False") == "False", where
+        assert function not in {"eval", "exec"}, where
+        if re.search(r"\bAuto\w+\.from_(pretrained|config)$", function):
+            assert "trust_remote_code" in given, f"{where}: say trust_remote_code=False"
+        if function == "torch.load":
+            assert given.get("weights_only") == "True", where
+
+
+def tracked() -> list[Path]:
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    return [ROOT / file for file in listed.stdout.split("\0") if file]
+
+
+def test_no_file_names_a_path_of_one_machine() -> None:
+    text = {".py", ".md", ".toml", ".json", ".jsonl", ".yaml", ".yml", ".j2", ".html", ".txt", ".css", ""}
+    private = re.compile(rb"(?<![\w./])/(work|root|home|Users)/\w")
+    found = [
+        path.relative_to(ROOT).as_posix()
+        for path in tracked()
+        if path.suffix in text and path.is_file() and private.search(path.read_bytes())
+    ]
+    assert found == []
+
+
+def test_the_public_names_are_there_and_listed() -> None:
+    assert set(molehunt.__all__) <= set(dir(molehunt))
+    for public in molehunt.__all__:
+        assert getattr(molehunt, public) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = molehunt.nonsense
