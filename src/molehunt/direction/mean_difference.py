@@ -48,9 +48,7 @@ class MeanDifferenceFitter:
     a: SampleMean = field(default_factory=SampleMean)
     b: SampleMean = field(default_factory=SampleMean)
 
-    def update(
-        self, acts_a: Float[Tensor, "n d_model"], acts_b: Float[Tensor, "m d_model"]
-    ) -> "MeanDifferenceFitter":
+    def update(self, acts_a: Float[Tensor, "n d_model"], acts_b: Float[Tensor, "m d_model"]) -> "MeanDifferenceFitter":
         self.a.update(acts_a)
         self.b.update(acts_b)
         return self
@@ -73,15 +71,11 @@ class MeanDifferenceFitter:
             NotTestable: fewer than two rows of a kind, equal means, or activations that are no number.
         """
         if self.a.n < 2 or self.b.n < 2:
-            raise NotTestable(
-                f"A mean difference needs at least 2 rows of each kind, got {self.a.n} and {self.b.n}."
-            )
+            raise NotTestable(f"A mean difference needs at least 2 rows of each kind, got {self.a.n} and {self.b.n}.")
         shift = self.a.mean - self.b.mean
         strength = float(shift.norm())
         if not math.isfinite(strength) or strength == 0:
-            raise NotTestable(
-                f"The means at {self.site} differ by {strength}: there is no direction between them."
-            )
+            raise NotTestable(f"The means at {self.site} differ by {strength}: there is no direction between them.")
         sampling = math.sqrt(sum(side.squares / (side.n - 1) / side.n for side in (self.a, self.b)))
         return Direction(
             self.site,
@@ -94,8 +88,6 @@ class MeanDifferenceFitter:
         )
 
 
-def mean_difference(
-    site: Site, acts_a: Float[Tensor, "n d_model"], acts_b: Float[Tensor, "m d_model"]
-) -> Direction:
+def mean_difference(site: Site, acts_a: Float[Tensor, "n d_model"], acts_b: Float[Tensor, "m d_model"]) -> Direction:
     """Direction from the mean of `acts_b` to the mean of `acts_a`; see `MeanDifferenceFitter.direction`."""
     return MeanDifferenceFitter(site).update(acts_a, acts_b).direction()

@@ -92,9 +92,7 @@ def lens_logits(
     return (written.to(unembedding) @ unembedding.mT).float()
 
 
-def token_readout(
-    logits: Float[Tensor, " vocab"], decode: Callable[[int], str], *, k: int = 10
-) -> TokenReadout:
+def token_readout(logits: Float[Tensor, " vocab"], decode: Callable[[int], str], *, k: int = 10) -> TokenReadout:
     """The k tokens at either end of one row of `lens_logits`; `decode` turns a token id into text."""
     spread = logits.std(correction=0)
     z = (logits - logits.mean()) / spread if spread > 0 else torch.zeros_like(logits)
@@ -117,9 +115,7 @@ def contexts(rows: Sequence[ScoredRow], *, threshold: float, k: int = 10) -> Con
     """
     ordered = sorted(rows, key=lambda row: (row.text, -row.pooled))
     grouped = [list(same) for _, same in groupby(ordered, key=lambda row: row.text)]
-    best = sorted(
-        ((same[0], len(same)) for same in grouped), key=lambda pair: (-pair[0].pooled, pair[0].text)
-    )
+    best = sorted(((same[0], len(same)) for same in grouped), key=lambda pair: (-pair[0].pooled, pair[0].text))
     texts = [row.text for row, _ in best]
     low = np.array([row.pooled <= threshold for row, _ in best], dtype=bool)
     grams = _trigram_vectors(texts)
@@ -128,15 +124,13 @@ def contexts(rows: Sequence[ScoredRow], *, threshold: float, k: int = 10) -> Con
         similarity = np.where(low & (np.arange(len(best)) != i), (grams @ grams[[i]].T).toarray()[:, 0], -1.0)
         nearest = int(similarity.argmax())
         found = similarity[nearest] >= 0
-        top.append(
-            Context(row, copies, best[nearest][0] if found else None, float(max(similarity[nearest], 0.0)))
-        )
+        top.append(Context(row, copies, best[nearest][0] if found else None, float(max(similarity[nearest], 0.0))))
     bottom = [Context(row, copies, None, 0.0) for row, copies in reversed(best[-k:])]
     return Contexts(tuple(top), tuple(bottom))
 
 
 def _trigram_vectors(texts: Sequence[str]) -> csr_array:
-    """Unit rows of byte-trigram counts; a trigram that most texts hold, as in a template, weighs little."""
+    """Byte-trigram counts of each text, as unit rows."""
     rows: list[NDArray[np.int64]] = []
     columns: list[NDArray[np.int64]] = []
     for i, text in enumerate(texts):
@@ -148,7 +142,5 @@ def _trigram_vectors(texts: Sequence[str]) -> csr_array:
     _, column = np.unique(np.concatenate(columns), return_inverse=True)
     row = np.concatenate(rows)
     counts = csr_array((np.ones(len(row)), (row, column)))  # duplicates are summed
-    held_by = np.bincount(counts.indices)
-    counts.data = np.log1p(counts.data) * np.log1p(len(texts) / held_by[counts.indices])
     counts.data /= np.repeat(np.sqrt(counts.power(2).sum(axis=1)), np.diff(counts.indptr))
     return counts

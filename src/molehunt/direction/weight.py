@@ -157,9 +157,7 @@ def _leading_svd(
     return u, s, v, residual, _missed(a, u, norm, rng)
 
 
-def _missed(
-    a: Float[Tensor, "d_out d_in"], q: Float[Tensor, "d_out l"], norm: float, rng: torch.Generator
-) -> float:
+def _missed(a: Float[Tensor, "d_out d_in"], q: Float[Tensor, "d_out l"], norm: float, rng: torch.Generator) -> float:
     """A bound on ‖E‖ for E = A − QQᵀA that fails with probability 10^-PROBES.
 
     Halko et al., Lemma 4.1, applied to E(EᵀE)² (whose norm is ‖E‖⁵) instead of E: on a flat spectrum the

@@ -1,0 +1,44 @@
+"""One line of the benchmark table."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    work: str
+    against: str
+    ours: str
+    theirs: str
+    ratio: float | None
+    """theirs / ours: above 1 is in our favour. None where nothing was measured."""
+    aim: str
+    met: bool | None
+    """None where there is no aim or nothing was measured."""
+    note: str = ""
+
+
+def seconds(work: Callable[[], object], repeats: int) -> float:
+    """Fastest of some runs: what the machine can do when nothing is in its way."""
+    taken: list[float] = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        work()
+        taken.append(time.perf_counter() - start)
+    return min(taken)
+
+
+def shown(value: float) -> str:
+    return f"{value:.3g} s" if value >= 1 else f"{1000 * value:.3g} ms"
+
+
+def table(rows: list[Row]) -> str:
+    """A Markdown table."""
+    lines = ["| work | against | ours | theirs | ratio | aim | met | note |", "|---|---|---|---|---|---|---|---|"]
+    for row in rows:
+        ratio = "–" if row.ratio is None else f"{row.ratio:.3g}×"
+        met = {True: "yes", False: "**no**", None: "–"}[row.met]
+        cells = (row.work, row.against, row.ours, row.theirs, ratio, row.aim, met, row.note)
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
