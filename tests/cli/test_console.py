@@ -59,6 +59,7 @@ def test_bars_may_be_nested_and_leave_the_terminal_as_it_was(monkeypatch, capsys
             say(f"at {outer} {inner}")
             if (outer, inner) == (2, 4):
                 shown = terminal.getvalue()
+        assert track._bars is not None, "the outer bar outlives the inner one"
     assert track._bars is None
     assert "outer [x]" in shown and "inner" in shown and "at 2 4" in shown
     drawn = terminal.getvalue()

@@ -161,6 +161,7 @@ def test_an_interrupt_is_130(command, capsys) -> None:
 
     command(files)
     assert leave("files") == 130
+    assert capsys.readouterr() == ("", "Interrupted. The same command takes up where it stopped.\n")
 
 
 def test_warnings_of_the_package_reach_stderr_once(command, capsys) -> None:

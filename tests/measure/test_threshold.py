@@ -8,9 +8,7 @@ from hypothesis import strategies as st
 from molehunt.errors import NotTestable
 from molehunt.measure.threshold import conformal_p_values, conformal_threshold
 
-SCORES = st.lists(st.floats(-3, 3, width=16), min_size=1, max_size=60).map(
-    torch.tensor
-)  # width 16: many ties
+SCORES = st.lists(st.floats(-3, 3, width=16), min_size=1, max_size=60).map(torch.tensor)  # width 16: many ties
 RATES = st.sampled_from([0.01, 0.05, 0.1, 0.25, 0.3, 0.5, 0.9])
 
 
@@ -26,9 +24,7 @@ def test_p_values_and_the_threshold_agree(clean: torch.Tensor, scores: torch.Ten
 
 
 @given(SCORES, RATES)
-def test_at_most_the_promised_share_of_exchangeable_scores_is_flagged(
-    clean: torch.Tensor, fpr: float
-) -> None:
+def test_at_most_the_promised_share_of_exchangeable_scores_is_flagged(clean: torch.Tensor, fpr: float) -> None:
     """Leave each of n+1 scores out in turn: that is the draw which the guarantee is over."""
     flagged = 0
     for i in range(len(clean)):

@@ -99,10 +99,9 @@ def cluster_bootstrap(
     drawn = np.array([over(row.tolist()) for row in draws])
     left_out = np.array([over([i for i in range(m) if i != out]) for out in range(m)])
     if not (np.isfinite(drawn).all() and np.isfinite(left_out).all()):
-        raise ValueError(
-            "the statistic is undefined on a resample: group the rows so that each draw can hold it"
-        )
-    below = float((drawn < estimate).mean() + (drawn == estimate).mean() / 2)
+        raise ValueError("the statistic is undefined on a resample: group the rows so that each draw can hold it")
+    tied = np.isclose(drawn, estimate, rtol=1e-6, atol=0)  # the same rows in another order round differently
+    below = float((~tied & (drawn < estimate)).mean() + tied.mean() / 2)
     bias = float(ndtri(np.clip(below, 0.5 / resamples, 1 - 0.5 / resamples)))
     skew = left_out.mean() - left_out
     spread = float((skew**2).sum() ** 1.5)
