@@ -185,7 +185,8 @@ def test_no_file_names_a_path_of_one_machine() -> None:
 
 
 def test_the_public_names_are_there_and_listed() -> None:
-    assert set(molehunt.__all__) <= set(dir(molehunt))
+    assert set(molehunt.__all__) == set(molehunt._HOMES) and set(molehunt.__all__) <= set(dir(molehunt))
+    assert not set(molehunt.__all__) & set(ORDER), "a folder would hide the name once it is imported"
     for public in molehunt.__all__:
         assert getattr(molehunt, public) is not None
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):

@@ -7,19 +7,35 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from molehunt.contracts import Detector, Gate, Intervention, Reading, TransferMap
+    from molehunt.direction.direction import Direction
     from molehunt.model.pair import ModelPair
     from molehunt.model.site import Site
+    from molehunt.model.taps import edit_sites, read_sites
 
 _HOMES = {
     "Detector": "molehunt.contracts",
+    "Direction": "molehunt.direction.direction",
     "Gate": "molehunt.contracts",
     "Intervention": "molehunt.contracts",
     "ModelPair": "molehunt.model.pair",
     "Reading": "molehunt.contracts",
     "Site": "molehunt.model.site",
     "TransferMap": "molehunt.contracts",
+    "edit_sites": "molehunt.model.taps",
+    "read_sites": "molehunt.model.taps",
 }
-__all__ = ["Detector", "Gate", "Intervention", "ModelPair", "Reading", "Site", "TransferMap"]
+__all__ = [
+    "Detector",
+    "Direction",
+    "Gate",
+    "Intervention",
+    "ModelPair",
+    "Reading",
+    "Site",
+    "TransferMap",
+    "edit_sites",
+    "read_sites",
+]
 
 
 def __getattr__(name: str) -> object:  # torch is imported when a name is used, not before
