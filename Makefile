@@ -26,4 +26,4 @@ test: $(STAMP)
 	$(BIN)/coverage report
 
 benchmarks: $(STAMP)
-	$(BIN)/python -m benchmarks
+	$(BIN)/python benchmarks/run.py
