@@ -22,9 +22,7 @@ def test_shards_share_the_work_evenly_and_completely(count: int, n: int) -> None
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
-@pytest.mark.parametrize(
-    "text", ["", "3", "0/4", "5/4", "a/b", "-1/4", "1/0", "1/4/8", " 1/4", "１/４", "1/4\n"]
-)
+@pytest.mark.parametrize("text", ["", "3", "0/4", "5/4", "a/b", "-1/4", "1/0", "1/4/8", " 1/4", "１/４", "1/4\n"])
 def test_what_is_no_shard_is_refused(text: str) -> None:
     with pytest.raises(UsageError):
         Shard.parse(text)

@@ -34,9 +34,7 @@ def test_names_import_nothing() -> None:
 
 
 def test_an_unknown_name_lists_what_exists_and_guesses() -> None:
-    with pytest.raises(
-        UsageError, match=r"Did you mean posix-path\?\nAvailable: broken, posix-path\."
-    ) as caught:
+    with pytest.raises(UsageError, match=r"Did you mean posix-path\?\nAvailable: broken, posix-path\.") as caught:
         load(CATALOG, "posixpath", GROUP)
     assert "'posixpath'" in str(caught.value)
     with pytest.raises(UsageError, match=r"here\.\nAvailable: nothing\."):

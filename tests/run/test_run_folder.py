@@ -78,10 +78,7 @@ def test_log_appends_whole_lines_in_order(tmp_path: Path) -> None:
 def test_writing_replaces_a_file_whole(tmp_path: Path) -> None:
     run = RunFolder.create(tmp_path, {})
     run.write_text("sub/a.txt", "one\n")
-    assert (
-        run.write_json("sub/a.txt", {"b": 1, "a": [2]}).read_text()
-        == '{\n  "a": [\n    2\n  ],\n  "b": 1\n}\n'
-    )
+    assert run.write_json("sub/a.txt", {"b": 1, "a": [2]}).read_text() == '{\n  "a": [\n    2\n  ],\n  "b": 1\n}\n'
     assert stat.S_IMODE((tmp_path / "sub" / "a.txt").stat().st_mode) == 0o644
 
 

@@ -73,9 +73,7 @@ def test_a_finished_unit_is_not_made_again(tmp_path: Path) -> None:
     assert first == units.path("k") == units.run("k", make)
     assert calls == [[]], "made once, in an empty folder"
     assert units.done("k")
-    assert [p.name for p in units.folder.iterdir()] == ["k"], (
-        "neither a lock nor a partial folder stays behind"
-    )
+    assert [p.name for p in units.folder.iterdir()] == ["k"], "neither a lock nor a partial folder stays behind"
     listed = (first / "SHA256SUMS").read_text()
     assert listed == f"{file_hash(first / 'sub' / 'a')}  sub/a\n"
 
@@ -210,9 +208,7 @@ print("done", flush=True)
 
 def test_kill_9_at_any_moment_loses_only_the_unit_in_flight(tmp_path: Path) -> None:
     def work(folder: Path) -> subprocess.Popen[str]:
-        process = subprocess.Popen(
-            [sys.executable, "-c", WORK, str(folder)], stdout=subprocess.PIPE, text=True
-        )
+        process = subprocess.Popen([sys.executable, "-c", WORK, str(folder)], stdout=subprocess.PIPE, text=True)
         assert process.stdout is not None and process.stdout.readline() == "ready\n"
         return process
 
@@ -236,6 +232,4 @@ def test_kill_9_at_any_moment_loses_only_the_unit_in_flight(tmp_path: Path) -> N
     assert work(tmp_path / "killed").communicate(timeout=60)[0] == "done\n"
     left = tree(tmp_path / "killed")
     assert {name: data for name, data in left.items() if not name.endswith(".lock")} == expected
-    assert not any(data for name, data in left.items() if name.endswith(".lock")), (
-        "a dead lock is an empty file"
-    )
+    assert not any(data for name, data in left.items() if name.endswith(".lock")), "a dead lock is an empty file"

@@ -92,9 +92,7 @@ choose({given})
 """
 
 
-@pytest.mark.parametrize(
-    ("given", "errors"), [("parts.select", 0), ("parts.test", 1), ("parts.fit", 1), ("('a',)", 1)]
-)
+@pytest.mark.parametrize(("given", "errors"), [("parts.select", 0), ("parts.test", 1), ("parts.fit", 1), ("('a',)", 1)])
 def test_a_type_checker_refuses_the_wrong_split(given: str, errors: int, tmp_path: Path) -> None:
     (tmp_path / "caller.py").write_text(CALLER.replace("{given}", given))
     (tmp_path / "pyrightconfig.json").write_text("{}")

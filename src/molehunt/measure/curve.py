@@ -54,9 +54,7 @@ def tpr_at_fpr(clean: Float[Tensor, " n"], triggered: Float[Tensor, " m"], fpr: 
     return proportion(found, len(triggered))
 
 
-def bis(
-    scores: Float[Tensor, " n"], trigger: Bool[Tensor, " n"], benign: Bool[Tensor, " n"], q: float = 0.05
-) -> float:
+def bis(scores: Float[Tensor, " n"], trigger: Bool[Tensor, " n"], benign: Bool[Tensor, " n"], q: float = 0.05) -> float:
     """Backdoor isolation score as published, kept to compare with: F1 * (1 - FPR) at the pooled quantile.
 
     Its threshold comes from the scored rows themselves, so no feature can exceed `bis_ceiling`.

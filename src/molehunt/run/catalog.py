@@ -36,9 +36,7 @@ def load(catalog: Mapping[str, str], name: str, group: str) -> object:
         known = names(catalog, group)
         close = difflib.get_close_matches(name, known, n=1)
         meant = f" Did you mean {close[0]}?" if close else ""
-        raise UsageError(
-            f"There is no {printable(name)!r} here.{meant}\nAvailable: {', '.join(known) or 'nothing'}."
-        )
+        raise UsageError(f"There is no {printable(name)!r} here.{meant}\nAvailable: {', '.join(known) or 'nothing'}.")
     module, _, attribute = catalog[name].partition(":")
     return getattr(import_module(module), attribute)
 

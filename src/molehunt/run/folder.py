@@ -145,7 +145,4 @@ def _differing(theirs: Mapping[str, JSON], ours: Mapping[str, JSON]) -> str:
     if not isinstance(a, Mapping) or not isinstance(b, Mapping):
         return "an unknown layout"
     names = sorted(name for name in a.keys() | b.keys() if a.get(name) != b.get(name))
-    return (
-        ", ".join(f"{name}: {a.get(name)!r} there, {b.get(name)!r} now" for name in names)
-        or "an older layout"
-    )
+    return ", ".join(f"{name}: {a.get(name)!r} there, {b.get(name)!r} now" for name in names) or "an older layout"

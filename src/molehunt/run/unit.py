@@ -155,9 +155,7 @@ def _damage(folder: Path) -> str | None:
     found = {path.relative_to(folder).as_posix(): path for path in _files(folder)}
     if told.keys() != found.keys() or not told:
         return "files are missing or were added"
-    return next(
-        (f"{name} has changed" for name, path in found.items() if file_hash(path) != told[name]), None
-    )
+    return next((f"{name} has changed" for name, path in found.items() if file_hash(path) != told[name]), None)
 
 
 @contextmanager
