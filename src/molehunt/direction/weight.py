@@ -125,6 +125,12 @@ def difference(base: Float[Tensor, "d_out d_in"], tuned: Float[Tensor, "d_out d_
     return change
 
 
+def difference_norm(base: Float[Tensor, "*shape"], tuned: Float[Tensor, "*shape"]) -> float:
+    """‖tuned − base‖ in the Frobenius norm, summed in float64 a slice at a time: no full-size copy."""
+    pairs = zip(torch.atleast_1d(base).split(256), torch.atleast_1d(tuned).split(256), strict=True)
+    return math.sqrt(sum(float((b.double() - a.double()).square().sum()) for a, b in pairs))
+
+
 def frobenius_norm(weight: Float[Tensor, "..."]) -> float:
     """√Σw², summed in float64 a slice at a time."""
     return math.sqrt(sum(float(rows.double().square().sum()) for rows in torch.atleast_1d(weight).split(256)))
