@@ -13,9 +13,6 @@ from molehunt.model.blocks import unwrapped
 from molehunt.model.taps import edit_sites
 from molehunt.run.progress import Track, silent
 
-BUCKET = 32
-"""Prompts are padded to a multiple of this: every new shape costs a CPU kernel its preparation."""
-
 
 @torch.inference_mode()
 def generate(
@@ -72,9 +69,7 @@ def _decode(
 ) -> list[list[int]]:
     """One batch, left-padded so that all rows continue at the same column."""
     device = next(model.parameters()).device
-    width = -(-max(map(len, prompts)) // BUCKET) * BUCKET
-    if len({len(prompt) for prompt in prompts}) == 1:
-        width = len(prompts[0])
+    width = max(map(len, prompts))
     padded = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=device)
     lengths = torch.tensor([len(p) for p in prompts], device=device)[:, None]
     mask = (torch.arange(width, device=device) >= width - lengths).long()

@@ -21,6 +21,15 @@ ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER = "default"
 """What PEFT calls the one adapter of a pair."""
+BASE_ROWS = "__base__"
+"""PEFT's name for rows of a mixed batch that no adapter acts on."""
+ONE_PASS_UP_TO = 256
+"""Tokens up to which one pass over base and adapted rows together beats two.
+
+On one CPU core it took 0.56 of the time at 16 tokens, 0.83 at 128, 0.96 at 1024, 1.23 at 6144 (d_model 128).
+"""
+MAX_LAYERS = 1000
+"""A config that asks for more is refused before anything of that size is built."""
 HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 """What is fetched of a hub repository: nothing that can run."""
 TOKENIZER_PROBES = (
@@ -55,6 +64,7 @@ class ModelPair:
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
         self._base, self._tuned = base.eval(), tuned.eval()
+        self._mixes = self.shared and _mixes_rows(tuned)
         self.tokenizer = tokenizer
         self.layers_path = layers_path
         self.n_layers = len(decoder_blocks(tuned, layers_path))
@@ -182,10 +192,17 @@ class ModelPair:
             tokens[i, start : start + len(row)] = torch.tensor(row)
             mask[i, start : start + len(row)] = True
         tokens, mask = tokens.to(self.device), mask.to(self.device)
-        with self.base_model() as model:
-            base, base_logits = self._forward(model, tokens, mask, sites, logits)
-        with self.tuned_model() as model:
-            tuned, tuned_logits = self._forward(model, tokens, mask, sites, logits)
+        if self._mixes and tokens.numel() <= ONE_PASS_UP_TO:
+            names = [BASE_ROWS] * len(rows) + [ADAPTER] * len(rows)
+            with _adapter_by_row(self._tuned, names):
+                both, both_logits = self._forward(self._tuned, tokens.repeat(2, 1), mask.repeat(2, 1), sites, logits)
+            base, tuned = ({site: acts.chunk(2)[half] for site, acts in both.items()} for half in (0, 1))
+            base_logits, tuned_logits = (None, None) if both_logits is None else both_logits.chunk(2)
+        else:
+            with self.base_model() as model:
+                base, base_logits = self._forward(model, tokens, mask, sites, logits)
+            with self.tuned_model() as model:
+                tuned, tuned_logits = self._forward(model, tokens, mask, sites, logits)
         return Reading(
             tokens=tokens,
             mask=mask,
@@ -253,9 +270,13 @@ def _loading(folder: Path, what: str) -> Generator[None, None, None]:
 
 
 def _load_model(folder: Path, device: torch.device, dtype: torch.dtype | None) -> nn.Module:
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     with _loading(folder, "a causal language model"), _without_adapter(folder) as plain:
+        config = AutoConfig.from_pretrained(plain, trust_remote_code=False, local_files_only=True)
+        n_layers = config.get_text_config(decoder=True).num_hidden_layers
+        if not 0 < n_layers <= MAX_LAYERS:
+            raise ValueError(f"its config asks for {n_layers} layers")
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             plain,
             dtype=dtype or "auto",
@@ -309,6 +330,39 @@ def _apply_adapter(model: nn.Module, folder: Path) -> nn.Module:
         ).eval()
 
 
+def _mixes_rows(model: nn.Module) -> bool:
+    """Whether one batch can hold rows with and without the adapter: plain LoRA on linear layers and embeddings."""
+    from peft.tuners import lora
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    layers = [m for m in model.modules() if isinstance(m, lora.LoraLayer)]
+    plain = all(isinstance(m, lora.Linear | lora.Embedding) and not m.lora_variant for m in layers)
+    return plain and not any(isinstance(m, AuxiliaryTrainingWrapper) for m in model.modules())
+
+
+@contextmanager
+def _adapter_by_row(model: nn.Module, names: list[str]) -> Generator[None, None, None]:
+    """Row i of each batch inside the block runs under adapter `names[i]`.
+
+    PEFT's own `adapter_names` argument leaves its hooks behind when a pass is stopped early.
+    """
+    from peft.tuners import lora
+
+    def name_rows(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return args, {**kwargs, "adapter_names": names}
+
+    handles = [
+        module.register_forward_pre_hook(name_rows, with_kwargs=True)
+        for module in model.modules()
+        if isinstance(module, lora.LoraLayer)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def _one_tokenizer(base: Path, tuned: Path) -> PreTrainedTokenizerBase:
     """The base's tokenizer. Raises NotTestable when the fine-tune has one that encodes any probe differently."""
     tokenizer = _load_tokenizer(base)
@@ -356,6 +410,6 @@ def _plain_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def _checksum(parameter: Tensor) -> int:
-    """Sum of the raw bytes as integers: changes with any one weight."""
-    raw = parameter.detach().contiguous().view(-1).view(torch.uint8)
-    return int(raw.sum(dtype=torch.int64))
+    """Sum of the raw bits as integers: changes with any one weight."""
+    integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[parameter.element_size()]
+    return int(parameter.detach().view(integer).sum(dtype=torch.int64))

@@ -11,7 +11,6 @@ from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch._dynamo import OptimizedModule
 from torch.utils.hooks import RemovableHandle
 
 from molehunt.contracts import Intervention
@@ -136,7 +135,6 @@ def _hooked(
     firings: Counter[Site],
 ) -> Generator[None, None, None]:
     """Hooks in place inside the block, gone after it; forward passes that ended are counted against firings."""
-    _refuse_compiled(model)
     passes: Counter[int] = Counter()
 
     def count(module: nn.Module, args: Any, output: Any) -> None:
@@ -164,6 +162,7 @@ def _hooked(
 
 
 def _modules_at(model: nn.Module, sites: Iterable[Site], layers_path: str | None) -> dict[Site, nn.Module]:
+    _refuse_compiled(model)
     blocks = decoder_blocks(model, layers_path)
     found: dict[Site, nn.Module] = {}
     for site in sites:
@@ -186,9 +185,9 @@ def _acts_of(output: Any) -> Tensor:
 
 
 def _refuse_compiled(model: nn.Module) -> None:
-    for module in model.modules():
+    for name, module in model.named_modules():
         in_place = getattr(module, "_compiled_call_impl", None) is not None  # by module.compile()
-        if in_place or isinstance(module, OptimizedModule):
+        if in_place or name.rpartition(".")[2] == "_orig_mod":  # inside what torch.compile(module) returned
             raise CannotTap(
                 f"{type(module).__name__} is compiled: hooks run when it is traced and not when it is called.\n"
                 "Give the model as it was before torch.compile."
