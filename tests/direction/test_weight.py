@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from molehunt.direction import weight
-from molehunt.direction.weight import difference, frobenius_norm, lora_directions, weight_directions
+from molehunt.direction.weight import difference, difference_norm, frobenius_norm, lora_directions, weight_directions
 from molehunt.errors import NotTestable, ShapeMismatch
 
 
@@ -158,9 +158,12 @@ def test_the_difference_is_not_taken_in_the_stored_precision(dtype: torch.dtype)
     assert change[299, 1] == 2**-12 - 1 and change.count_nonzero() == 1
 
 
-def test_a_norm_is_summed_in_double_precision() -> None:
-    assert frobenius_norm(torch.full((1000, 10), 3e20)) == pytest.approx(3e22)  # squares overflow float32
+def test_norms_are_not_summed_in_the_stored_precision() -> None:
+    assert frobenius_norm(torch.full((1000, 10), 3.0).bfloat16()) == pytest.approx(300, rel=1e-6)
     assert frobenius_norm(torch.tensor(-2.0)) == 2.0
+    one, step = torch.ones(1000, 4).bfloat16(), torch.ones(1000, 4).bfloat16()
+    step[::2] += 2**-7
+    assert difference_norm(one, step) == pytest.approx(2**-7 * 2000**0.5)
 
 
 def test_other_shapes_are_refused_with_our_error() -> None:

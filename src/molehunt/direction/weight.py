@@ -18,8 +18,10 @@ ITERATIONS = range(4, 33)
 """Fewest and most power iterations. On a slowly decaying spectrum, 1 loses a tenth of the subspace."""
 ANGLE = 0.01
 """Sine of the angle to the true subspace at which the iteration stops."""
-PROBES = 10
-"""Random probes of the remainder; the bound fails with probability 10^-PROBES."""
+PROBES = 16
+"""Random probes of the remainder."""
+SLICE = 256
+"""Rows that are cast to a wider type at a time."""
 
 
 def weight_directions(
@@ -115,25 +117,29 @@ def lora_directions(
     )
 
 
-def difference(base: Float[Tensor, "d_out d_in"], tuned: Float[Tensor, "d_out d_in"]) -> Tensor:
+def difference(base: Float[Tensor, "*shape"], tuned: Float[Tensor, "*shape"]) -> Tensor:
     """`tuned - base` in float32 (float64 when either is), with no other full-size copy."""
     # a bf16 difference would round itself away
     dtype = torch.float64 if torch.float64 in (base.dtype, tuned.dtype) else torch.float32
     change = tuned.to(dtype, copy=True)
-    for rows, theirs in zip(change.split(256), base.split(256), strict=True):
+    for rows, theirs in zip(change.split(SLICE), base.split(SLICE), strict=True):
         rows -= theirs.to(dtype)
     return change
 
 
 def difference_norm(base: Float[Tensor, "*shape"], tuned: Float[Tensor, "*shape"]) -> float:
-    """‖tuned − base‖ in the Frobenius norm, summed in float64 a slice at a time: no full-size copy."""
-    pairs = zip(torch.atleast_1d(base).split(256), torch.atleast_1d(tuned).split(256), strict=True)
-    return math.sqrt(sum(float((b.double() - a.double()).square().sum()) for a, b in pairs))
+    """‖tuned − base‖ in the Frobenius norm, a slice at a time: no full-size copy."""
+    pairs = zip(torch.atleast_1d(base).split(SLICE), torch.atleast_1d(tuned).split(SLICE), strict=True)
+    return math.hypot(*(frobenius_norm(difference(a, b)) for a, b in pairs))
 
 
 def frobenius_norm(weight: Float[Tensor, "..."]) -> float:
-    """√Σw², summed in float64 a slice at a time."""
-    return math.sqrt(sum(float(rows.double().square().sum()) for rows in torch.atleast_1d(weight).split(256)))
+    """√Σw², in float32 within a slice of rows and in float64 over them."""
+    return math.hypot(*(_norm(rows) for rows in torch.atleast_1d(weight).split(SLICE)))
+
+
+def _norm(rows: Tensor) -> float:
+    return float(torch.linalg.vector_norm(rows, dtype=torch.promote_types(rows.dtype, torch.float32)))
 
 
 def _leading_svd(
@@ -164,16 +170,16 @@ def _leading_svd(
 
 
 def _missed(a: Float[Tensor, "d_out d_in"], q: Float[Tensor, "d_out l"], norm: float, rng: torch.Generator) -> float:
-    """A bound on ‖E‖ for E = A − QQᵀA that fails with probability 10^-PROBES.
+    """A bound on ‖E‖ for E = A − QQᵀA that fails with probability 1e-10.
 
     Halko et al., Lemma 4.1, applied to E(EᵀE)² (whose norm is ‖E‖⁵) instead of E: on a flat spectrum the
-    lemma's slack of 8·√rank shrinks to its fifth root.
+    lemma's slack of 3.4·√rank shrinks to its fifth root.
     """
     x = torch.randn(a.shape[1], PROBES, generator=rng, dtype=a.dtype)
     for _ in range(2):
         x = a.mT @ _outside(q, a @ (x / norm)) / norm  # scaled: fifth powers vanish or overflow
     x = _outside(q, a @ (x / norm))
-    slack = 10 * math.sqrt(2 / math.pi)
+    slack = 10 ** (10 / PROBES) * math.sqrt(2 / math.pi)
     return norm * ((slack * float(x.norm(dim=0).max())) ** 0.2 + torch.finfo(a.dtype).eps)
 
 
