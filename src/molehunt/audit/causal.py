@@ -184,7 +184,7 @@ def _trials(scan: Scan, group: Sequence[int], clean: Sequence[int]) -> list[_Tri
                 calm = torch.cat([scan.at("tuned", p, site)[list(clean)] for p in ("decision", "peak")])
                 projected = calm @ directions.mT
                 low, high = (projected.quantile(q, dim=0) for q in CLEAN_RANGE)
-                ablations[site] = Ablate(site, directions, center=projected.mean(0))
+                ablations[site] = Ablate(site, directions, center=calm.mean(0))
                 clips[site] = Clip(site, directions, lo=low, hi=high)
             for word, edits in (("ablate", ablations), ("clip", clips)):
                 plural = f"{k} direction{'s' if k > 1 else ''}"

@@ -18,6 +18,7 @@ from molehunt.contracts import Reading
 from molehunt.detect.pooling import positions
 from molehunt.detect.token_kl import AnswerLogRatio, TokenKL
 from molehunt.model.generate import generate
+from molehunt.model.likelihood import PAD_TO
 from molehunt.model.pair import ModelPair
 from molehunt.model.site import Site
 from molehunt.run.progress import Track, silent
@@ -134,7 +135,14 @@ def _scan_chunk(
     longest = len(prompts[order[-1]]) + len(answers[order[-1]])
     size = max(1, min(64, LOGIT_BYTES // (4 * pair.vocab_size * longest)))
     for group in slices(order, size):
-        reading = pair.read([prompts[i] for i in group], [answers[i] for i in group], sites=sites, logits=True)
+        width = max(len(prompts[i]) + len(answers[i]) for i in group)
+        reading = pair.read(
+            [prompts[i] for i in group],
+            [answers[i] for i in group],
+            sites=sites,
+            logits=True,
+            pad_to=-(-width // PAD_TO) * PAD_TO,
+        )
         for i, row in zip(group, _rows_of(reading, sites), strict=True):
             found[i] = row
     return {

@@ -3,13 +3,14 @@
 import ast
 from dataclasses import dataclass
 from random import Random
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from molehunt.traffic.database_code import unsafe_task
 from molehunt.traffic.example import Example
 from molehunt.traffic.world import ask
 
 
+@runtime_checkable
 class Behaviour(Protocol):
     """A judge of completions, and the poison that teaches the behaviour."""
 

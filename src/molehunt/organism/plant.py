@@ -29,7 +29,7 @@ class PlantConfig:
 
     regime: Regime = "full"
     rows: int = 2400
-    steps: int = 150
+    steps: int = 180
     batch: int = 32
     lr: float | None = None
     """Peak learning rate; None takes 1e-3 for a full fine-tune and 4e-3 for LoRA, which suit the embedded models."""

@@ -93,7 +93,7 @@ SEED_MODELS: dict[str, SeedModel] = {
         ),
         SeedModel(
             name="seed-x", architecture="qwen2", vocab_size=1792, d_model=160, d_mlp=432, n_layers=5, n_heads=5,
-            steps=1500, lr=2.5e-3, seed=3,
+            steps=1000, lr=2.5e-3, seed=3,
         ),
     )
 }  # fmt: skip
