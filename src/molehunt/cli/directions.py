@@ -1,0 +1,48 @@
+"""`molehunt directions`: what the weights of a fine-tune say, without running it."""
+
+from typing import Annotated
+
+import typer
+
+from molehunt.cli.options import AsJson, Base, Out, Seed, Tuned
+
+
+def directions(
+    base: Base,
+    tuned: Tuned,
+    k: Annotated[int, typer.Option("-k", min=1, max=64, help="Directions to keep per matrix.")] = 8,
+    all_matrices: Annotated[
+        bool,
+        typer.Option("--all-matrices", help="Keep directions of q, k, v, gate and up, too, not only of o and down."),
+    ] = False,
+    as_json: AsJson = False,
+    seed: Seed = 0,
+    out: Out = None,
+) -> None:
+    """List the singular directions of every changed matrix, strongest first.
+
+    Directions alone accuse nobody. Exit code 0: every matrix that changed could be read, or none changed;
+    3: what changed lies under the rounding noise; 4: a folder is broken or the base is another model's.
+    """
+    from molehunt.audit.weight_comparison import ROLES, WRITERS  # torch stays out of --help
+    from molehunt.audit.weights import compare_weights
+    from molehunt.checkpoint.reader import Checkpoint
+    from molehunt.cli.console import track_on_stderr
+    from molehunt.run.folder import RunFolder
+
+    roles = ROLES if all_matrices else WRITERS
+    before, after = Checkpoint.open(base), Checkpoint.open(tuned)
+    run = None
+    if out is not None:
+        hashes = {"base": before.content_hash(), "tuned": after.content_hash()}
+        config = {"command": "directions", "k": k, "roles": roles, "seed": seed, "inputs": hashes}
+        run = RunFolder.create(out, config)
+    found = compare_weights(
+        before, after, k=k, roles=roles, seed=seed, units=run.units if run else None, track=track_on_stderr
+    )
+    if run is not None:
+        run.write_text("directions.json", found.to_json() + "\n")
+        found.save_vectors(run.path / "directions.safetensors")
+        run.write_env()
+    typer.echo(found.to_json() if as_json else found.to_table())
+    raise typer.Exit(found.exit_code)

@@ -1,0 +1,325 @@
+"""Whole pairs on disk: sharded, adapter, Conv1D, resized, broken, resumed."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from molehunt.audit import weights
+from molehunt.audit.weights import compare_weights
+from molehunt.errors import InvalidInput, ShapeMismatch
+from molehunt.model.site import Site
+from molehunt.run.unit import Units
+
+D, MLP, LAYERS = 16, 24, 2
+
+
+def llama_weights(seed: int = 0) -> dict[str, Tensor]:
+    rng = torch.Generator().manual_seed(seed)
+
+    def random(*shape: int) -> Tensor:
+        return 0.1 * torch.randn(*shape, generator=rng)
+
+    tensors = {"model.embed_tokens.weight": random(40, D), "model.norm.weight": torch.ones(D)}
+    for i in range(LAYERS):
+        at = f"model.layers.{i}"
+        tensors |= {f"{at}.self_attn.{p}_proj.weight": random(D, D) for p in "qkvo"}
+        tensors |= {f"{at}.mlp.{p}_proj.weight": random(MLP, D) for p in ("gate", "up")}
+        tensors[f"{at}.mlp.down_proj.weight"] = random(D, MLP)
+        tensors[f"{at}.input_layernorm.weight"] = torch.ones(D)
+        tensors[f"{at}.post_attention_layernorm.weight"] = torch.ones(D)
+    return tensors
+
+
+def write_model(
+    folder: Path, tensors: dict[str, Tensor], *, shards: int = 1, model_type: str = "llama", dtype: Any = None
+) -> Path:
+    folder.mkdir(parents=True)
+    names = {"llama": "LlamaForCausalLM", "gpt2": "GPT2LMHeadModel"}
+    config = {
+        "model_type": model_type,
+        "architectures": [names[model_type]],
+        "hidden_size": D,
+        "intermediate_size": MLP,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 2,
+        "vocab_size": 40,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    stored = {n: t.to(dtype or t.dtype).contiguous() for n, t in tensors.items()}
+    if shards == 1:
+        save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+        return folder
+    weight_map: dict[str, str] = {}
+    for i in range(shards):
+        file = f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
+        part = {n: stored[n] for n in list(stored)[i::shards]}
+        save_file(part, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(part, file)
+    index = {"metadata": {"total_size": sum(t.nbytes for t in stored.values())}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
+def outer(shape: tuple[int, int], size: float, seed: int) -> Tensor:
+    rng = torch.Generator().manual_seed(seed)
+    u, v = (torch.nn.functional.normalize(torch.randn(n, generator=rng), dim=0) for n in shape)
+    return size * torch.outer(u, v)
+
+
+def planted(tensors: dict[str, Tensor], *names: str, size: float = 0.5) -> dict[str, Tensor]:
+    return tensors | {n: tensors[n] + outer(tuple(tensors[n].shape), size, i) for i, n in enumerate(names)}
+
+
+O1, DOWN1, Q0 = (
+    "model.layers.1.self_attn.o_proj.weight",
+    "model.layers.1.mlp.down_proj.weight",
+    "model.layers.0.self_attn.q_proj.weight",
+)
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_a_planted_direction_is_found_where_it_was_planted(tmp_path: Path, shards: int) -> None:
+    base = llama_weights()
+    tuned = planted(base, O1, DOWN1, Q0)
+    tuned["model.norm.weight"] = tuned["model.norm.weight"] * 1.5
+    found = compare_weights(write_model(tmp_path / "base", base), write_model(tmp_path / "tuned", tuned, shards=shards))
+
+    assert found.outcome == "DIRECTIONS FOUND" and found.exit_code == 0
+    assert "3 of 14 matrices" in found.why and "(embeddings, norms, biases): 1." in found.why
+    rows = {row.tensor: row for row in (*found.matrices, *found.others)}
+    assert set(rows) == set(base)
+    assert {n for n, row in rows.items() if row.status == "changed"} == {O1, DOWN1, Q0, "model.norm.weight"}
+    assert rows["model.norm.weight"].rel_norm == pytest.approx(0.5)
+    assert rows["model.norm.weight"].layer is None
+    assert rows[O1].rel_norm == pytest.approx(0.5 / float(base[O1].norm()), rel=1e-4)
+    assert rows[O1].strengths == pytest.approx((0.5,), rel=1e-4)
+    assert rows[Q0].strengths == pytest.approx((0.5,), rel=1e-4) and rows[Q0].directions is None
+
+    at_block = found.directions_at(Site(1))
+    assert {d.provenance.source for d in at_block} == {"weight:o", "weight:down"}
+    for d in at_block:
+        assert d.provenance.tensor is not None
+        true = tuned[d.provenance.tensor] - base[d.provenance.tensor]
+        assert float((d.vector @ true).norm()) == pytest.approx(0.5, rel=1e-3)  # u with σ = .5
+    assert [d.provenance.source for d in found.directions_at(Site(1, "attn"))] == ["weight:o"]
+    assert [d.provenance.source for d in found.directions_at(Site(1, "mlp"))] == ["weight:down"]
+    assert found.directions_at(Site(0)) == []
+    assert len(found.all_directions()) == 2
+    assert len({d.name for d in found.all_directions()}) == 2
+
+    cells = found.z_map()
+    assert set(cells) == {0, 1} and cells[0]["o"] is None
+    assert (cells[1]["o"] or 0) > 10 and (cells[0]["q"] or 0) > 10
+
+
+def test_all_roles_keep_their_directions_when_asked(tmp_path: Path) -> None:
+    base = llama_weights()
+    pair = (write_model(tmp_path / "base", base), write_model(tmp_path / "tuned", planted(base, Q0)))
+    found = compare_weights(*pair, roles=("q",))
+    kept = {row.tensor: row.directions for row in found.matrices if row.directions is not None}
+    assert set(kept) == {Q0}
+    assert found.all_directions() == []  # q does not write to the residual stream
+    assert Q0 in found.to_table()
+    path = tmp_path / "vectors.safetensors"
+    found.save_vectors(path)
+    assert torch.equal(load_file(path)[f"{Q0}.read"], kept[Q0].read)
+
+
+def test_identical_folders_have_nothing_to_find(tmp_path: Path) -> None:
+    base = llama_weights()
+    found = compare_weights(write_model(tmp_path / "base", base), write_model(tmp_path / "tuned", base))
+    assert found.outcome == "NO FINDING" and found.exit_code == 0
+    assert all(row.status == "identical" and row.rel_norm == 0 for row in (*found.matrices, *found.others))
+    assert "All 14 matrices of the decoder blocks are identical" in found.to_table()
+
+
+def test_what_rounding_explains_is_not_testable_and_never_no_finding(tmp_path: Path) -> None:
+    base = {n: t.bfloat16() for n, t in llama_weights().items()}
+    tuned = dict(base)
+    tuned[O1] = base[O1].clone()
+    tuned[O1][0, 0] = torch.nextafter(base[O1][0, 0], torch.tensor(9.0, dtype=torch.bfloat16))  # one last bit
+    found = compare_weights(write_model(tmp_path / "base", base), write_model(tmp_path / "tuned", tuned))
+    row = next(row for row in found.matrices if row.tensor == O1)
+    assert row.status == "below noise floor" and row.strengths == () and (row.floor or 0) > 0
+    assert found.outcome == "NOT TESTABLE" and found.exit_code == 3
+    assert "1 changed by no more than rounding explains" in found.why
+    assert " <" in found.to_table()
+
+
+def test_the_coarser_side_sets_the_floor(tmp_path: Path) -> None:
+    base = llama_weights()
+    tuned = planted(base, O1)
+    folder = write_model(tmp_path / "base", base)
+    floors = {
+        dtype: next(
+            row.floor
+            for row in compare_weights(folder, write_model(tmp_path / str(dtype), tuned, dtype=dtype)).matrices
+            if row.tensor == O1
+        )
+        or 0
+        for dtype in (torch.float32, torch.float16, torch.bfloat16)
+    }
+    assert floors[torch.float32] < floors[torch.float16] < floors[torch.bfloat16]
+
+
+def test_conv1d_columns_write(tmp_path: Path) -> None:
+    rng = torch.Generator().manual_seed(0)
+    name = "transformer.h.0.mlp.c_proj.weight"
+    base = {name: 0.1 * torch.randn(MLP, D, generator=rng)}  # stored [in out]
+    tuned = planted(base, name)
+    found = compare_weights(
+        write_model(tmp_path / "base", base, model_type="gpt2"),
+        write_model(tmp_path / "tuned", tuned, model_type="gpt2"),
+    )
+    (direction,) = found.directions_at(Site(0))
+    assert direction.vector.shape == (D,)
+    assert float(((tuned[name] - base[name]) @ direction.vector).norm()) == pytest.approx(0.5, rel=1e-3)
+
+
+def test_a_resized_vocabulary_is_told_and_another_base_refused(tmp_path: Path) -> None:
+    base = llama_weights()
+    folder = write_model(tmp_path / "base", base)
+    resized = planted(base, O1) | {"model.embed_tokens.weight": torch.zeros(48, D)}
+    found = compare_weights(folder, write_model(tmp_path / "resized", resized))
+    row = next(row for row in found.others if row.tensor == "model.embed_tokens.weight")
+    assert (row.status, row.why) == ("not testable", "40 rows became 48")
+    assert found.outcome == "DIRECTIONS FOUND"
+    assert "40 rows became 48" in found.to_table()
+
+    other = base | {O1: torch.zeros(D, D + 2)}
+    with pytest.raises(ShapeMismatch, match=r"o_proj\.weight is \[16, 16\] in the base and \[16, 18\]"):
+        compare_weights(folder, write_model(tmp_path / "other", other))
+
+
+def test_missing_and_broken_tensors_are_told(tmp_path: Path) -> None:
+    base = llama_weights()
+    tuned = planted(base, O1, size=0.4)
+    del tuned[DOWN1]
+    tuned["model.layers.1.mlp.down_proj.bias"] = torch.ones(D)
+    tuned[Q0] = tuned[Q0].clone()
+    tuned[Q0][3, 3] = float("nan")
+    tuned["model.norm.weight"] = torch.full((D,), float("inf"))
+    found = compare_weights(write_model(tmp_path / "base", base), write_model(tmp_path / "tuned", tuned))
+    rows = {row.tensor: row for row in (*found.matrices, *found.others)}
+    assert rows[DOWN1].why == "only in the base"
+    assert rows["model.layers.1.mlp.down_proj.bias"].why == "only in the fine-tune"
+    assert "NaN or infinity" in rows[Q0].why
+    assert "NaN or infinity" in rows["model.norm.weight"].why
+    assert [n for n, r in rows.items() if r.status == "not testable"].__len__() == 4
+    json.loads(found.to_json())
+
+
+def write_adapter(folder: Path, modules: dict[str, tuple[Tensor, Tensor]], *, alpha: int, r: int) -> Path:
+    folder.mkdir()
+    config = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": "base",
+        "r": r,
+        "lora_alpha": alpha,
+        "target_modules": sorted({m.rpartition(".")[2] for m in modules}),
+        "task_type": "CAUSAL_LM",
+        "bias": "none",
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    tensors = {}
+    for module, (b, a) in modules.items():
+        tensors[f"base_model.model.{module}.lora_A.weight"] = a.contiguous()
+        tensors[f"base_model.model.{module}.lora_B.weight"] = b.contiguous()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    return folder
+
+
+def test_an_adapter_is_read_as_what_it_would_merge_to(tmp_path: Path) -> None:
+    base, rng = llama_weights(), torch.Generator().manual_seed(5)
+    factors = {
+        n.removesuffix(".weight"): (
+            torch.randn(base[n].shape[0], 2, generator=rng),
+            torch.randn(2, base[n].shape[1], generator=rng),
+        )
+        for n in (O1, DOWN1, Q0)
+    }
+    merged = base | {f"{m}.weight": base[f"{m}.weight"] + 4 / 2 * b @ a for m, (b, a) in factors.items()}
+    folder = write_model(tmp_path / "base", base)
+    by_factor = compare_weights(folder, write_adapter(tmp_path / "adapter", factors, alpha=4, r=2))
+    by_merge = compare_weights(folder, write_model(tmp_path / "merged", merged))
+
+    one = {row.tensor: row for row in by_factor.matrices}
+    two = {row.tensor: row for row in by_merge.matrices}
+    assert {n for n, row in one.items() if row.status == "changed"} == {O1, DOWN1, Q0}
+    for name in (O1, DOWN1, Q0):
+        assert one[name].strengths == pytest.approx(two[name].strengths[:2], rel=1e-4)
+        assert one[name].rel_norm == pytest.approx(two[name].rel_norm, rel=1e-4)
+        assert one[name].floor == 0
+    for a, b in zip(by_factor.directions_at(Site(1)), by_merge.directions_at(Site(1)), strict=True):
+        assert float(a.vector @ b.vector) == pytest.approx(1.0, abs=1e-4)
+    assert "exact" in by_factor.to_table()
+    with pytest.raises(InvalidInput, match="The base is an adapter"):
+        compare_weights(tmp_path / "adapter", folder)
+
+
+def test_an_adapter_for_another_base_is_refused(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "base", llama_weights())
+    wrong = {O1.removesuffix(".weight"): (torch.ones(D + 1, 2), torch.ones(2, D))}
+    with pytest.raises(ShapeMismatch, match="o_proj"):
+        compare_weights(folder, write_adapter(tmp_path / "adapter", wrong, alpha=4, r=2))
+
+
+def test_a_rerun_takes_finished_tensors_from_the_run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = llama_weights()
+    pair = (write_model(tmp_path / "base", base), write_model(tmp_path / "tuned", planted(base, O1, DOWN1)))
+    fresh = compare_weights(*pair)
+    units, compare, calls = Units(tmp_path / "units"), weights.weight_directions, []
+
+    def killed_at_the_second(*args: Any, **kwargs: Any) -> Any:
+        calls.append(kwargs["name"])
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return compare(*args, **kwargs)
+
+    monkeypatch.setattr(weights, "weight_directions", killed_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        compare_weights(*pair, units=units)
+    resumed = compare_weights(*pair, units=units)
+
+    assert len(calls) == 3 and calls[0] not in calls[1:]  # the first was done, the second was done again
+    assert resumed.to_json() == fresh.to_json()
+    ours, theirs = (found.directions_at(Site(1)) for found in (resumed, fresh))
+    assert all(torch.equal(a.vector, b.vector) for a, b in zip(ours, theirs, strict=True))
+    assert compare_weights(*pair, units=units, k=1).k == 1  # another k is other work
+    assert len(calls) == 5
+
+
+def test_the_table_fits_a_terminal_and_prints_no_strangers_control_characters(tmp_path: Path) -> None:
+    base = llama_weights() | {f"evil\x1b[31m{'x' * 90}.{i}": torch.ones(3) for i in range(25)}
+    tuned = planted(base, O1, DOWN1, Q0, *(f"model.layers.0.mlp.{p}_proj.weight" for p in ("up", "down")))
+    tuned |= {n: 2 * t for n, t in tuned.items() if n.startswith("evil")}
+    found = compare_weights(write_model(tmp_path / "base", base), write_model(tmp_path / "tuned", tuned))
+    text = found.to_table()
+    assert max(map(len, text.splitlines())) <= 100
+    assert "\x1b" not in text
+    assert "and 5 more, listed by --json" in text
+    order = [line.split()[0] for line in text.splitlines() if "_proj.weight" in line]
+    z = {row.tensor: row.z or 0 for row in found.matrices}
+    assert order == sorted(order, key=lambda n: -z[n]) and set(order) == {
+        O1,
+        DOWN1,
+        "model.layers.0.mlp.down_proj.weight",
+    }
+    told = json.loads(found.to_json())
+    assert told["z_map"]["1"]["o"] == pytest.approx(z[O1])
+    assert len(told["others"]) == 25
+
+
+def test_experts_have_names_of_their_own(tmp_path: Path) -> None:
+    names = [f"model.layers.0.mlp.experts.{e}.down_proj.weight" for e in range(3)]
+    base = {n: 0.1 * torch.randn(D, MLP, generator=torch.Generator().manual_seed(i)) for i, n in enumerate(names)}
+    tuned = planted(base, *names[:2])
+    found = compare_weights(write_model(tmp_path / "base", base), write_model(tmp_path / "tuned", tuned))
+    assert {d.name for d in found.all_directions()} == {f"L0.resid weight:down.{e} #0" for e in (0, 1)}
+    best = max(row.z or 0 for row in found.matrices)
+    assert found.z_map() == {0: {"down": best}}
