@@ -1,5 +1,6 @@
 """Tiny random models and a tokenizer, built offline."""
 
+import warnings
 from functools import cache
 from pathlib import Path
 
@@ -97,3 +98,52 @@ def prompts(seed: int = 0, lengths: tuple[int, ...] = (3, 9, 5, 17)) -> list[lis
     """Random token rows without special tokens."""
     rng = torch.Generator().manual_seed(seed)
     return [torch.randint(3, VOCAB, (n,), generator=rng).tolist() for n in lengths]
+
+
+LORA_TARGETS = {"gpt2": ["c_attn", "c_proj"], "gpt_neox": ["query_key_value", "dense"]}
+
+
+def with_lora(model: nn.Module, architecture: str, seed: int = 7, **options):
+    """A PEFT model around `model` whose adapter does something."""
+    import peft
+
+    torch.manual_seed(seed)
+    config = peft.LoraConfig(
+        target_modules=LORA_TARGETS.get(architecture, ["q_proj", "o_proj", "down_proj"]),
+        r=4,
+        fan_in_fan_out=architecture == "gpt2",
+        **{"init_lora_weights": False, **options},
+    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        return peft.get_peft_model(model, config).eval()
+
+
+def hooks(model: nn.Module) -> int:
+    """Hooks of every kind on every module."""
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in model.modules())
+
+
+class Blocks(nn.Module):
+    """Linear blocks between an embedding and a head, with a transformers config; subclasses run them oddly."""
+
+    def __init__(self, n_layers: int = 3, width: int = 8) -> None:
+        super().__init__()
+        from transformers import LlamaConfig
+
+        self.config = LlamaConfig(
+            num_hidden_layers=n_layers, hidden_size=width, num_attention_heads=1, vocab_size=VOCAB
+        )
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(VOCAB, width)
+        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(n_layers))
+        self.head = nn.Linear(width, VOCAB)
+
+    def run(self, layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return layer(x)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        x = self.embed(input_ids)
+        for layer in self.layers:
+            x = self.run(layer, x)
+        return self.head(x)

@@ -252,6 +252,7 @@ def local_folder(path: str | Path) -> Path:
 @contextmanager
 def _loading(folder: Path, what: str) -> Generator[None, None, None]:
     """No progress bars of transformers, and its errors told as ours."""
+    from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
     from transformers.utils import logging
 
@@ -259,7 +260,9 @@ def _loading(folder: Path, what: str) -> Generator[None, None, None]:
     logging.disable_progress_bar()
     try:
         yield
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError, SafetensorError) as error:
+    except (
+        OSError, ValueError, LookupError, TypeError, RuntimeError, AttributeError, SafetensorError, StrictDataclassError
+    ) as error:  # fmt: skip
         raise InvalidInput(
             f"{printable(folder.name)} cannot be loaded as {what}: {type(error).__name__}: "
             f"{printable(str(error), 400)}\nRun `molehunt files` on it to see what is in the folder."

@@ -16,11 +16,11 @@ from torch.utils.hooks import RemovableHandle
 from molehunt.contracts import Intervention
 from molehunt.errors import CannotTap
 from molehunt.model.blocks import attn_module, decoder, decoder_blocks, mlp_module, unwrapped
-from molehunt.model.site import STREAMS, Site
+from molehunt.model.site import Site
 
 
-class _DeepestSiteRead(BaseException):
-    """Unwinds a forward pass after its deepest tapped block. Never leaves `read_sites`."""
+class _AllSitesRead(BaseException):
+    """Unwinds a forward pass once every site was read. Never leaves `read_sites`."""
 
 
 class Tap:
@@ -59,7 +59,7 @@ def read_sites(
     Args:
         model: a causal language model, in a PEFT wrapper or not.
         sites: where to read.
-        stop_early: run no block after the deepest site. The `with` body ends at that forward pass; what follows it in
+        stop_early: run nothing after the deepest site. The `with` body ends at that forward pass; what follows it in
             the body does not run.
         layers_path: see `decoder_blocks`.
 
@@ -69,15 +69,13 @@ def read_sites(
     wanted = tuple(dict.fromkeys(sites))
     tap = Tap(wanted)
     modules = _modules_at(model, wanted, layers_path)
-    # `resid` is computed after its block's attention and MLP, which is the order of STREAMS reversed
-    deepest = max(wanted, key=lambda site: (site.layer, -STREAMS.index(site.stream)), default=None)
-    stop = _DeepestSiteRead()
+    stop = _AllSitesRead()
 
     def hook_at(site: Site) -> Callable[[nn.Module, Any, Any], None]:
         def read(module: nn.Module, args: Any, output: Any) -> None:
             tap.firings[site] += 1
             tap.acts[site] = _acts_of(output).clone()  # a later in-place sum would change what was read
-            if stop_early and site == deepest:
+            if stop_early and all(tap.firings.values()):
                 raise stop
 
         return read
@@ -85,7 +83,7 @@ def read_sites(
     try:
         with _hooked(model, [(modules[site], hook_at(site)) for site in wanted], tap.firings):
             yield tap
-    except _DeepestSiteRead as raised:
+    except _AllSitesRead as raised:
         if raised is not stop:
             raise
 
