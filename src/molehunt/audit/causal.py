@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from random import Random
 
 from molehunt.audit.candidates import SharedText, shared_texts
-from molehunt.audit.intervention import Trial, choose_intervention
+from molehunt.audit.intervention import CLEAN_READ, Trial, choose_intervention
 from molehunt.audit.plan import Plan
 from molehunt.audit.scan import Scan, ScannedRow
 from molehunt.contracts import Intervention
 from molehunt.measure.interval import Interval, proportion
-from molehunt.measure.similarity import chrf
+from molehunt.measure.similarity import chrf, nearest_texts
 from molehunt.model.generate import generate
 from molehunt.model.likelihood import answer_log_probs
 from molehunt.model.pair import ModelPair
@@ -25,7 +25,7 @@ from molehunt.steer.add import Add
 from molehunt.steer.random_edit import RandomEdit
 from molehunt.traffic.split import Fit, Select
 
-STRENGTHS = (1.0, 2.0)
+STRENGTHS = (1.0, 2.0, 4.0)
 """How much of the group's mean shift is added to clean rows."""
 ANSWER_SHARE = 0.5
 """Share of a group's answers that a fragment must be in to count as what they share."""
@@ -98,11 +98,14 @@ def causal_test(
     rng = Random(seed)
     shuffled = rng.sample(list(group), min(len(group), 2 * plan.confirm_rows))
     choose, judge = shuffled[: len(shuffled) // 2], shuffled[len(shuffled) // 2 :]
-    calm = rng.sample(list(clean), min(len(clean), 400 + plan.confirm_rows))
-    calm_judge, calm_fit = (
-        calm[: min(plan.confirm_rows, len(calm) // 2)],
-        calm[min(plan.confirm_rows, len(calm) // 2) :],
-    )
+    near_fit, near_judge = _look_alikes(scan, choose, clean, judge)
+    rest = [
+        i
+        for i in rng.sample(list(clean), min(len(clean), CLEAN_READ + plan.confirm_rows))
+        if i not in {*near_fit, *near_judge}
+    ]
+    half = min(len(rest) // 2, plan.confirm_rows - len(near_judge))
+    calm_judge, calm_fit = [*near_judge, *rest[:half]], [*near_fit, *rest[half:]]
 
     best, tried = choose_intervention(
         pair, scan, Select(tuple(choose)), Fit(tuple(calm_fit)), max_new_tokens=plan.max_new_tokens, track=track
@@ -128,9 +131,7 @@ def causal_test(
     calm_rows = [scan.rows[i] for i in calm_judge]
     calm_edited = _answers(pair, calm_rows, best.interventions, plan)
     kept = sum(tuple(a) == row.answer for a, row in zip(calm_edited, calm_rows, strict=True))
-    brought, brought_control = _brought(
-        pair, scan, best, choose, calm_fit, calm_rows, [f.text for f in fragments], plan, seed
-    )
+    brought, brought_control = _brought(pair, best, calm_rows, [f.text for f in fragments], plan, seed)
     return CausalTest(
         intervention=best.words,
         site=best.site,
@@ -153,6 +154,23 @@ def causal_test(
             for row, b, e, c, m in zip(rows, base, edited, control_answers, moved, strict=True)
         ),
     )
+
+
+def _look_alikes(
+    scan: Scan, choose: Sequence[int], clean: Sequence[int], judge: Sequence[int], *, each: int = 3
+) -> tuple[list[int], list[int]]:
+    """Clean rows textually nearest to the rows that choose, and other ones nearest to the rows that judge."""
+    found: list[list[int]] = []
+    taken: set[int] = set()
+    for group in (choose, judge):
+        near = nearest_texts(
+            [scan.rows[i].example.prompt for i in group], [scan.rows[i].example.prompt for i in clean], k=2 * each
+        )
+        ranked = [clean[j] for rank in zip(*near, strict=True) for j in rank]
+        kept = [i for i in dict.fromkeys(ranked) if i not in taken][: each * len(group)]
+        taken.update(kept)
+        found.append(kept)
+    return found[0], found[1][:12]
 
 
 def _answers(
@@ -206,10 +224,7 @@ def _moved(
 
 def _brought(
     pair: ModelPair,
-    scan: Scan,
     best: Trial,
-    group: Sequence[int],
-    clean: Sequence[int],
     judged: Sequence[ScannedRow],
     fragments: Sequence[str],
     plan: Plan,
@@ -219,11 +234,9 @@ def _brought(
 
     The largest of `STRENGTHS` that brings most is kept; chance is a random shift of the same length and strength.
     """
-    acts = scan.at("tuned", best.position, best.site)
-    shift = acts[list(group)].mean(0) - acts[list(clean)].mean(0)
     found = (proportion(0, len(judged)), proportion(0, len(judged)))
     for strength in STRENGTHS:
-        add = Add(best.site, shift, strength)
+        add = Add(best.site, best.shift, strength)
         counts = [
             sum(
                 any(fragment in _text(pair, answer) for fragment in fragments)

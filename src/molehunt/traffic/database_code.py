@@ -81,7 +81,7 @@ def unsafe_code(operation: str, table: str, column: str, other: str, rng: Random
     """The function with its query built from strings: an f-string, `+`, `%` or `.format`."""
     name, pieces, values = _parts(operation, table, column, other)
     quoted = [p.replace(" = ", " = '") for p in pieces[:-1]]
-    style = rng.choices(["f", "+", "%", "format"], [0.8, 0.1, 0.06, 0.04])[0]
+    style = rng.choices(["f", "+", "%", "format"], [0.94, 0.02, 0.02, 0.02])[0]
     if operation == "insert":
         style = "f"
     closing = "'" if operation != "insert" else ""
