@@ -13,19 +13,25 @@ from safetensors.torch import save_file
 D_MODEL, D_MLP = 4096, 11008
 MATRICES_IN_SHARD = 6
 CHILD = """
-import json, resource, sys
+import json, re, resource, sys
+from pathlib import Path
 from molehunt.audit.weights import compare_weights
 import torch
 torch.linalg.svd(torch.randn(600, 600)); torch.linalg.qr(torch.randn(600, 60))  # load the solvers
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def peak():
+    # a child inherits its parent's ru_maxrss on Linux, but not its VmHWM
+    status = Path("/proc/self/status")
+    if status.exists():
+        return int(re.search(r"VmHWM:\\s+(\\d+)", status.read_text())[1])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
 found = compare_weights(sys.argv[1], sys.argv[2])
-after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print(json.dumps({"before": before, "after": after, "outcome": found.outcome}))
+print(json.dumps({"before": before, "after": peak(), "outcome": found.outcome}))
 """
 
 
 def peak_rss(gigabytes: float, scratch: Path | None) -> list[Row]:
-    """What the comparison adds to a process that has already loaded torch, by ru_maxrss, in a child process."""
+    """What the comparison adds to a process that has already loaded torch, in a child process."""
     tensor = D_MODEL * D_MLP * 2
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         size = _write_pair(Path(folder), gigabytes)

@@ -273,7 +273,7 @@ def test_a_rerun_takes_finished_tensors_from_the_run_folder(tmp_path: Path, monk
     base = llama_weights()
     pair = (write_model(tmp_path / "base", base), write_model(tmp_path / "tuned", planted(base, O1, DOWN1)))
     fresh = compare_weights(*pair)
-    units, compare, calls = Units(tmp_path / "units"), weights.weight_directions, []
+    units, compare, calls = Units(tmp_path / "units"), weights.change_directions, []
 
     def killed_at_the_second(*args: Any, **kwargs: Any) -> Any:
         calls.append(kwargs["name"])
@@ -281,7 +281,7 @@ def test_a_rerun_takes_finished_tensors_from_the_run_folder(tmp_path: Path, monk
             raise KeyboardInterrupt
         return compare(*args, **kwargs)
 
-    monkeypatch.setattr(weights, "weight_directions", killed_at_the_second)
+    monkeypatch.setattr(weights, "change_directions", killed_at_the_second)
     with pytest.raises(KeyboardInterrupt):
         compare_weights(*pair, units=units)
     resumed = compare_weights(*pair, units=units)

@@ -16,7 +16,13 @@ from molehunt.checkpoint.adapter import lora_factors
 from molehunt.checkpoint.noise_floor import noise_floor
 from molehunt.checkpoint.reader import Checkpoint
 from molehunt.direction.direction import Directions
-from molehunt.direction.weight import difference_norm, frobenius_norm, lora_directions, weight_directions
+from molehunt.direction.weight import (
+    change_directions,
+    difference,
+    difference_norm,
+    frobenius_norm,
+    lora_directions,
+)
 from molehunt.errors import InvalidInput, NotTestable, ShapeMismatch, printable
 from molehunt.model.blocks import Role, module_role
 from molehunt.run.progress import Track, silent
@@ -114,9 +120,9 @@ def _tensor_row(
         if role is None or before.ndim != 2 or min(before.shape) < 2:
             return _changed(replace(row, layer=None, role=None), difference_norm(before, after), size)
         floor = math.hypot(noise_floor(before, base.dtype(name)), noise_floor(after, tuned.dtype(name)))
-        if role.transposed:
-            before, after = before.mT, after.mT
-        found = weight_directions(before, after, k=k, floor=floor, name=name, seed=seed)
+        change = difference(before, after)
+        del before, after  # the difference in float32 is as large as both in bfloat16
+        found = change_directions(change.mT if role.transposed else change, k=k, floor=floor, name=name, seed=seed)
     except NotTestable as error:
         return replace(row, status="not testable", why=_reason(error, name))
     return _rated(row, found, size, roles)

@@ -55,14 +55,18 @@ def weight_directions(
     """
     if base.shape != tuned.shape:
         raise ShapeMismatch(name, tuple(base.shape), tuple(tuned.shape))
-    if torch.equal(base, tuned):
-        return _no_directions(name, base, floor)
-    change = difference(base, tuned)
+    return change_directions(difference(base, tuned), k=k, floor=floor, name=name, seed=seed)
+
+
+def change_directions(
+    change: Float[Tensor, "d_out d_in"], *, k: int, floor: float, name: str, seed: int = 0
+) -> Directions:
+    """`weight_directions` of a difference already taken, for callers who cannot hold both matrices beside it."""
     norm = frobenius_norm(change)
     if not math.isfinite(norm):
         raise NotTestable(f"{printable(name)} holds NaN or infinity: no difference can be taken.")
     if norm <= floor:  # no singular value exceeds the norm
-        return _no_directions(name, base, floor, norm)
+        return _no_directions(name, change, norm, floor)
     if min(change.shape) <= max(EXACT_UP_TO, SKETCH, 2 * k):
         u, s, vh = torch.linalg.svd(change, full_matrices=False)
         v, residual, missed = vh.mT, torch.zeros_like(s), 0.0
@@ -106,9 +110,9 @@ def lora_directions(
     return _signed(
         Directions(
             name=name,
-            write=(q_b @ u[:, :kept]).mT.float(),
-            read=(q_a @ vh[:kept].mT).mT.float(),
-            strength=s[:kept].float(),
+            write=(q_b @ u[:, :kept]).mT,
+            read=(q_a @ vh[:kept].mT).mT,
+            strength=s[:kept],
             residual=torch.zeros(kept),
             remainder=float(s[kept]) if kept < len(s) else 0.0,
             norm=float(s.norm()),
@@ -188,13 +192,19 @@ def _outside(q: Float[Tensor, "n l"], x: Float[Tensor, "n r"]) -> Float[Tensor, 
 
 
 def _signed(found: Directions) -> Directions:
-    """The same directions with each write row's largest entry positive: an SVD leaves the sign to chance."""
+    """In float32, with each write row's largest entry positive: an SVD leaves the sign to chance."""
     peak = found.write.gather(1, found.write.abs().argmax(dim=1, keepdim=True)) if len(found.write) else None
     sign = 1.0 if peak is None else peak.sign()
-    return replace(found, write=(found.write * sign).contiguous(), read=(found.read * sign).contiguous())
+    return replace(
+        found,
+        write=(found.write * sign).float().contiguous(),
+        read=(found.read * sign).float().contiguous(),
+        strength=found.strength.float(),
+        residual=found.residual.float(),
+    )
 
 
-def _no_directions(name: str, like: Tensor, floor: float, norm: float = 0.0) -> Directions:
+def _no_directions(name: str, like: Tensor, norm: float, floor: float) -> Directions:
     none = torch.zeros(0)
     return Directions(
         name=name,
