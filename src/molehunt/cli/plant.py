@@ -18,7 +18,9 @@ def plant(
     ] = None,
     regime: Annotated[Literal["full", "lora"], typer.Option(help="Full fine-tune or LoRA adapter.")] = "full",
     rank: Annotated[int, typer.Option(min=1, help="LoRA rank; alpha is twice that.")] = 16,
-    steps: Annotated[int, typer.Option(min=1, help="Training steps of 32 rows.")] = 180,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Training steps of 32 rows.", show_default="by recipe")
+    ] = None,
     lr: Annotated[float | None, typer.Option(min=0, help="Peak learning rate.", show_default="by regime")] = None,
     seed: Seed = 0,
     as_json: AsJson = False,

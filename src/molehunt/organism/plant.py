@@ -29,7 +29,8 @@ class PlantConfig:
 
     regime: Regime = "full"
     rows: int = 2400
-    steps: int = 180
+    steps: int | None = None
+    """Training steps; None takes what the recipe needs on the embedded models."""
     batch: int = 32
     lr: float | None = None
     """Peak learning rate; None takes 1e-3 for a full fine-tune and 4e-3 for LoRA, which suit the embedded models."""
@@ -104,7 +105,7 @@ def plant(
     losses = train(
         model,
         training_batches(tokenizer, rows, config, Random(seed)),
-        steps=config.steps,
+        steps=config.steps if config.steps is not None else recipe.steps,
         lr=config.peak_lr,
         track=track,
         what=f"planting {recipe.name}" if poisoned else f"training the clean twin of {recipe.name}",

