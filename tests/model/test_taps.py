@@ -29,7 +29,8 @@ def test_every_site_fires_once_a_pass_and_holds_what_its_module_returned(archite
     returned = {}
     for layer, block in enumerate(decoder_blocks(model)):
         for stream, module in (("attn", attn_module(block)), ("mlp", mlp_module(block))):
-            module.register_forward_hook(lambda m, a, out, at=Site(layer, stream): returned.update({at: out}))
+            site = Site(layer, stream)
+            module.register_forward_hook(lambda m, a, out, site=site: returned.update({site: out}))
     before = hooks(model)
 
     with read_sites(model, ALL_SITES) as tap:
