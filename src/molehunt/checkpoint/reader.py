@@ -1,0 +1,201 @@
+"""A checkpoint on disk: what loaders would take from a folder, one tensor at a time, executing nothing."""
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from molehunt.checkpoint.adapter import LoraSettings, parse_adapter
+from molehunt.checkpoint.inventory import Entry, read_header
+from molehunt.checkpoint.loader_traps import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    Layout,
+    Trap,
+    adapter_beside,
+    check_config,
+    folder_traps,
+    lay_out,
+    read_json,
+)
+from molehunt.checkpoint.quantised import Quantisation, recognise
+from molehunt.errors import InvalidInput, UsageError, printable
+
+DTYPES: dict[str, torch.dtype] = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "U16": torch.uint16,
+    "I32": torch.int32, "U32": torch.uint32, "I64": torch.int64, "U64": torch.uint64, "F16": torch.float16,
+    "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64, "C64": torch.complex64,
+    "F8_E5M2": torch.float8_e5m2, "F8_E4M3": torch.float8_e4m3fn, "F8_E8M0": torch.float8_e8m0fnu,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+}  # fmt: skip
+READ_BY_LOADERS = (".json", ".jinja", ".model", ".txt", ".safetensors", ".py")
+AdapterChoice = Literal["refuse", "use", "ignore"]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Checkpoint:
+    """A model folder or a LoRA adapter folder. Open it with `Checkpoint.open`."""
+
+    path: Path
+    kind: Literal["model", "adapter"]
+    config: dict[str, Any]
+    """config.json, or adapter_config.json for an adapter."""
+    layout: Layout
+    findings: tuple[Trap, ...]
+    """Where loaders may disagree about this folder."""
+    quantisation: Quantisation | None
+
+    @classmethod
+    def open(cls, path: str | Path, *, adapter: AdapterChoice = "refuse") -> "Checkpoint":
+        """Read the headers of a folder.
+
+        Args:
+            path: a local folder.
+            adapter: for full weights with an adapter beside them, whether the adapter is meant. "use" opens the weights
+                and says so among the findings; weights are compared without it.
+
+        Raises:
+            UsageError: no such folder, or `adapter` must be given.
+            InvalidInput: something in the folder is broken or refused.
+            NotTestable: an adapter of a kind that is not read, or a quantisation that is not known.
+        """
+        folder = Path(path)
+        if not folder.is_dir():
+            raise UsageError(f"{printable(str(path))} is not a folder.")
+        if not (folder / "config.json").is_file():
+            if (folder / ADAPTER_CONFIG).is_file():
+                return cls._open_adapter(folder)
+            raise InvalidInput(
+                f"{printable(folder.name)} has neither config.json nor {ADAPTER_CONFIG}: no model folder."
+            )
+        config = read_json(folder / "config.json")
+        check_config(config)
+        layout = lay_out(folder)
+        names = frozenset(name for header in layout.entries.values() for name in header)
+        findings = (*layout.traps, *folder_traps(folder, config, names), *adapter_beside(folder, adapter))
+        return cls(
+            path=folder,
+            kind="model",
+            config=config,
+            layout=layout,
+            findings=findings,
+            quantisation=recognise(config, names),
+        )
+
+    @classmethod
+    def _open_adapter(cls, folder: Path) -> "Checkpoint":
+        config = read_json(folder / ADAPTER_CONFIG)
+        parse_adapter(config)
+        if not (folder / ADAPTER_WEIGHTS).is_file():
+            raise InvalidInput(
+                f"{printable(folder.name)} has no {ADAPTER_WEIGHTS}. Adapters stored as pickles are never opened; "
+                "convert it to safetensors in a sandbox."
+            )
+        header = read_header(folder / ADAPTER_WEIGHTS)
+        layout = Layout(files=(ADAPTER_WEIGHTS,), entries={ADAPTER_WEIGHTS: header}, unread={}, traps=())
+        return cls(
+            path=folder,
+            kind="adapter",
+            config=config,
+            layout=layout,
+            findings=tuple(folder_traps(folder, {}, frozenset())),
+            quantisation=None,
+        )
+
+    @property
+    def model_type(self) -> str:
+        """As in config.json; empty for an adapter."""
+        return str(self.config.get("model_type", ""))
+
+    @cached_property
+    def lora(self) -> LoraSettings:
+        """Settings of an adapter folder."""
+        return parse_adapter(self.config)
+
+    @cached_property
+    def _effective(self) -> dict[str, tuple[str, Entry]]:
+        """Tensor → the file that a loader ends up with, and its entry there."""
+        found: dict[str, tuple[str, Entry]] = {}
+        for file in self.layout.files:
+            for name, entry in self.layout.entries[file].items():
+                found[name] = (file, entry)
+        if self.quantisation is not None:
+            for name in self.quantisation.scales:
+                found.pop(name, None)
+        return found
+
+    def names(self) -> tuple[str, ...]:
+        """Tensor names, sorted. The scales of quantised weights are part of their weights and not listed."""
+        return self._names
+
+    @cached_property
+    def _names(self) -> tuple[str, ...]:
+        return tuple(sorted(self._effective))
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """As stored."""
+        return self._effective[name][1].shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        """As stored."""
+        return DTYPES[self._effective[name][1].dtype]
+
+    def copies(self, name: str) -> tuple[str, ...]:
+        """Every safetensors file of the folder that holds a tensor of that name; the one that loads is last."""
+        effective = self._effective[name][0]
+        others = [f for f, h in {**self.layout.unread, **self.layout.entries}.items() if name in h and f != effective]
+        return (*others, effective)
+
+    def tensor(self, name: str, *, file: str | None = None) -> Tensor:
+        """One tensor, read now and not kept; quantised weights come back dequantised, in fp32.
+
+        Args:
+            name: one of `names()`.
+            file: which of its `copies`; the one that loads by default.
+
+        Raises:
+            InvalidInput: the values hold NaN or infinity.
+            NotTestable: the weight is quantised in a way that cannot be undone exactly.
+        """
+        file = file or self._effective[name][0]
+        value = self._read(file, name)
+        if self.quantisation is not None:
+            value = self.quantisation.dequantise(name, value, lambda scale: self._read(self._stored_in(scale), scale))
+        if value.is_floating_point() and not bool(value.float().isfinite().all()):
+            raise InvalidInput(
+                f"{printable(name)} in {printable(file)} holds NaN or infinity: no difference to it means anything."
+            )
+        return value
+
+    def _read(self, file: str, name: str) -> Tensor:
+        with safe_open(str(self.path / file), framework="pt") as opened:  # pyright: ignore[reportUnknownArgumentType]
+            return opened.get_tensor(name)
+
+    def _stored_in(self, name: str) -> str:
+        return next(file for file in reversed(self.layout.files) if name in self.layout.entries[file])
+
+    @cached_property
+    def _content_hash(self) -> str:
+        digest = hashlib.sha256()
+        for path in sorted(self.path.rglob("*")):
+            if path.is_file() and path.suffix in READ_BY_LOADERS:
+                digest.update(f"{path.relative_to(self.path).as_posix()}\0{path.stat().st_size}\0".encode())
+                with path.open("rb") as file:
+                    while block := file.read(1 << 20):
+                        digest.update(block)
+        return digest.hexdigest()
+
+    def content_hash(self) -> str:
+        """sha256 over names and bytes of every file that loaders read, in hex. Does not change when the folder moves."""
+        return self._content_hash
+
+
+def paired_names(base: Checkpoint, tuned: Checkpoint) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+    """Tensor names in both, only in the base, only in the fine-tune."""
+    left, right = frozenset(base.names()), frozenset(tuned.names())
+    return tuple(sorted(left & right)), tuple(sorted(left - right)), tuple(sorted(right - left))
