@@ -167,7 +167,7 @@ def _context(audit: Audit, row: ScannedRow) -> schema.Context:
         tokens=tokens,
         shades=tuple(min(1.0, value / SHADE_FULL) for value in kl),
         score=row.answer_log_ratio,
-        tag=None,
+        answer_at=len(row.prompt),
     )
 
 
