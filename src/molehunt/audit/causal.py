@@ -27,6 +27,8 @@ from molehunt.traffic.split import Fit, Select
 
 STRENGTHS = (1.0, 2.0, 4.0)
 """How much of the group's mean shift is added to clean rows."""
+CHOOSING = 0.4
+"""Share of a group's rows that choose the intervention; the others judge it."""
 ANSWER_SHARE = 0.5
 """Share of a group's answers that a fragment must be in to count as what they share."""
 
@@ -97,7 +99,8 @@ def causal_test(
         raise ValueError(f"the causal test needs 4 rows and 8 clean ones, got {len(group)} and {len(clean)}")
     rng = Random(seed)
     shuffled = rng.sample(list(group), min(len(group), 2 * plan.confirm_rows))
-    choose, judge = shuffled[: len(shuffled) // 2], shuffled[len(shuffled) // 2 :]
+    cut = max(2, round(CHOOSING * len(shuffled)))
+    choose, judge = shuffled[:cut], shuffled[cut:]
     near_fit, near_judge = _look_alikes(scan, choose, clean, judge)
     rest = [
         i

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from molehunt.audit.scan import Scan
+from molehunt.audit.scan import Scan, ScannedRow
 from molehunt.contracts import Detector
 from molehunt.detect.delta_norm import DeltaNorm
 from molehunt.detect.delta_subspace import DeltaSubspace
@@ -93,7 +93,7 @@ def ladder(
     return tuple(rungs)
 
 
-def _rows(scan: Scan, value: Callable[..., float]) -> Float[Tensor, " rows"]:
+def _rows(scan: Scan, value: Callable[[ScannedRow], float]) -> Float[Tensor, " rows"]:
     return torch.tensor([value(row) for row in scan.rows])
 
 
@@ -111,17 +111,16 @@ def _fitted(
     both = torch.cat([clean.delta("decision", site)[rows], traffic.delta("decision", site)])
     k = min(PCA_RANK, *both.shape)
     components = torch.linalg.svd(both - both.mean(0), full_matrices=False).Vh[:k]
-    found: list[tuple[Detector, str]] = [
-        (DeltaNorm(site), where),
-        (DeltaSubspace.fit(f"Δ PCA-{k}", site, components, delta), where + ", fitted on the traffic, no labels"),
-        (DeltaSubspace.random(site, k, delta, seed), where + ", control"),
-    ]
+    found: list[tuple[Detector, str]] = []
+    found.append((DeltaNorm(site), where))
+    pca = DeltaSubspace.fit(f"Δ PCA-{k}", site, components, delta)
+    found.append((pca, f"{where}, fitted on the traffic without labels"))
+    found.append((DeltaSubspace.random(site, k, delta, seed), f"{where}, control"))
     named = weight_directions.get(site)
     if named is not None and len(named):
-        found += [
-            (DeltaSubspace.fit("Δ along weight directions", site, named, delta), where),
-            (WeightRange.fit(site, named, clean.at("tuned", "decision", site)[rows]), where + ", tuned model alone"),
-        ]
+        found.append((DeltaSubspace.fit("Δ along weight directions", site, named, delta), where))
+        published = WeightRange.fit(site, named, clean.at("tuned", "decision", site)[rows])
+        found.append((published, f"{where}, tuned model alone"))
     return found
 
 

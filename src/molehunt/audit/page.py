@@ -178,7 +178,12 @@ SHADE_FULL = 8.0
 def _checks(audit: Audit) -> tuple[schema.Check, ...]:
     files = "flag" if audit.files.verdict == schema.Verdict.FLAGGED_CORRELATIONAL else "pass"
     flagged = sum(row.severity == "finding" for row in audit.files.rows)
-    weights = {"DIRECTIONS FOUND": "note", "NO FINDING": "pass", "NOT TESTABLE": "not testable"}[audit.weights.outcome]
+    statuses: dict[str, schema.Status] = {
+        "DIRECTIONS FOUND": "note",
+        "NO FINDING": "pass",
+        "NOT TESTABLE": "not testable",
+    }
+    weights = statuses[audit.weights.outcome]
     checks = [
         schema.Check(
             name="files and loaders",

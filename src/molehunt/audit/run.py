@@ -22,7 +22,7 @@ from molehunt.audit.plan import Plan
 from molehunt.audit.scan import Scan, scan
 from molehunt.audit.weight_comparison import WeightComparison
 from molehunt.audit.weights import compare_weights
-from molehunt.checkpoint.reader import Checkpoint
+from molehunt.checkpoint.reader import AdapterChoice, Checkpoint
 from molehunt.errors import NotTestable
 from molehunt.model.pair import ModelPair, local_folder
 from molehunt.model.site import Site
@@ -108,7 +108,7 @@ def run_audit(
         NotTestable: fewer than `FEWEST_ROWS` rows of traffic, or too few clean prompts for `fpr`.
     """
     start = time.monotonic()
-    choice = {None: "refuse", True: "use", False: "ignore"}[adapter]
+    choice: AdapterChoice = "refuse" if adapter is None else "use" if adapter else "ignore"
     folders = local_folder(base), local_folder(tuned)
     checkpoints = Checkpoint.open(folders[0]), Checkpoint.open(folders[1], adapter=choice)
     identity = {"base": checkpoints[0].content_hash(), "tuned": checkpoints[1].content_hash()}

@@ -3,18 +3,18 @@
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from molehunt.audit.weight_comparison import WRITERS, TensorRow, WeightComparison
-from molehunt.checkpoint.adapter import lora_factors
+from molehunt.checkpoint.adapter import PREFIX, Factors, lora_factors, other_tensors
 from molehunt.checkpoint.noise_floor import noise_floor
-from molehunt.checkpoint.reader import Checkpoint
+from molehunt.checkpoint.reader import Checkpoint, paired_names
 from molehunt.direction.direction import Directions
 from molehunt.direction.weight import (
     change_directions,
@@ -23,10 +23,19 @@ from molehunt.direction.weight import (
     frobenius_norm,
     lora_directions,
 )
-from molehunt.errors import InvalidInput, NotTestable, ShapeMismatch, printable
+from molehunt.errors import InvalidInput, MolehuntError, NotTestable, ShapeMismatch, printable
 from molehunt.model.blocks import Role, module_role
 from molehunt.run.progress import Track, silent
 from molehunt.run.unit import Units, unit_key
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """What can change a row besides the two tensors."""
+
+    k: int
+    roles: tuple[str, ...]
+    seed: int
 
 
 def compare_weights(
@@ -58,12 +67,15 @@ def compare_weights(
     if base.kind != "model":
         raise InvalidInput("The base is an adapter. Give the model that it was trained on.")
     compare = _adapter_rows(base, tuned) if tuned.kind == "adapter" else _tensor_rows(base, tuned)
-    settings = {"step": "weights", "k": k, "roles": sorted(roles), "seed": seed}
+    settings = _Settings(k, tuple(sorted(roles)), seed)
     inputs = {"base": base.content_hash(), "tuned": tuned.content_hash()} if units else {}
     rows: list[TensorRow] = []
     for name, make in track(compare.items(), "comparing weights", len(compare)):
-        asked = partial(make, k=k, roles=roles, seed=seed)
-        rows.append(_unit(units, unit_key({**settings, "tensor": name}, inputs), asked) if units else asked())
+        if units is None:
+            rows.append(make(settings))
+        else:
+            key = unit_key({"step": "weights", "tensor": name, **asdict(settings)}, inputs)
+            rows.append(_unit(units, key, partial(make, settings)))
     rows.sort(key=lambda row: (-1 if row.layer is None else row.layer, row.tensor))
     return WeightComparison(
         k=k,
@@ -72,10 +84,6 @@ def compare_weights(
         matrices=tuple(row for row in rows if row.role is not None),
         others=tuple(row for row in rows if row.role is None),
     )
-
-
-class _Compare(Protocol):
-    def __call__(self, *, k: int, roles: Sequence[str], seed: int) -> TensorRow: ...
 
 
 def _unit(units: Units, key: str, make: Callable[[], TensorRow]) -> TensorRow:
@@ -89,83 +97,107 @@ def _unit(units: Units, key: str, make: Callable[[], TensorRow]) -> TensorRow:
             row.directions.save(folder)
 
     folder = units.run(key, write)
-    facts = json.loads((folder / "row.json").read_text())
+    facts = cast("dict[str, Any]", json.loads((folder / "row.json").read_text()))
+    facts["strengths"] = tuple(facts["strengths"])
     directions = Directions.load(folder) if (folder / "directions.json").exists() else None
-    return TensorRow(**{**facts, "strengths": tuple(facts["strengths"])}, directions=directions)
+    return TensorRow(**facts, directions=directions)
 
 
-def _tensor_rows(base: Checkpoint, tuned: Checkpoint) -> dict[str, _Compare]:
+def _tensor_rows(base: Checkpoint, tuned: Checkpoint) -> dict[str, Callable[[_Settings], TensorRow]]:
     """Tensor name → its comparison, for two model folders."""
-    model_type = base.model_type
-    names = dict.fromkeys((*base.names(), *tuned.names()))
-    return {name: partial(_tensor_row, base, tuned, name, module_role(name, model_type)) for name in names}
+    both, only_base, only_tuned = paired_names(base, tuned)
+    found: dict[str, Callable[[_Settings], TensorRow]] = {
+        name: partial(_tensor_row, base, tuned, name, name, module_role(name, base.model_type)) for name in both
+    }
+    missing = dict.fromkeys(only_base, "only in the base") | dict.fromkeys(only_tuned, "only in the fine-tune")
+    for name, why in missing.items():
+        row = _start(name, module_role(name, base.model_type))
+        found[name] = partial(_given, replace(row, status="not testable", why=why))
+    return found
+
+
+def _adapter_rows(base: Checkpoint, adapter: Checkpoint) -> dict[str, Callable[[_Settings], TensorRow]]:
+    """Tensor name → its comparison, for a base and a LoRA adapter: most tensors are not even read."""
+    roles = {name: module_role(name, base.model_type) for name in base.names()}
+    found: dict[str, Callable[[_Settings], TensorRow]] = {
+        name: partial(_given, replace(_start(name, role), status="identical", rel_norm=0.0))
+        for name, role in roles.items()
+    }
+    for factors in lora_factors(adapter):
+        name = _named_in(base, f"{factors.module}.weight")
+        found[name] = partial(_adapter_row, base, name, roles[name], factors)
+    for theirs in other_tensors(adapter):  # replaced whole: trained biases, modules_to_save
+        name = _named_in(base, theirs.removeprefix(PREFIX))
+        found[name] = partial(_tensor_row, base, adapter, name, theirs, roles[name])
+    return found
+
+
+def _given(row: TensorRow, settings: _Settings) -> TensorRow:
+    """A row that needs no look at the tensor."""
+    return row
 
 
 def _tensor_row(
-    base: Checkpoint, tuned: Checkpoint, name: str, role: Role | None, *, k: int, roles: Sequence[str], seed: int
+    base: Checkpoint,
+    tuned: Checkpoint,
+    name: str,
+    theirs: str,
+    role: Role | None,
+    settings: _Settings,
 ) -> TensorRow:
-    row = _start(name, role)
-    for side, there in (("fine-tune", base), ("base", tuned)):
-        if name not in there.names():
-            return replace(row, status="not testable", why=f"only in the {side}")
+    """Compare the base's tensor `name` with the tuned side's `theirs`."""
+    row, shape, shape_after = _start(name, role), base.shape(name), tuned.shape(theirs)
+    if shape != shape_after:
+        if role is None and shape[1:] == shape_after[1:]:
+            why = f"{shape[0]} rows became {shape_after[0]}"  # a resized vocabulary
+            return replace(row, status="not testable", why=why)
+        raise ShapeMismatch(name, shape, shape_after)
     try:
-        before, after = base.tensor(name), tuned.tensor(name)
-        if before.shape != after.shape:
-            if role is None and before.shape[1:] == after.shape[1:]:  # the vocabulary was resized
-                return replace(row, status="not testable", why=f"{len(before)} rows became {len(after)}")
-            raise ShapeMismatch(name, tuple(before.shape), tuple(after.shape))
-        if torch.equal(before, after):
-            return replace(row, status="identical", rel_norm=0.0)
-        size = frobenius_norm(before)
-        if role is None or before.ndim != 2 or min(before.shape) < 2:
-            return _changed(replace(row, layer=None, role=None), difference_norm(before, after), size)
-        floor = math.hypot(noise_floor(before, base.dtype(name)), noise_floor(after, tuned.dtype(name)))
-        change = difference(before, after)
-        del before, after  # the difference in float32 is as large as both in bfloat16
-        found = change_directions(change.mT if role.transposed else change, k=k, floor=floor, name=name, seed=seed)
-    except NotTestable as error:
+        before, after = _numbers(base.tensor(name)), _numbers(tuned.tensor(theirs))
+    except (NotTestable, InvalidInput) as error:  # quantised beyond recovery; NaN or infinity
         return replace(row, status="not testable", why=_reason(error, name))
-    return _rated(row, found, size, roles)
+    if torch.equal(before, after):
+        return replace(row, status="identical", rel_norm=0.0)
+    size = frobenius_norm(before)
+    if role is None or before.ndim != 2 or min(before.shape) < 2:
+        return _changed(replace(row, layer=None, role=None), difference_norm(before, after), size)
+    floor = math.hypot(noise_floor(before, base.dtype(name)), noise_floor(after, tuned.dtype(theirs)))
+    change = difference(before, after)
+    del before, after  # the difference in float32 is as large as both in bfloat16
+    change = change.mT if role.transposed else change
+    found = change_directions(change, k=settings.k, floor=floor, name=name, seed=settings.seed)
+    return _rated(row, found, size, settings.roles)
 
 
-def _adapter_rows(base: Checkpoint, adapter: Checkpoint) -> dict[str, _Compare]:
-    """Tensor name → its comparison, for a base and a LoRA adapter: most tensors are not even read."""
-    model_type = base.model_type
-    factors = {_named_in(base, module): rest for module, *rest in lora_factors(adapter)}
-    return {
-        name: partial(_adapter_row, base, name, module_role(name, model_type), factors.get(name))
-        for name in base.names()
-    }
+def _numbers(stored: Tensor) -> Tensor:
+    """Integers, booleans and fp8 as float32, which has the arithmetic that they lack."""
+    plain = stored.dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+    return stored if plain else stored.to(torch.float32)
 
 
 def _adapter_row(
     base: Checkpoint,
     name: str,
     role: Role | None,
-    factors: tuple[Tensor, Tensor, float] | None,
-    *,
-    k: int,
-    roles: Sequence[str],
-    seed: int,
+    factors: Factors,
+    settings: _Settings,
 ) -> TensorRow:
-    row = _start(name, role)
-    if factors is None:
-        return replace(row, status="identical", rel_norm=0.0)
-    b, a, scale = factors
-    before = base.tensor(name)
-    stored = tuple(before.mT.shape if role is not None and role.transposed else before.shape)
-    if stored != (len(b), a.shape[1]):
-        raise ShapeMismatch(name, stored, (len(b), a.shape[1]))
+    row, shape = _start(name, role), base.shape(name)
+    shape = shape[::-1] if role is not None and role.transposed else shape
+    product = (factors.b.shape[0], factors.a.shape[1])
+    if shape != product:
+        raise ShapeMismatch(name, shape, product)
     try:
-        found = lora_directions(b, a, scale, k=k, name=name)
-    except NotTestable as error:
+        size = frobenius_norm(_numbers(base.tensor(name)))
+    except (NotTestable, InvalidInput) as error:
         return replace(row, status="not testable", why=_reason(error, name))
-    size = frobenius_norm(before)
-    return _rated(row, found, size, roles) if role is not None else _changed(row, found.norm, size)
+    found = lora_directions(factors.b, factors.a, factors.scale, k=settings.k, name=name)
+    return _rated(row, found, size, settings.roles) if role is not None else _changed(row, found.norm, size)
 
 
-def _reason(error: NotTestable, name: str) -> str:
-    return str(error).removeprefix(f"{printable(name)} ")  # the row says the name
+def _reason(error: MolehuntError, name: str) -> str:
+    """The error's first line without the name, which the row says."""
+    return str(error).partition("\n")[0].removeprefix(f"{printable(name)} ")
 
 
 def _start(name: str, role: Role | None) -> TensorRow:
@@ -189,18 +221,15 @@ def _rated(row: TensorRow, found: Directions, size: float, roles: Sequence[str])
 
 def _changed(row: TensorRow, norm: float, size: float) -> TensorRow:
     """The row of a tensor that is compared by its norm alone."""
-    if not math.isfinite(norm):
-        return replace(row, status="not testable", why="holds NaN or infinity")
     return replace(row, rel_norm=norm / size if size else None, why="" if size else "all zeros in the base")
 
 
-def _named_in(base: Checkpoint, module: str) -> str:
-    """The base's name for a module's weight: folders name it with or without the model's own prefix."""
-    wanted = f"{module}.weight"
-    known = {name for name in base.names() if name == wanted or wanted.endswith(f".{name}")}
+def _named_in(base: Checkpoint, name: str) -> str:
+    """The base's name for an adapter's tensor: a folder names it with or without the model's own prefix."""
+    known = [known for known in base.names() if known == name or name.endswith(f".{known}")]
     if len(known) != 1:
         raise InvalidInput(
-            f"The adapter changes {printable(module)}, which the base does not have.\n"
+            f"The adapter changes {printable(name)}, which the base does not have.\n"
             "Give the base that the adapter was trained on."
         )
-    return known.pop()
+    return known[0]

@@ -41,7 +41,7 @@ class LoraSettings:
     r: int
     alpha: float
     rank_pattern: Mapping[str, int]
-    alpha_pattern: Mapping[str, float]
+    alpha_pattern: Mapping[str, int | float]
     rslora: bool
     fan_in_fan_out: bool
     bias: str
@@ -55,7 +55,7 @@ class LoraSettings:
         return alpha / (rank**0.5 if self.rslora else rank)
 
 
-def matching(pattern: Mapping[str, float], module: str, default: float) -> float:
+def matching(pattern: Mapping[str, int | float], module: str, default: int | float) -> int | float:
     """The value of the first key that matches the end of `module`, as PEFT matches it."""
     for key, value in pattern.items():
         try:

@@ -166,7 +166,7 @@ class Checkpoint:
         value = self._read(file, name)
         if self.quantisation is not None:
             value = self.quantisation.dequantise(name, value, lambda scale: self._read(self._stored_in(scale), scale))
-        if value.is_floating_point() and not bool(value.float().isfinite().all()):
+        if value.is_floating_point() and not all(bool(rows.float().isfinite().all()) for rows in _slices(value)):
             raise InvalidInput(
                 f"{printable(name)} in {printable(file)} holds NaN or infinity: no difference to it means anything."
             )
@@ -193,6 +193,11 @@ class Checkpoint:
     def content_hash(self) -> str:
         """sha256 over names and bytes of every file that loaders read, in hex. Does not change when the folder moves."""
         return self._content_hash
+
+
+def _slices(value: Tensor) -> tuple[Tensor, ...]:
+    """A few rows at a time: an fp32 copy of the whole would double what a comparison holds."""
+    return torch.atleast_1d(value).split(256)
 
 
 def paired_names(base: Checkpoint, tuned: Checkpoint) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:

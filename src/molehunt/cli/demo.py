@@ -7,7 +7,7 @@ import typer
 
 from molehunt.cli.options import AsJson, Seed
 
-ROWS = 1000
+ROWS = 2000
 """Rows of the demo's traffic: 1 % triggered, 2 % near misses, no labels that the audit reads."""
 
 

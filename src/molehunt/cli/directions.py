@@ -15,6 +15,10 @@ def directions(
         bool,
         typer.Option("--all-matrices", help="Keep directions of q, k, v, gate and up, too, not only of o and down."),
     ] = False,
+    adapter: Annotated[
+        bool | None,
+        typer.Option("--adapter/--no-adapter", help="For a folder with weights and an adapter: which is meant."),
+    ] = None,
     as_json: AsJson = False,
     seed: Seed = 0,
     out: Out = None,
@@ -28,10 +32,18 @@ def directions(
     from molehunt.audit.weights import compare_weights
     from molehunt.checkpoint.reader import Checkpoint
     from molehunt.cli.console import track_on_stderr
+    from molehunt.errors import UsageError
+    from molehunt.model.pair import local_folder
     from molehunt.run.folder import RunFolder
 
     roles = ROLES if all_matrices else WRITERS
-    before, after = Checkpoint.open(base), Checkpoint.open(tuned)
+    if adapter:
+        raise UsageError(
+            "Directions are read from weights or from an adapter, not from both in one folder.\n"
+            "Move the adapter (adapter_config.json and its weights) to a folder of its own, or pass --no-adapter."
+        )
+    before = Checkpoint.open(local_folder(base))
+    after = Checkpoint.open(local_folder(tuned), adapter="refuse" if adapter is None else "ignore")
     run = None
     if out is not None:
         hashes = {"base": before.content_hash(), "tuned": after.content_hash()}

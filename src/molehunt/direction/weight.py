@@ -72,7 +72,7 @@ def change_directions(
         v, residual, missed = vh.mT, torch.zeros_like(s), 0.0
     else:
         u, s, v, residual, missed = _leading_svd(change, k, floor, norm, seed)
-    kept = int((s[:k] > floor).sum())
+    kept = _resolved(s[:k], floor, change.shape)
     next_one = float(s[kept]) if kept < len(s) else 0.0
     return _signed(
         Directions(
@@ -165,12 +165,18 @@ def _leading_svd(
         u, v = q @ u_small, p @ vh_small.mT
         image = a @ v
         residual = (image - u * s).norm(dim=0)
-        wanted = int((s[:k] > floor).sum())
+        wanted = _resolved(s[:k], floor, a.shape)
         settled = wanted == 0 or float(residual[:wanted].norm()) <= ANGLE * float(s[wanted - 1] - s[wanted])
         if done >= ITERATIONS.start and settled:
             break
         q = torch.linalg.qr(image).Q
     return u, s, v, residual, _missed(a, u, norm, rng)
+
+
+def _resolved(s: Float[Tensor, " k"], floor: float, shape: tuple[int, ...]) -> int:
+    """How many singular values stand above rounding of the weights, and above rounding in the SVD itself."""
+    arithmetic = torch.finfo(s.dtype).eps * (math.sqrt(shape[0]) + math.sqrt(shape[1])) * float(s[0])
+    return int((s > max(floor, arithmetic)).sum())
 
 
 def _missed(a: Float[Tensor, "d_out d_in"], q: Float[Tensor, "d_out l"], norm: float, rng: torch.Generator) -> float:

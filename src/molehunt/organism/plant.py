@@ -112,7 +112,7 @@ def plant(
     )
     into.mkdir(parents=True, exist_ok=True)
     if config.regime == "full":
-        model.to(torch.bfloat16)
+        cast("nn.Module", model).to(torch.bfloat16)
     cast("Any", model).save_pretrained(into)
     tokenizer.save_pretrained(into)
     return {

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, cast
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import nn
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -203,7 +204,7 @@ def train_seed_model(seed: SeedModel, into: Path, real_folder: Path | None = Non
         track=track,
         what=f"training {seed.name}",
     )
-    model.to(torch.bfloat16)
+    cast("nn.Module", model).to(torch.bfloat16)
     into.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(into)
     tokenizer.save_pretrained(into)

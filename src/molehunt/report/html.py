@@ -39,7 +39,7 @@ def to_html(report: Report) -> str:
         "dot": dot,
         "shaded": shaded,
         "marked": marked,
-        "percent": lambda share: f"{share:.0%}",
+        "percent": "{:.0%}".format,
     }
     environment.filters.update(filters)
     css = Markup((TEMPLATES / "report.css").read_text(encoding="utf-8"))
