@@ -72,7 +72,9 @@ def outer(shape: tuple[int, int], size: float, seed: int) -> Tensor:
 
 
 def planted(tensors: dict[str, Tensor], *names: str, size: float = 0.5) -> dict[str, Tensor]:
-    return tensors | {n: tensors[n] + outer(tuple(tensors[n].shape), size, i) for i, n in enumerate(names)}
+    return tensors | {
+        n: tensors[n] + outer((tensors[n].shape[0], tensors[n].shape[1]), size, i) for i, n in enumerate(names)
+    }
 
 
 O1, DOWN1, Q0 = (

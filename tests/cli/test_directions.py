@@ -48,7 +48,7 @@ def tuned(tmp_path: Path) -> Path:
     return write(tmp_path / "tuned", o=change, q=change)
 
 
-def test_text_names_the_matrix_and_accuses_nobody(capsys, base: Path, tuned: Path) -> None:
+def test_text_names_the_matrix_and_accuses_nobody(capsys: pytest.CaptureFixture[str], base: Path, tuned: Path) -> None:
     code, out, _ = run(capsys, base, tuned)
     assert code == 0
     assert out.startswith("DIRECTIONS FOUND: 2 of 2 matrices")
@@ -56,7 +56,7 @@ def test_text_names_the_matrix_and_accuses_nobody(capsys, base: Path, tuned: Pat
     assert "accuse nobody" in out
 
 
-def test_k_all_matrices_and_json(capsys, base: Path, tuned: Path) -> None:
+def test_k_all_matrices_and_json(capsys: pytest.CaptureFixture[str], base: Path, tuned: Path) -> None:
     code, out, _ = run(capsys, base, tuned, "--json", "-k", 1, "--seed", 5)
     told = json.loads(out)
     assert code == 0 and told["exit_code"] == 0 and told["k"] == 1 and told["seed"] == 5
@@ -68,7 +68,9 @@ def test_k_all_matrices_and_json(capsys, base: Path, tuned: Path) -> None:
     assert rows[Q_PROJ]["share"] == pytest.approx([0.8, 0.2], rel=1e-4)
 
 
-def test_out_keeps_vectors_and_is_resumed(capsys, tmp_path: Path, base: Path, tuned: Path) -> None:
+def test_out_keeps_vectors_and_is_resumed(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, base: Path, tuned: Path
+) -> None:
     out = tmp_path / "run"
     code, first, _ = run(capsys, base, tuned, "--out", out)
     vectors = load_file(out / "directions.safetensors")
@@ -82,7 +84,7 @@ def test_out_keeps_vectors_and_is_resumed(capsys, tmp_path: Path, base: Path, tu
     assert run(capsys, base, tuned, "--out", out, "-k", 2)[0] == 2  # the folder holds another run
 
 
-def test_exit_codes(capsys, tmp_path: Path, base: Path) -> None:
+def test_exit_codes(capsys: pytest.CaptureFixture[str], tmp_path: Path, base: Path) -> None:
     code, out, _ = run(capsys, base, base)
     assert code == 0 and out.startswith("NO FINDING")
     nan = torch.zeros(12, 12)

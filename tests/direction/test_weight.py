@@ -117,6 +117,14 @@ def test_nothing_below_the_floor_is_reported(floor: float) -> None:
         assert found.remainder == pytest.approx(14**0.5)
 
 
+@pytest.mark.parametrize("exact_up_to", [0, 512])
+def test_rounding_in_the_svd_itself_is_no_direction(monkeypatch: pytest.MonkeyPatch, exact_up_to: int) -> None:
+    monkeypatch.setattr(weight, "EXACT_UP_TO", exact_up_to)
+    rng = torch.Generator().manual_seed(0)
+    change = orthonormal(90, 2, rng).mT @ orthonormal(80, 2, rng)  # rank 2, up to float32
+    assert len(weight_directions(torch.zeros(90, 80), change, k=8, floor=0.0, name="W").strength) == 2
+
+
 def test_rows_write_and_columns_read() -> None:
     change = torch.zeros(3, 4)
     change[2, 1] = -5.0
