@@ -148,6 +148,13 @@ def test_a_model_that_does_not_call_its_blocks_is_refused(model):
     assert hooks(model) == before
 
 
+def test_a_pass_that_starts_inside_a_wrapper_counts():
+    """PEFT's `generate` calls the model inside and never the wrapper."""
+    wrapper = ForwardOnly(Bypassing())
+    with pytest.raises(CannotTap, match="0 times in 1 forward"), read_sites(wrapper, [Site(1)]):
+        wrapper.model(IDS)
+
+
 def test_a_hook_that_goes_silent_after_the_first_pass_is_noticed():
     class Replayed(Blocks):
         passes = 0

@@ -53,5 +53,4 @@ class Clip:
             steps.append(self.strength * (held - projections[..., i]))
             projections = projections + steps[-1][..., None] * overlap[i]
         step = torch.stack(steps, dim=-1)
-        outside = (step != 0).any(-1, keepdim=True)
-        return gated(acts, torch.where(outside, (acts.float() + step @ units).to(acts.dtype), acts), self.gate)
+        return gated(acts, acts.float() + step @ units, self.gate)

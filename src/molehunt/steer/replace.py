@@ -35,5 +35,4 @@ class Replace:
                 f"a source of shape {list(self.source.shape)} cannot stand in for activations of shape "
                 f"{list(acts.shape)} at {self.site}: batch and pos must be equal, or 1 in the source"
             ) from None
-        mixed = source if self.strength == 1 else torch.lerp(acts.float(), source.float(), self.strength)
-        return gated(acts, mixed, self.gate)
+        return gated(acts, torch.lerp(acts.float(), source.float(), self.strength), self.gate)
