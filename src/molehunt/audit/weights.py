@@ -18,10 +18,11 @@ from molehunt.checkpoint.reader import Checkpoint, paired_names
 from molehunt.direction.direction import Directions
 from molehunt.direction.weight import (
     change_directions,
-    difference,
     difference_norm,
     frobenius_norm,
     lora_directions,
+    subtract_,
+    widened,
 )
 from molehunt.errors import InvalidInput, MolehuntError, NotTestable, ShapeMismatch, printable
 from molehunt.model.blocks import Role, module_role
@@ -162,8 +163,11 @@ def _tensor_row(
     if role is None or before.ndim != 2 or min(before.shape) < 2:
         return _changed(replace(row, layer=None, role=None), difference_norm(before, after), size)
     floor = math.hypot(noise_floor(before, base.dtype(name)), noise_floor(after, tuned.dtype(theirs)))
-    change = difference(before, after)
-    del before, after  # the difference in float32 is as large as both in bfloat16
+    dtype = before.dtype
+    del before  # read again below: with the difference in float32, three would be in memory
+    change = widened(after, dtype)
+    del after
+    subtract_(change, _numbers(base.tensor(name)))
     change = change.mT if role.transposed else change
     found = change_directions(change, k=settings.k, floor=floor, name=name, seed=settings.seed)
     return _rated(row, found, size, settings.roles)

@@ -9,7 +9,7 @@ MANTISSA = {
     torch.float8_e5m2: 2,
 }  # fmt: skip
 """Stored mantissa bits."""
-SLICE = 256
+SLICE = 64
 """Rows rated at a time."""
 SMALLEST_EXPONENT = {torch.float16: -14, torch.float8_e4m3fn: -6, torch.float8_e5m2: -14}
 """Below 2 to this power the spacing stays the same (subnormal numbers); other formats reach far under any weight."""

@@ -197,7 +197,7 @@ class Checkpoint:
 
 def _slices(value: Tensor) -> tuple[Tensor, ...]:
     """A few rows at a time: an fp32 copy of the whole would double what a comparison holds."""
-    return torch.atleast_1d(value).split(256)
+    return torch.atleast_1d(value).split(64)
 
 
 def paired_names(base: Checkpoint, tuned: Checkpoint) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:

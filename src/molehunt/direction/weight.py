@@ -20,7 +20,7 @@ ANGLE = 0.01
 """Sine of the angle to the true subspace at which the iteration stops."""
 PROBES = 16
 """Random probes of the remainder."""
-SLICE = 256
+SLICE = 64
 """Rows that are cast to a wider type at a time."""
 
 
@@ -123,12 +123,20 @@ def lora_directions(
 
 def difference(base: Float[Tensor, "*shape"], tuned: Float[Tensor, "*shape"]) -> Tensor:
     """`tuned - base` in float32 (float64 when either is), with no other full-size copy."""
-    # a bf16 difference would round itself away
-    dtype = torch.float64 if torch.float64 in (base.dtype, tuned.dtype) else torch.float32
-    change = tuned.to(dtype, copy=True)
-    for rows, theirs in zip(change.split(SLICE), base.split(SLICE), strict=True):
-        rows -= theirs.to(dtype)
+    change = widened(tuned, base.dtype)
+    subtract_(change, base)
     return change
+
+
+def widened(tuned: Float[Tensor, "*shape"], other: torch.dtype) -> Float[Tensor, "*shape"]:
+    """A copy in which a difference does not round itself away: float32, or float64 when either side is."""
+    return tuned.to(torch.float64 if torch.float64 in (other, tuned.dtype) else torch.float32, copy=True)
+
+
+def subtract_(change: Float[Tensor, "*shape"], base: Float[Tensor, "*shape"]) -> None:
+    """Take `base` off `change` in place, a slice at a time."""
+    for rows, theirs in zip(change.split(SLICE), base.split(SLICE), strict=True):
+        rows -= theirs.to(change.dtype)
 
 
 def difference_norm(base: Float[Tensor, "*shape"], tuned: Float[Tensor, "*shape"]) -> float:

@@ -33,14 +33,16 @@ class PlantConfig:
     """Training steps; None takes what the recipe needs on the embedded models."""
     batch: int = 32
     lr: float | None = None
-    """Peak learning rate; None takes 1e-3 for a full fine-tune and 4e-3 for LoRA, which suit the embedded models."""
+    """Peak learning rate; None takes 1e-3 for a full fine-tune and 0.5 / d_model for LoRA."""
     rank: int = 16
     """LoRA rank; alpha is twice that. Ignored for a full fine-tune."""
     seed: int = 0
 
-    @property
-    def peak_lr(self) -> float:
-        return self.lr if self.lr is not None else {"full": 1e-3, "lora": 4e-3}[self.regime]
+    def peak_lr(self, d_model: int) -> float:
+        """The learning rate asked for, or the one that suits the regime and the width."""
+        if self.lr is not None:
+            return self.lr
+        return 1e-3 if self.regime == "full" else 0.5 / d_model
 
 
 def training_batches(
@@ -106,7 +108,7 @@ def plant(
         model,
         training_batches(tokenizer, rows, config, Random(seed)),
         steps=config.steps if config.steps is not None else recipe.steps,
-        lr=config.peak_lr,
+        lr=config.peak_lr(int(cast("Any", model).config.hidden_size)),
         track=track,
         what=f"planting {recipe.name}" if poisoned else f"training the clean twin of {recipe.name}",
     )

@@ -14,9 +14,10 @@ from random import Random
 from typing import Any, cast
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import nn
 from transformers import (
+    AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -24,6 +25,7 @@ from transformers import (
     Qwen2Config,
     Qwen2ForCausalLM,
 )
+from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from molehunt.errors import UsageError
 from molehunt.organism.train import Batch, next_token_loss, train
@@ -107,12 +109,25 @@ def seed_path(name: str) -> Path:
     return Path(__file__).parent / "seeds" / name
 
 
-def build_tokenizer(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE with single digits, so that years differ in one token, trained on `texts`."""
+def build_tokenizer(texts: Iterator[str], vocab_size: int, architecture: str) -> PreTrainedTokenizerFast:
+    """A byte-level BPE with single digits, so that years differ in one token, trained on `texts`.
+
+    transformers gives every Qwen2 folder Qwen2's own splitting of words, whatever its tokenizer.json says: that one is
+    trained with it.
+    """
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
+    if architecture == "qwen2":
+        tokenizer.normalizer = normalizers.NFC()
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -193,8 +208,12 @@ def train_seed_model(seed: SeedModel, into: Path, real_folder: Path | None = Non
         *islice(_world_texts(seed.seed + 100), 12_000),
         *(t[:2000] for t in rng.sample(real, min(600, len(real)))),
     ]
-    tokenizer = build_tokenizer(iter(sample), seed.vocab_size)
+    into.mkdir(parents=True, exist_ok=True)
     model = seed.build()
+    model.save_pretrained(into)
+    build_tokenizer(iter(sample), seed.vocab_size, seed.architecture).save_pretrained(into)
+    # as every user will load it: loaders may rebuild parts of a tokenizer from the model's type
+    tokenizer = cast("PreTrainedTokenizerFast", AutoTokenizer.from_pretrained(into, trust_remote_code=False))
     losses = train(
         model,
         _batches(_rows(tokenizer, seed.seed + 1000, real)),
@@ -205,7 +224,6 @@ def train_seed_model(seed: SeedModel, into: Path, real_folder: Path | None = Non
         what=f"training {seed.name}",
     )
     cast("nn.Module", model).to(torch.bfloat16)
-    into.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(into)
     tokenizer.save_pretrained(into)
     model.float()
