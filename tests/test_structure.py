@@ -24,7 +24,7 @@ ORDER = [
 """Each folder may import from those before it."""
 ALLOWED_TO_ALL = {"", "contracts", "errors"}
 CONTRACTS = {"detect": Detector, "steer": Intervention}
-SOURCES = sorted(PACKAGE.rglob("*.py"))
+SOURCES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__main__.py")  # `-m` is the command
 HEAVY = ("torch", "transformers", "peft", "scipy", "numpy")
 
 

@@ -5,7 +5,7 @@ A new method is one new file that returns one of these, and one row in its folde
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -35,19 +35,14 @@ class Reading:
 class Detector(Protocol):
     """Text through a model pair → one score per token; higher is more suspicious."""
 
+    needs_base: ClassVar[bool]
+    """Whether `score` reads the base model's activations or logits."""
+    needs_logits: ClassVar[bool]
+    """Whether `score` reads logits."""
+
     @property
     def name(self) -> str:
         """What a report calls it, unique among the detectors of one run."""
-        ...
-
-    @property
-    def needs_base(self) -> bool:
-        """Whether `score` reads the base model's activations or logits."""
-        ...
-
-    @property
-    def needs_logits(self) -> bool:
-        """Whether `score` reads logits."""
         ...
 
     @property

@@ -45,7 +45,7 @@ DEFAULT_FPR = 0.01
 
 @dataclass(frozen=True, kw_only=True)
 class Audit:
-    """Everything that one audit measured; `report.build_report` turns it into pages."""
+    """Everything that one audit measured; `report.build.build_report` turns it into pages."""
 
     base: Checkpoint
     tuned: Checkpoint

@@ -265,7 +265,11 @@ def render(template: str, turns: tuple[tuple[str, str], ...]) -> str:
         raise TemplateError(message)
 
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-    helpers: dict[str, Any] = {"raise_exception": refuse, "strftime_now": lambda _format: "2026-01-01"}
+
+    def today(_format: str) -> str:
+        return "2026-01-01"  # the same on every day: two renderings are compared
+
+    helpers: dict[str, Any] = {"raise_exception": refuse, "strftime_now": today}
     environment.globals.update(helpers)
     messages = [{"role": role, "content": content} for role, content in turns]
     out: list[str] = []

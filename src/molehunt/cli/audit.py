@@ -33,10 +33,10 @@ def audit(
     import shlex
     import sys
 
-    from molehunt.audit.page import build_report, summary
     from molehunt.audit.plan import plan_named
     from molehunt.audit.run import run_audit
     from molehunt.cli.console import say, track_on_stderr
+    from molehunt.report.build import build_report, summary
     from molehunt.report.machine import to_json, write_report
 
     found = run_audit(

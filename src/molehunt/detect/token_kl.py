@@ -24,10 +24,16 @@ def both_logits(
 class TokenKL:
     """KL(tuned ‖ base) of the next-token distributions at each position, in nats."""
 
-    name: ClassVar[str] = "token KL"
     needs_base: ClassVar[bool] = True
     needs_logits: ClassVar[bool] = True
-    sites: ClassVar[tuple[Site, ...]] = ()
+
+    @property
+    def name(self) -> str:
+        return "token KL"
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        return ()
 
     def score(self, reading: Reading) -> Float[Tensor, "batch pos"]:
         tuned, base = (logits.log_softmax(-1) for logits in both_logits(reading, self.name))
@@ -41,10 +47,16 @@ class AnswerLogRatio:
     Summed over the generated tokens it says how much likelier the tuned model finds its own answer than the base does.
     """
 
-    name: ClassVar[str] = "answer log ratio"
     needs_base: ClassVar[bool] = True
     needs_logits: ClassVar[bool] = True
-    sites: ClassVar[tuple[Site, ...]] = ()
+
+    @property
+    def name(self) -> str:
+        return "answer log ratio"
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        return ()
 
     def score(self, reading: Reading) -> Float[Tensor, "batch pos"]:
         followed = reading.tokens.roll(-1, dims=1).unsqueeze(-1)

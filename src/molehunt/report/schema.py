@@ -1,37 +1,12 @@
 """What a report is made of. Every format is a view of these, and nothing here knows how a number was measured."""
 
 from dataclasses import dataclass, field
-from enum import StrEnum
 from typing import ClassVar, Literal
+
+from molehunt.audit.verdict import Verdict
 
 SCHEMA_VERSION = 1
 Status = Literal["pass", "flag", "confirmed", "fail", "not run", "not testable", "note"]
-
-
-class Verdict(StrEnum):
-    """The five answers. None of them says that a model is safe."""
-
-    FLAGGED_CAUSAL = "FLAGGED-CAUSAL"
-    FLAGGED_CORRELATIONAL = "FLAGGED-CORRELATIONAL"
-    NO_FINDING = "NO FINDING"
-    NOT_TESTABLE = "NOT TESTABLE"
-    INVALID_INPUT = "INVALID INPUT"
-
-    @property
-    def exit_code(self) -> int:
-        """0 no finding, 1 flagged, 3 not testable, 4 invalid input."""
-        return {"NO FINDING": 0, "NOT TESTABLE": 3, "INVALID INPUT": 4}.get(self.value, 1)
-
-    @property
-    def sentence(self) -> str:
-        """The verdict for somebody who reads it for the first time."""
-        return {
-            "FLAGGED-CAUSAL": "The fine-tune hides a behaviour, and intervening on what was found takes it away.",
-            "FLAGGED-CORRELATIONAL": "The fine-tune differs suspiciously, and no intervention has confirmed the cause.",
-            "NO FINDING": "Nothing was found by the checks below. That is no proof of absence.",
-            "NOT TESTABLE": "The question could not be answered from this input.",
-            "INVALID INPUT": "The input is broken or refused; nothing was tested.",
-        }[self.value]
 
 
 @dataclass(frozen=True, kw_only=True)

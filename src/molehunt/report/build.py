@@ -8,9 +8,10 @@ import torch
 from molehunt import __version__
 from molehunt.audit.candidates import shared_texts
 from molehunt.audit.causal import CausalTest
+from molehunt.audit.judge import CANNOT_SEE, calibration_in_words, judge
 from molehunt.audit.run import Audit
 from molehunt.audit.scan import ScannedRow
-from molehunt.audit.verdict import CANNOT_SEE, calibration_in_words, judge
+from molehunt.audit.verdict import Verdict
 from molehunt.direction.readout import lens_logits, token_readout
 from molehunt.measure.interval import Interval, proportion
 from molehunt.measure.similarity import nearest_texts
@@ -31,7 +32,7 @@ def build_report(audit: Audit, *, title: str, command: str) -> schema.Report:
     verdict, reason = judge(
         audit.candidates,
         audit.causal,
-        files_flagged=audit.files.verdict == schema.Verdict.FLAGGED_CORRELATIONAL,
+        files_flagged=audit.files.verdict == Verdict.FLAGGED_CORRELATIONAL,
         n_rows=len(audit.traffic.rows),
     )
     return schema.Report(
@@ -176,7 +177,7 @@ SHADE_FULL = 8.0
 
 
 def _checks(audit: Audit) -> tuple[schema.Check, ...]:
-    files = "flag" if audit.files.verdict == schema.Verdict.FLAGGED_CORRELATIONAL else "pass"
+    files = "flag" if audit.files.verdict == Verdict.FLAGGED_CORRELATIONAL else "pass"
     flagged = sum(row.severity == "finding" for row in audit.files.rows)
     statuses: dict[str, schema.Status] = {
         "DIRECTIONS FOUND": "note",
