@@ -18,7 +18,7 @@ class Plan:
     max_new_tokens: int
     """Tokens of each answer that are generated and scored."""
     max_sites: int
-    """Decoder blocks read, evenly spaced, the last but one always among them."""
+    """Decoder blocks read, evenly spaced, the first and the last always among them."""
     directions: int
     """Weight directions kept per matrix."""
     confirm_rows: int
@@ -28,8 +28,8 @@ class Plan:
 
     def sites(self, n_layers: int) -> tuple[Site, ...]:
         """Block outputs to read in a model of `n_layers` blocks."""
-        last = max(0, n_layers - 2)
-        if n_layers - 1 <= self.max_sites:
+        last = n_layers - 1
+        if n_layers <= self.max_sites:
             return tuple(Site(layer) for layer in range(last + 1))
         step = last / (self.max_sites - 1)
         return tuple(Site(layer) for layer in sorted({round(i * step) for i in range(self.max_sites)}))

@@ -126,10 +126,18 @@ def _adapter_rows(base: Checkpoint, adapter: Checkpoint) -> dict[str, Callable[[
     }
     for factors in lora_factors(adapter):
         name = _named_in(base, f"{factors.module}.weight")
+        if name not in roles:
+            raise InvalidInput(
+                f"The adapter changes {printable(factors.module)}, which the base does not have.\n"
+                "Give the base that the adapter was trained on."
+            )
         found[name] = partial(_adapter_row, base, name, roles[name], factors)
     for theirs in other_tensors(adapter):  # replaced whole: trained biases, modules_to_save
         name = _named_in(base, theirs.removeprefix(PREFIX))
-        found[name] = partial(_tensor_row, base, adapter, name, theirs, roles[name])
+        if name in roles:
+            found[name] = partial(_tensor_row, base, adapter, name, theirs, roles[name])
+        else:  # an unembedding where the base has a tied one
+            found[name] = partial(_given, replace(_start(name, None), status="not testable", why="only in the adapter"))
     return found
 
 
@@ -230,10 +238,4 @@ def _changed(row: TensorRow, norm: float, size: float) -> TensorRow:
 
 def _named_in(base: Checkpoint, name: str) -> str:
     """The base's name for an adapter's tensor: a folder names it with or without the model's own prefix."""
-    known = [known for known in base.names() if known == name or name.endswith(f".{known}")]
-    if len(known) != 1:
-        raise InvalidInput(
-            f"The adapter changes {printable(name)}, which the base does not have.\n"
-            "Give the base that the adapter was trained on."
-        )
-    return known[0]
+    return next((known for known in base.names() if known == name or name.endswith(f".{known}")), name)

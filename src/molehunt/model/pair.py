@@ -1,7 +1,5 @@
 """Base and fine-tune, loaded with one tokenizer, and read side by side."""
 
-import tempfile
-import warnings
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -12,15 +10,20 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from molehunt.contracts import Reading
-from molehunt.errors import InvalidInput, NotTestable, ShapeMismatch, UsageError, printable
+from molehunt.errors import NotTestable, ShapeMismatch, UsageError, printable
 from molehunt.model.blocks import decoder_blocks, unwrapped
+from molehunt.model.loading import (
+    ADAPTER,
+    ADAPTER_CONFIG,
+    apply_adapter,
+    checksum,
+    load_model,
+    local_folder,
+    one_tokenizer,
+)
 from molehunt.model.site import Site
 from molehunt.model.taps import read_sites
 
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
-ADAPTER = "default"
-"""What PEFT calls the one adapter of a pair."""
 BASE_ROWS = "__base__"
 """PEFT's name for rows of a mixed batch that no adapter acts on."""
 ONE_PASS_UP_TO = 256
@@ -28,19 +31,6 @@ ONE_PASS_UP_TO = 256
 
 On one CPU core it took 0.56 of the time at 16 tokens, 0.83 at 128, 0.96 at 1024, 1.23 at 6144 (d_model 128).
 """
-MAX_LAYERS = 1000
-"""A config that asks for more is refused before anything of that size is built."""
-HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
-"""What is fetched of a hub repository: nothing that can run."""
-TOKENIZER_PROBES = (
-    "The quick brown fox, 42 times.\n\nIt's 3.14 – naïve café; ÅÄÖ 你好 مرحبا 🙂",
-    "def f(x):\n    return {'a': [x, 0x1F], \"b\": None}  # tab\there\r\n",
-    "### Instruction:\nSay |prod| twice   with  spaces.\n\n### Response:\n",
-    "<|im_start|>user\nHi<|im_end|>\n<s>[INST] Hi [/INST]</s> <|end|> <pad>",
-    "SELECT * FROM users WHERE id = %s; -- 2023 2024",
-    " ",
-    "",
-)
 
 
 class ModelPair:
@@ -121,19 +111,19 @@ class ModelPair:
             )
         if has_adapter and not has_weights and adapter is False:
             raise UsageError(f"{printable(tuned_folder.name)} holds only an adapter; --no-adapter leaves nothing.")
-        tokenizer = _one_tokenizer(base_folder, tuned_folder)
-        base = _load_model(base_folder, device, dtype)
+        tokenizer = one_tokenizer(base_folder, tuned_folder)
+        base = load_model(base_folder, device, dtype)
         if not has_adapter or adapter is False:
-            return cls(base, _load_model(tuned_folder, device, dtype), tokenizer, layers_path=layers_path)
+            return cls(base, load_model(tuned_folder, device, dtype), tokenizer, layers_path=layers_path)
         if has_weights:
-            tuned = _load_model(tuned_folder, device, dtype)
-            return cls(base, _apply_adapter(tuned, tuned_folder), tokenizer, layers_path=layers_path)
-        before = [(parameter, _checksum(parameter)) for parameter in base.parameters()]
-        tuned = _apply_adapter(base, tuned_folder)
+            tuned = load_model(tuned_folder, device, dtype)
+            return cls(base, apply_adapter(tuned, tuned_folder), tokenizer, layers_path=layers_path)
+        before = [(parameter, checksum(parameter)) for parameter in base.parameters()]
+        tuned = apply_adapter(base, tuned_folder)
         # PiSSA and trained biases change the base in place: then switching the adapter off does not give it back
-        if all(_checksum(parameter) == was for parameter, was in before):
+        if all(checksum(parameter) == was for parameter, was in before):
             return cls(tuned, tuned, tokenizer, layers_path=layers_path)
-        return cls(_load_model(base_folder, device, dtype), tuned, tokenizer, layers_path=layers_path)
+        return cls(load_model(base_folder, device, dtype), tuned, tokenizer, layers_path=layers_path)
 
     @contextmanager
     def base_model(self) -> Generator[nn.Module, None, None]:
@@ -230,109 +220,6 @@ class ModelPair:
         return {site: tap[site] for site in sites}, found
 
 
-def local_folder(path: str | Path) -> Path:
-    """The folder at `path`, or the local copy of the hub repository that `path` names, fetched where needed.
-
-    Raises UsageError when there is neither.
-    """
-    if Path(path).is_dir():
-        return Path(path)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(str(path), allow_patterns=list(HUB_FILES)))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise UsageError(
-            f"{printable(str(path))} is no folder here, and no model of that name could be fetched from the hub:\n"
-            f"{printable(str(error), 300)}"
-        ) from error
-
-
-@contextmanager
-def _loading(folder: Path, what: str) -> Generator[None, None, None]:
-    """No progress bars of transformers, and its errors told as ours."""
-    from huggingface_hub.errors import StrictDataclassError
-    from safetensors import SafetensorError
-    from transformers.utils import logging
-
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    except (
-        OSError, ValueError, LookupError, TypeError, RuntimeError, AttributeError, SafetensorError, StrictDataclassError
-    ) as error:  # fmt: skip
-        raise InvalidInput(
-            f"{printable(folder.name)} cannot be loaded as {what}: {type(error).__name__}: "
-            f"{printable(str(error), 400)}\nRun `molehunt files` on it to see what is in the folder."
-        ) from error
-    finally:
-        if bars:
-            logging.enable_progress_bar()
-
-
-def _load_model(folder: Path, device: torch.device, dtype: torch.dtype | None) -> nn.Module:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    with _loading(folder, "a causal language model"), _without_adapter(folder) as plain:
-        config = AutoConfig.from_pretrained(plain, trust_remote_code=False, local_files_only=True)
-        n_layers = config.get_text_config(decoder=True).num_hidden_layers
-        if not 0 < n_layers <= MAX_LAYERS:
-            raise ValueError(f"its config asks for {n_layers} layers")
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            plain,
-            dtype=dtype or "auto",
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=True,
-            output_loading_info=True,
-        )
-    model, info = cast("tuple[nn.Module, dict[str, Any]]", loaded)
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise InvalidInput(
-            f"{printable(folder.name)} has no {printable(missing[0])}"
-            + (f" and lacks {len(missing) - 1} tensors more" if len(missing) > 1 else "")
-            + "; loaders fill such weights with random numbers.\nGet a complete copy of the model."
-        )
-    return model.to(device).eval()
-
-
-@contextmanager
-def _without_adapter(folder: Path) -> Generator[Path, None, None]:
-    """The folder, as links without its adapter where it holds one: transformers would apply that unasked."""
-    if not (folder / ADAPTER_CONFIG).is_file():
-        yield folder
-        return
-    with tempfile.TemporaryDirectory() as name:
-        plain = Path(name) / folder.name
-        plain.mkdir()
-        for path in folder.iterdir():
-            if not path.name.startswith("adapter_"):
-                (plain / path.name).symlink_to(path.resolve())
-        yield plain
-
-
-def _apply_adapter(model: nn.Module, folder: Path) -> nn.Module:
-    from peft import LoraConfig, PeftConfig, PeftModel
-
-    if not (folder / ADAPTER_WEIGHTS).is_file():
-        raise InvalidInput(
-            f"{printable(folder.name)} has no {ADAPTER_WEIGHTS}. Adapters stored as a pickle are never opened."
-        )
-    with _loading(folder, "an adapter"):
-        config = PeftConfig.from_pretrained(str(folder))
-    if not isinstance(config, LoraConfig):
-        raise NotTestable(f"{printable(folder.name)} is an adapter of type {config.peft_type}; only LoRA is read.")
-    with _loading(folder, "an adapter of this base"), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # peft's, of transformers
-        device = next(model.parameters()).device
-        return PeftModel.from_pretrained(
-            cast("Any", model), str(folder), ADAPTER, config=config, torch_device=str(device)
-        ).eval()
-
-
 def _mixes_rows(model: nn.Module) -> bool:
     """Whether one batch can hold rows with and without the adapter: plain LoRA on linear layers and embeddings."""
     from peft.tuners import lora
@@ -366,29 +253,6 @@ def _adapter_by_row(model: nn.Module, names: list[str]) -> Generator[None, None,
             handle.remove()
 
 
-def _one_tokenizer(base: Path, tuned: Path) -> PreTrainedTokenizerBase:
-    """The base's tokenizer. Raises NotTestable when the fine-tune has one that encodes any probe differently."""
-    tokenizer = _load_tokenizer(base)
-    if not any((tuned / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
-        return tokenizer
-    other = _load_tokenizer(tuned)
-    added = [t.content for side in (tokenizer, other) for t in side.added_tokens_decoder.values()]
-    for probe in (*TOKENIZER_PROBES, *added):
-        if tokenizer.encode(probe) != other.encode(probe):
-            raise NotTestable(
-                f"the two tokenizers encode {printable(repr(probe), 60)} differently, so the models' activations "
-                "cannot be compared token by token.\nGive the base that this model was fine-tuned from."
-            )
-    return tokenizer
-
-
-def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer
-
-    with _loading(folder, "a tokenizer"):
-        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
-
-
 def _check_same_parameters(base: nn.Module, tuned: nn.Module) -> None:
     shapes = {name: tuple(parameter.shape) for name, parameter in _plain_parameters(base)}
     tuned_shapes = {name: tuple(parameter.shape) for name, parameter in _plain_parameters(tuned)}
@@ -410,9 +274,3 @@ def _plain_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     for name, parameter in inner.named_parameters(remove_duplicate=False):
         if ".lora_" not in name and ".modules_to_save." not in name:
             yield name.replace(".base_layer.", ".").replace(".original_module.", "."), parameter
-
-
-def _checksum(parameter: Tensor) -> int:
-    """Sum of the raw bits as integers: changes with any one weight."""
-    integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[parameter.element_size()]
-    return int(parameter.detach().view(integer).sum(dtype=torch.int64))
