@@ -14,6 +14,7 @@ from molehunt.audit.weights import compare_weights
 from molehunt.errors import InvalidInput, ShapeMismatch
 from molehunt.model.site import Site
 from molehunt.run.unit import Units
+from tiny_models import ARCHITECTURES, D_MODEL, tiny_model, with_lora
 
 D, MLP, LAYERS = 16, 24, 2
 
@@ -269,6 +270,81 @@ def test_an_adapter_for_another_base_is_refused(tmp_path: Path) -> None:
     wrong = {O1.removesuffix(".weight"): (torch.ones(D + 1, 2), torch.ones(2, D))}
     with pytest.raises(ShapeMismatch, match="o_proj"):
         compare_weights(folder, write_adapter(tmp_path / "adapter", wrong, alpha=4, r=2))
+
+
+def test_an_adapter_for_modules_that_the_base_lacks_is_refused(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "base", llama_weights())
+    elsewhere = {"model.layers.7.self_attn.o_proj": (torch.ones(D, 2), torch.ones(2, D))}
+    with pytest.raises(InvalidInput, match=r"layers\.7\.self_attn\.o_proj, which the base does not have"):
+        compare_weights(folder, write_adapter(tmp_path / "adapter", elsewhere, alpha=4, r=2))
+
+
+def test_a_base_with_nan_under_an_adapter_is_told(tmp_path: Path) -> None:
+    base = llama_weights()
+    base[O1][0, 0] = float("nan")
+    factors = {O1.removesuffix(".weight"): (torch.ones(D, 2), torch.ones(2, D))}
+    found = compare_weights(
+        write_model(tmp_path / "base", base), write_adapter(tmp_path / "adapter", factors, alpha=4, r=2)
+    )
+    (row,) = (row for row in found.matrices if row.status != "identical")
+    assert (row.tensor, row.status) == (O1, "not testable") and "NaN or infinity" in row.why
+
+
+def test_tensors_that_hold_no_floating_point_are_compared_too(tmp_path: Path) -> None:
+    base = llama_weights() | {"steps": torch.arange(4), "mask": torch.ones(3, dtype=torch.bool), "zero": torch.zeros(2)}
+    tuned = base | {"steps": torch.arange(4) * 2, "mask": torch.tensor([True, False, True]), "zero": torch.ones(2)}
+    found = compare_weights(write_model(tmp_path / "base", base), write_model(tmp_path / "tuned", tuned))
+    rows = {row.tensor: row for row in found.others}
+    assert rows["steps"].rel_norm == pytest.approx(1.0) and rows["mask"].rel_norm == pytest.approx(3**-0.5)
+    assert (rows["zero"].rel_norm, rows["zero"].why) == (None, "all zeros in the base")
+    assert found.outcome == "NO FINDING" and "(embeddings, norms, biases): 3." in found.why
+    assert "all zeros in the base" in found.to_table()
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_five_architectures_as_their_libraries_write_them(tmp_path: Path, architecture: str) -> None:
+    model: Any = tiny_model(architecture)
+    base = tmp_path / "base"
+    model.save_pretrained(base)
+    adapted: Any = with_lora(model, architecture, modules_to_save=["lm_head"])
+    with torch.no_grad():
+        adapted.base_model.model.lm_head.modules_to_save["default"].weight.mul_(1.5)
+    adapted.save_pretrained(tmp_path / "adapter")
+    adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
+
+    by_factor = compare_weights(base, tmp_path / "adapter")
+    by_merge = compare_weights(base, tmp_path / "merged")
+
+    changed = [row for row in by_factor.matrices if row.status == "changed"]
+    assert {row.role for row in changed} >= {"o"} and {row.layer for row in by_factor.matrices} == {0, 1, 2}
+    assert all(row.role for row in changed)
+    merged = {row.tensor: row for row in (*by_merge.matrices, *by_merge.others)}
+    assert {n for n, row in merged.items() if row.status == "changed" and row.role} == {r.tensor for r in changed}
+    for row in changed:
+        assert merged[row.tensor].strengths[: len(row.strengths)] == pytest.approx(row.strengths, rel=1e-4)
+    (head,) = (row for row in by_factor.others if row.status != "identical")
+    if architecture == "gpt_neox":  # its folder calls the module lm_head embed_out
+        assert (head.tensor, head.why) == ("lm_head.weight", "only in the adapter")
+    else:
+        assert head.rel_norm == pytest.approx(0.5, rel=1e-5)
+    assert len(by_factor.directions_at(Site(1))) == len(
+        [1 for row in changed if row.layer == 1 and row.role in ("o", "down") for _ in row.strengths]
+    )
+    for direction in by_factor.directions_at(Site(1)):
+        assert direction.vector.shape == (D_MODEL,)
+
+
+def test_an_unembedding_that_the_tied_base_lacks_is_told(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "base", llama_weights())
+    adapter = write_adapter(
+        tmp_path / "adapter", {O1.removesuffix(".weight"): (torch.ones(D, 2), torch.ones(2, D))}, alpha=4, r=2
+    )
+    stored = load_file(adapter / "adapter_model.safetensors")
+    save_file(stored | {"base_model.model.lm_head.weight": torch.ones(40, D)}, adapter / "adapter_model.safetensors")
+    found = compare_weights(folder, adapter)
+    assert found.outcome == "DIRECTIONS FOUND"
+    (row,) = (row for row in found.others if row.status != "identical")
+    assert (row.tensor, row.why) == ("lm_head.weight", "only in the adapter")
 
 
 def test_a_rerun_takes_finished_tensors_from_the_run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

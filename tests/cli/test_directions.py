@@ -84,6 +84,23 @@ def test_out_keeps_vectors_and_is_resumed(
     assert run(capsys, base, tuned, "--out", out, "-k", 2)[0] == 2  # the folder holds another run
 
 
+def test_weights_with_an_adapter_beside_them_are_read_when_that_is_said(
+    capsys: pytest.CaptureFixture[str], base: Path, tuned: Path
+) -> None:
+    settings = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": ["o_proj"]}
+    (tuned / "adapter_config.json").write_text(json.dumps(settings))
+    factors = {
+        f"base_model.model.{O_PROJ[:-7]}.lora_{x}.weight": torch.ones(s)
+        for x, s in {"A": (1, 12), "B": (12, 1)}.items()
+    }
+    save_file(factors, tuned / "adapter_model.safetensors")
+    code, _, err = run(capsys, base, tuned)
+    assert code == 2 and "--no-adapter" in err
+    assert run(capsys, base, tuned, "--no-adapter")[0] == 0
+    code, _, err = run(capsys, base, tuned, "--adapter")
+    assert code == 2 and "a folder of its own" in err
+
+
 def test_exit_codes(capsys: pytest.CaptureFixture[str], tmp_path: Path, base: Path) -> None:
     code, out, _ = run(capsys, base, base)
     assert code == 0 and out.startswith("NO FINDING")
