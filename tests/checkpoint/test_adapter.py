@@ -99,7 +99,9 @@ def test_factors_that_do_not_fit(tmp_path: Path) -> None:
 
 def test_an_embedding_adapter_is_not_testable(tmp_path: Path) -> None:
     path = plain_adapter(tmp_path / "a")
-    save_file({"base_model.model.model.embed_tokens.lora_embedding_A": torch.ones(2, 3)}, path / "adapter_model.safetensors")
+    save_file(
+        {"base_model.model.model.embed_tokens.lora_embedding_A": torch.ones(2, 3)}, path / "adapter_model.safetensors"
+    )
     with pytest.raises(NotTestable, match="embedding"):
         list(lora_factors(Checkpoint.open(path)))
 

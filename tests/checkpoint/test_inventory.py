@@ -84,7 +84,9 @@ entries = st.fixed_dictionaries(
 
 
 @given(header=st.dictionaries(names, entries, max_size=3), size=st.integers(0, 60))
-def test_what_is_accepted_safetensors_accepts_too(tmp_path_factory: pytest.TempPathFactory, header: dict, size: int) -> None:
+def test_what_is_accepted_safetensors_accepts_too(
+    tmp_path_factory: pytest.TempPathFactory, header: dict, size: int
+) -> None:
     path = header_file(tmp_path_factory.mktemp("f") / "a.safetensors", json.dumps(header).encode(), b"x" * size)
     try:
         found = read_header(path)

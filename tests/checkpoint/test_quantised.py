@@ -53,7 +53,10 @@ def test_a_scale_that_does_not_fit(tmp_path: Path) -> None:
     [
         ({"quantization_config": {"quant_method": "gptq"}}, {"a.qweight", "a.scales"}),
         ({"quantization_config": {"quant_method": "bitsandbytes"}}, {"a.q_proj.weight", "a.q_proj.weight.absmax"}),
-        ({"quantization_config": {"quant_method": "compressed-tensors", "format": "pack-quantized"}}, {"a.weight_packed"}),
+        (
+            {"quantization_config": {"quant_method": "compressed-tensors", "format": "pack-quantized"}},
+            {"a.weight_packed"},
+        ),
         ({}, {"a.qweight"}),
     ],
     ids=str,

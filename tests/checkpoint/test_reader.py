@@ -26,7 +26,9 @@ def test_every_tensor_is_the_one_that_loads(tmp_path: Path, architecture: str, l
     state = loaded(folder)
     assert ck.names()
     for name in ck.names():
-        there = state[next(n for n in (name, f"transformer.{name}", name.replace("embed_out", "lm_head")) if n in state)]
+        there = state[
+            next(n for n in (name, f"transformer.{name}", name.replace("embed_out", "lm_head")) if n in state)
+        ]
         assert torch.equal(ck.tensor(name), there)
         assert ck.shape(name) == tuple(there.shape)
         assert ck.dtype(name) == there.dtype

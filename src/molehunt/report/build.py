@@ -57,7 +57,7 @@ def build_report(audit: Audit, *, title: str, command: str) -> schema.Report:
             schema.FileRow(file=r.file, key=r.key, base=r.base, tuned=r.tuned, severity=r.severity, why=r.why)
             for r in audit.files.rows
         ),
-        cost=schema.Cost(seconds=round(audit.seconds, 1), peak_rss_mb=round(audit.peak_rss_mb), tokens=audit.tokens),
+        cost=schema.Cost(seconds=round(audit.seconds, 1), peak_rss_mb=round(audit.peak_rss_mb, 1), tokens=audit.tokens),
         reproduce=command,
         cannot_see=CANNOT_SEE,
         environment={
