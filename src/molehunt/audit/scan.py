@@ -177,7 +177,7 @@ def _rows_of(reading: Reading, sites: tuple[Site, ...]) -> list[dict[str, Any]]:
     ]
 
 
-def _ragged(name: str, lists: Sequence[Sequence[float]]) -> dict[str, Tensor]:
+def _ragged(name: str, lists: Sequence[Sequence[float | int]]) -> dict[str, Tensor]:
     """Lists of different lengths as one flat tensor and their lengths."""
     flat = torch.tensor([value for values in lists for value in values])
     return {name: flat, f"{name}.lengths": torch.tensor([len(values) for values in lists])}
