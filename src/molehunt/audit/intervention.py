@@ -1,7 +1,8 @@
 """Which edit to judge: ways of removing what a group of rows has in common, compared on rows that only choose.
 
-What matters is the token where the tuned model's answer parts from the base's: everything after follows from it. There
-the activation differences are read, and there an edit is rated: does the tuned model now prefer the base's token?
+What matters are the tokens at which the tuned model would leave the base's answer. There the activation differences are
+read, and an edit is rated by the worst of them: a behaviour that is blocked at its first token finds another way to the
+same end (a query built with `%` where the f-string was taken away), so it must follow the base's answer to the end.
 """
 
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ from molehunt.steer.ablate import Ablate
 from molehunt.steer.clip import Clip
 from molehunt.traffic.split import Fit, Select
 
-RANKS = (1, 2, 4)
+RANKS = (1, 2, 4, 8)
 """Directions that one intervention may remove at a site."""
 CLEAN_RANGE = (0.002, 0.998)
 """Quantiles of clean tokens' projections that a clip leaves alone."""
@@ -50,18 +51,16 @@ class Trial:
 
 
 @dataclass(frozen=True, eq=False)
-class Parting:
-    """Where each row's answer by the tuned model first differs from the base's."""
+class Partings:
+    """The base's answers to a few rows, and where the tuned model would leave them."""
 
-    rows: tuple[ScannedRow, ...]
-    base_tokens: Int[Tensor, " rows"]
-    tuned_tokens: Int[Tensor, " rows"]
-    positions: Int[Tensor, " rows"]
-    """Index into prompt and answer of the token whose output is the first to differ."""
+    prompts: tuple[tuple[int, ...], ...]
+    answers: tuple[tuple[int, ...], ...]
+    """Greedy answers of the base, token ids."""
 
-    def first(self, n: int) -> "Parting":
+    def first(self, n: int) -> "Partings":
         """The first `n` rows."""
-        return Parting(self.rows[:n], self.base_tokens[:n], self.tuned_tokens[:n], self.positions[:n])
+        return Partings(self.prompts[:n], self.answers[:n])
 
 
 def choose_intervention(
@@ -87,67 +86,70 @@ def choose_intervention(
         The chosen trial and how many were compared.
     """
     calm = [scan.rows[i] for i in clean.rows]
-    parting = find_parting(pair, [scan.rows[i] for i in group.rows], max_new_tokens)
-    trials = _trials(pair, scan.sites, parting, calm[:CLEAN_READ])
-    rated = Parting(
-        parting.rows[:RATED], *(t[:RATED] for t in (parting.base_tokens, parting.tuned_tokens, parting.positions))
-    )
+    partings = find_partings(pair, [scan.rows[i] for i in group.rows], max_new_tokens)
+    trials = _trials(pair, scan.sites, partings, calm[:CLEAN_READ])
+    rated = partings.first(RATED)
     calm = [*calm[: RATED // 2], *calm[-RATED // 2 :]]
     prompts, answers = [list(row.prompt) for row in calm], [list(row.answer) for row in calm]
     ratings: list[float] = []
     with pair.tuned_model() as model:
         before = torch.tensor(answer_log_probs(model, pair.tokenizer, prompts, answers))
         for trial in track(trials, "choosing an intervention", len(trials)):
-            margin = parting_margins(pair, rated, trial.interventions)
+            margin = worst_margins(pair, rated, trial.interventions)
             after = torch.tensor(answer_log_probs(model, pair.tokenizer, prompts, answers, trial.interventions))
             cost = (before - after).clamp_min(0.0).mean()
             ratings.append(float(margin.clamp(-ENOUGH, ENOUGH).mean() - ENOUGH * cost))
     return trials[max(range(len(trials)), key=lambda i: (ratings[i], -i))], len(trials)
 
 
-def find_parting(pair: ModelPair, rows: Sequence[ScannedRow], max_new_tokens: int) -> Parting:
-    """Generate the base's answers and find the first token at which each tuned answer differs.
-
-    A row that both answer alike parts at its last token.
-    """
+def find_partings(pair: ModelPair, rows: Sequence[ScannedRow], max_new_tokens: int) -> Partings:
+    """Let the base answer the prompts of `rows`."""
+    prompts = [list(row.prompt) for row in rows]
     with pair.base_model() as model:
-        base = generate(model, pair.tokenizer, [list(r.prompt) for r in rows], max_new_tokens=max_new_tokens)
-    base_tokens: list[int] = []
-    tuned_tokens: list[int] = []
-    positions: list[int] = []
-    for row, answer in zip(rows, base, strict=True):
-        shared = min(len(answer), len(row.answer)) - 1
-        at = next((i for i in range(shared) if answer[i] != row.answer[i]), shared)
-        base_tokens.append(answer[at])
-        tuned_tokens.append(row.answer[at])
-        positions.append(row.decision + at)
-    return Parting(tuple(rows), torch.tensor(base_tokens), torch.tensor(tuned_tokens), torch.tensor(positions))
+        answers = generate(model, pair.tokenizer, prompts, max_new_tokens=max_new_tokens)
+    return Partings(tuple(map(tuple, prompts)), tuple(map(tuple, answers)))
 
 
 @torch.inference_mode()
-def parting_margins(
-    pair: ModelPair, parting: Parting, interventions: Sequence[Intervention] = (), *, tuned: bool = True
-) -> Float[Tensor, " rows"]:
-    """Logit of the base's token minus logit of the tuned model's, where each row's answers part."""
-    rows = parting.rows
-    width = -(-max(len(r.prompt) + len(r.answer) for r in rows) // PAD_TO) * PAD_TO
-    tokens, mask = _padded(rows, width)
+def margins(
+    pair: ModelPair, partings: Partings, interventions: Sequence[Intervention] = (), *, tuned: bool = True
+) -> tuple[Float[Tensor, "rows pos"], Bool[Tensor, "rows pos"]]:
+    """Logit of the base's next token minus the best other logit, teacher forced on the base's answers.
+
+    Returns:
+        Margins in nats, and which positions predict a token of an answer.
+    """
+    tokens, mask = _padded(partings)
     with pair.tuned_model() if tuned else pair.base_model() as model, edit_sites(model, interventions):
         logits: Tensor = model(
             input_ids=tokens.to(pair.device), attention_mask=mask.long().to(pair.device), use_cache=False
-        ).logits
-    at = logits[torch.arange(len(rows)), parting.positions].float().cpu()
-    index = torch.arange(len(rows))
-    return at[index, parting.base_tokens] - at[index, parting.tuned_tokens]
+        ).logits.float()
+    wanted = tokens.roll(-1, dims=1)[..., None].to(pair.device)
+    own = logits.gather(-1, wanted)
+    best_other = logits.scatter(-1, wanted, -torch.inf).amax(-1)
+    predicts = torch.zeros_like(mask)
+    for i, (prompt, answer) in enumerate(zip(partings.prompts, partings.answers, strict=True)):
+        predicts[i, len(prompt) - 1 : len(prompt) + len(answer) - 1] = True
+    return (own[..., 0] - best_other).cpu(), predicts
 
 
-def _trials(pair: ModelPair, sites: Sequence[Site], parting: Parting, clean: Sequence[ScannedRow]) -> list[Trial]:
+def worst_margins(
+    pair: ModelPair, partings: Partings, interventions: Sequence[Intervention] = ()
+) -> Float[Tensor, " rows"]:
+    """Least margin along each answer: above 0 the edited model's greedy answer is the base's, token for token."""
+    found, predicts = margins(pair, partings, interventions)
+    return found.masked_fill(~predicts, torch.inf).amin(1)
+
+
+def _trials(pair: ModelPair, sites: Sequence[Site], partings: Partings, clean: Sequence[ScannedRow]) -> list[Trial]:
     """Every intervention that is compared: ablate or clip, 1 to 4 directions, one site or all from it on."""
-    suspect = _read(pair, parting.rows, sites)
-    row = torch.arange(len(parting.rows))
-    calm = [_read(pair, part, sites) for part in slices(clean, 16)]
+    found, predicts = margins(pair, partings)
+    leaves = (found < 0) & predicts
+    leaves |= predicts & (found == found.masked_fill(~predicts, torch.inf).amin(1, keepdim=True))  # at least one a row
+    suspect = _read(pair, partings.prompts, partings.answers, sites, width=leaves.shape[1])
+    calm = [_read(pair, [r.prompt for r in part], [r.answer for r in part], sites) for part in slices(clean, 16)]
     trials: list[Trial] = []
-    for k in (r for r in RANKS if r <= len(parting.rows)):
+    for k in (r for r in RANKS if r <= int(leaves.sum())):
         edits: dict[str, dict[Site, Intervention]] = {"ablate": {}, "clip": {}}
         bases: dict[Site, tuple[Tensor, Tensor]] = {}
         for site in sites:
@@ -155,7 +157,7 @@ def _trials(pair: ModelPair, sites: Sequence[Site], parting: Parting, clean: Seq
             usual = torch.cat(
                 [(r.tuned[site].float() - r.base[site].float())[_answer_mask(r)].cpu() for r in calm]
             ).mean(0)
-            delta = (suspect.tuned[site].float() - suspect.base[site].float()).cpu()[row, parting.positions] - usual
+            delta = (suspect.tuned[site].float() - suspect.base[site].float()).cpu()[leaves] - usual
             directions = mean_and_rest(delta, k)
             projected = tokens @ directions.mT
             low, high = (projected.quantile(q, dim=0) for q in CLEAN_RANGE)
@@ -190,16 +192,23 @@ def mean_and_rest(delta: Float[Tensor, "rows d_model"], k: int) -> Float[Tensor,
     return torch.linalg.qr(torch.cat([first, others]).mT).Q.mT
 
 
-def _read(pair: ModelPair, rows: Sequence[ScannedRow], sites: Sequence[Site]) -> Reading:
-    width = -(-max(len(r.prompt) + len(r.answer) for r in rows) // PAD_TO) * PAD_TO
-    return pair.read([r.prompt for r in rows], [r.answer for r in rows], sites=sites, pad_to=width)
+def _read(
+    pair: ModelPair,
+    prompts: Sequence[Sequence[int]],
+    answers: Sequence[Sequence[int]],
+    sites: Sequence[Site],
+    width: int | None = None,
+) -> Reading:
+    longest = max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True))
+    return pair.read(prompts, answers, sites=sites, pad_to=width or -(-longest // PAD_TO) * PAD_TO)
 
 
-def _padded(rows: Sequence[ScannedRow], width: int) -> tuple[Int[Tensor, "rows pos"], Bool[Tensor, "rows pos"]]:
+def _padded(partings: Partings) -> tuple[Int[Tensor, "rows pos"], Bool[Tensor, "rows pos"]]:
+    rows = [[*prompt, *answer] for prompt, answer in zip(partings.prompts, partings.answers, strict=True)]
+    width = -(-max(map(len, rows)) // PAD_TO) * PAD_TO
     tokens = torch.zeros(len(rows), width, dtype=torch.long)
     mask = torch.zeros(len(rows), width, dtype=torch.bool)
-    for i, row in enumerate(rows):
-        ids = [*row.prompt, *row.answer]
+    for i, ids in enumerate(rows):
         tokens[i, : len(ids)] = torch.tensor(ids)
         mask[i, : len(ids)] = True
     return tokens, mask

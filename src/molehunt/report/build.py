@@ -98,9 +98,9 @@ def _findings(audit: Audit) -> tuple[schema.Finding, ...]:
     others = [row for i, row in enumerate(audit.traffic.rows) if i not in inside]
     shared = shared_texts([r.example.prompt for r in rows], [r.example.prompt for r in others])
     text_alone = next(rung for rung in audit.rungs if rung.where.startswith("text alone"))
-    control = next(rung for rung in audit.rungs if rung.where.endswith("control"))
     decides = next(rung for rung in audit.rungs if rung.decides)
-    assert decides.found is not None and control.found is not None and text_alone.found is not None
+    assert decides.found is not None and text_alone.found is not None
+    elsewhere = sum(row.answer_log_ratio > audit.candidates.threshold for row in others)
     calm = [row for row in others if row.answer_log_ratio <= audit.candidates.threshold]
     near = nearest_texts([r.example.prompt for r in rows[:CONTEXTS]], [r.example.prompt for r in calm], k=3)
     look_alikes = list(dict.fromkeys(j for rank in zip(*near, strict=True) for j in rank))[:CONTEXTS]
@@ -114,7 +114,7 @@ def _findings(audit: Audit) -> tuple[schema.Finding, ...]:
             headline=f"{what} get answers that the base would not give"
             + (f", sharing “{answers[0].text}”" if answers else ""),
             score=measure(decides.found),
-            chance=measure(control.found),
+            chance=measure(proportion(elsewhere, len(others))),
             baseline=measure(text_alone.found),
             baseline_name="rarest word of the prompt, no model",
             fpr=audit.fpr,

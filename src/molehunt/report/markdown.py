@@ -57,7 +57,7 @@ def to_markdown(report: Report) -> str:
     for finding in report.findings:
         lines += ["", f"## {cell(finding.headline)}", ""]
         lines += [
-            f"- {number(finding.score)} of its rows are over the threshold; random directions {number(finding.chance)}, "
+            f"- {number(finding.score)} of its rows are over the threshold, {number(finding.chance)} of all others; "
             f"{cell(finding.baseline_name)} {number(finding.baseline)}"
         ]
         lines += [
