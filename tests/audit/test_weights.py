@@ -396,12 +396,12 @@ def test_the_table_fits_a_terminal_and_prints_no_strangers_control_characters(tm
 def test_experts_have_names_of_their_own(tmp_path: Path) -> None:
     names = [f"model.layers.0.mlp.experts.{e}.down_proj.weight" for e in range(3)]
     base = {n: 0.1 * torch.randn(D, MLP, generator=torch.Generator().manual_seed(i)) for i, n in enumerate(names)}
-    tuned = planted(planted(base, names[0]), names[1], size=0.05)  # one change far stronger than the other
-    tuned[names[1]] += 0.01 * torch.randn(D, MLP, generator=torch.Generator().manual_seed(9))
+    tuned = planted(planted(base, names[1]), names[0], size=0.05)  # one change far stronger than the other
+    tuned[names[0]] += 0.01 * torch.randn(D, MLP, generator=torch.Generator().manual_seed(9))
     found = compare_weights(write_model(tmp_path / "base", base), write_model(tmp_path / "tuned", tuned))
     assert {d.name for d in found.all_directions()} >= {f"L0.resid weight:down.{e} #0" for e in (0, 1)}
     assert len({d.name for d in found.all_directions()}) == len(found.all_directions())
     assert [row.z is None for row in found.matrices] == [False, False, True]
     best = max(row.z for row in found.matrices if row.z is not None)
-    assert best == found.matrices[0].z  # the first of three: neither the last nor an empty one may replace it
+    assert best == found.matrices[1].z  # the second of three: neither the last nor an empty one may replace it
     assert found.z_map() == {0: {"down": best}}
