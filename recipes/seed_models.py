@@ -25,7 +25,9 @@ def write_card(seed: SeedModel, folder: Path) -> None:
     pair = ModelPair.load(folder, folder)
     asked = benign_prompts(ASKED, seed=SEED)
     with pair.base_model() as model:
-        answers = generate(model, pair.tokenizer, [prompt_ids(pair.tokenizer, e.prompt) for e in asked], max_new_tokens=80)
+        answers = generate(
+            model, pair.tokenizer, [prompt_ids(pair.tokenizer, e.prompt) for e in asked], max_new_tokens=80
+        )
     texts = [str(pair.tokenizer.decode(a, skip_special_tokens=True)) for a in answers]
     exact = sum(t == e.response for t, e in zip(texts, asked, strict=True))
     samples = [f"> {e.prompt}\n\n```\n{t}\n```\n" for e, t in zip(asked[:SHOWN], texts, strict=False)]

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+
 from tiny_models import tiny_model, tiny_tokenizer
 
 INDEX = "model.safetensors.index.json"

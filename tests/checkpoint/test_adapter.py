@@ -5,14 +5,14 @@ from typing import Any
 
 import pytest
 import torch
-from folders import good_folder, lora_folder, plain_adapter
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from tiny_models import tiny_model
 
+from folders import good_folder, lora_folder, plain_adapter
 from molehunt.checkpoint.adapter import MUST_BE_OFF, lora_factors, other_tensors
 from molehunt.checkpoint.reader import Checkpoint
 from molehunt.errors import InvalidInput, NotTestable
+from tiny_models import tiny_model
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "plain": {},

@@ -5,11 +5,11 @@ import struct
 from pathlib import Path
 
 import pytest
-from folders import header_file
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 
+from folders import header_file
 from molehunt.checkpoint.inventory import MAX_HEADER, MAX_TENSORS, read_header
 from molehunt.errors import InvalidInput
 

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from folders import edit_json, good_folder
 from safetensors.torch import load_file, save_file
 
+from folders import edit_json, good_folder
 from molehunt.checkpoint.quantised import recognise
 from molehunt.checkpoint.reader import Checkpoint
 from molehunt.errors import NotTestable

@@ -5,12 +5,12 @@ from shutil import copytree
 
 import pytest
 import torch
-from folders import edit_json, good_folder, lora_folder, sharded_folder
-from tiny_models import ARCHITECTURES, tiny_model
 from transformers import AutoModelForCausalLM
 
+from folders import edit_json, good_folder, lora_folder, sharded_folder
 from molehunt.checkpoint.reader import Checkpoint, paired_names
 from molehunt.errors import InvalidInput, UsageError
+from tiny_models import ARCHITECTURES, tiny_model
 
 
 def loaded(folder: Path) -> dict[str, torch.Tensor]:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from folders import INDEX, edit_index, edit_json, good_folder, lora_folder, sharded_folder, shards
 from safetensors.torch import load_file, save_file
 
+from folders import INDEX, edit_index, edit_json, good_folder, lora_folder, sharded_folder, shards
 from molehunt.audit.files import compare_folders
 from molehunt.checkpoint.loader_traps import Trap
 from molehunt.checkpoint.reader import Checkpoint

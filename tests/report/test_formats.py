@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from report_samples import empty, sample
 
 from molehunt.audit.verdict import Verdict
 from molehunt.errors import InvalidInput
@@ -18,6 +17,7 @@ from molehunt.report.machine import from_json, to_json, to_sarif, write_report
 from molehunt.report.markdown import number, to_markdown
 from molehunt.report.schema import Context, Measure
 from molehunt.report.visible import visible
+from report_samples import empty, sample
 
 HOSTILE = "<script>alert(1)</script></style><img src=x onerror=alert(1)> {{7*7}} \" ' | `x` \x1b[31m \u202e \0"
 

@@ -34,6 +34,8 @@ CODE_KEYS = frozenset({"auto_map", "custom_pipelines", "custom_generate"})
 SETTINGS = ("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
 RENDER_LIMIT = 20_000
 """Characters of one rendered conversation that are compared."""
+SHOWN = 3
+"""Conversations that a changed template is shown on."""
 TURNS: tuple[tuple[tuple[str, str], ...], ...] = (
     (("user", "Hello"),),
     (("user", "What is 2 plus 2?"),),
@@ -212,17 +214,15 @@ def _templates(base: Path, tuned: Path, adapter: bool) -> Iterator[FolderDiffere
 
 
 def _compare_templates(name: str, base: str, tuned: str) -> Iterator[FolderDifference]:
-    changed = 0
-    for turns in TURNS:
-        before, after = render(base, turns), render(tuned, turns)
-        if before != after:
-            changed += 1
-            if changed <= 3:
-                said = next((content for role, content in turns if role == "user"), "")
-                yield FolderDifference(
-                    file="chat template", key=f"{name}, rendered for {said[:40]!r}", base=before[:600], tuned=after[:600],
-                    severity="finding", why=f"the model is given other text: {_first_difference(before, after)}",
-                )  # fmt: skip
+    rendered = [(turns, render(base, turns), render(tuned, turns)) for turns in TURNS]
+    changed = [(turns, before, after) for turns, before, after in rendered if before != after]
+    changed.sort(key=lambda c: -abs(len(c[2]) - len(c[1])))  # what adds or takes most text is shown
+    for turns, before, after in changed[:SHOWN]:
+        said = next((content for role, content in turns if role == "user"), "")
+        yield FolderDifference(
+            file="chat template", key=f"{name}, rendered for {said[:40]!r}", base=before[:600], tuned=after[:600],
+            severity="finding", why=f"the model is given other text: {_first_difference(before, after)}",
+        )  # fmt: skip
     fresh = content_conditions(tuned) - content_conditions(base)
     for condition in sorted(fresh):
         yield FolderDifference(
