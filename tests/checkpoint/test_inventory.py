@@ -44,7 +44,7 @@ BAD = {
 def test_a_broken_header_is_refused_by_name(tmp_path: Path, case: str) -> None:
     header, data, length, says = BAD[case]
     path = header_file(tmp_path / "shard.safetensors", header, data, length)
-    with pytest.raises(InvalidInput, match="shard.safetensors") as refused:
+    with pytest.raises(InvalidInput, match=r"shard\.safetensors") as refused:
         read_header(path)
     assert says in str(refused.value)
 

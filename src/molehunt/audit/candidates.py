@@ -121,7 +121,7 @@ def alignment(delta: Float[Tensor, "rows d_model"]) -> Float[Tensor, " rows"]:
 
 
 def shared_texts(
-    group: Sequence[str], others: Sequence[str], *, share: float = 0.8, limit: int = 3, longest: int = 4
+    group: Sequence[str], others: Sequence[str], *, share: float = 0.6, limit: int = 3, longest: int = 4
 ) -> list[SharedText]:
     """Runs of words that a share of at least `share` of `group` carries, and less than half as many of `others`.
 
