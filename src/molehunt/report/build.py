@@ -201,7 +201,7 @@ def _checks(audit: Audit) -> tuple[schema.Check, ...]:
         over = "rows of the finding over its threshold" if rung.found else "rows over its clean threshold"
         checks.append(
             schema.Check(
-                name=rung.name,
+                name=f"{rung.name}, {rung.where.partition(",")[0]}",
                 status="flag" if rung.decides and audit.candidates.rows else "pass" if rung.decides else "note",
                 result=f"{rung.where}: {over}",
                 size=measure(rung.found or rung.above),
@@ -294,12 +294,12 @@ def _spectra(audit: Audit) -> tuple[schema.Spectrum, ...]:
 def summary(report: schema.Report) -> str:
     """What the terminal shows."""
     lines = [f"{report.verdict}: {report.reason}", ""]
-    lines.append(f"{'check':<34}{'size [95 %]':>22}{'chance':>9}  status")
+    lines.append(f"{'check':<44}{'size [95 %]':>22}{'chance':>9}  status")
     for check in report.checks:
         size = check.size
         shown = "" if size is None else f"{size.value:.2f} [{size.low or 0:.2f}, {size.high or 0:.2f}]"
         chance = "" if check.chance is None else f"{check.chance.value:.2f}"
-        lines.append(f"{check.name[:33]:<34}{shown:>22}{chance:>9}  {check.status}")
+        lines.append(f"{check.name[:43]:<44}{shown:>22}{chance:>9}  {check.status}")
     for finding in report.findings:
         lines += ["", finding.headline]
         lines += [
