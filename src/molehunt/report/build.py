@@ -201,7 +201,7 @@ def _checks(audit: Audit) -> tuple[schema.Check, ...]:
         over = "rows of the finding over its threshold" if rung.found else "rows over its clean threshold"
         checks.append(
             schema.Check(
-                name=f"{rung.name}, {rung.where.partition(",")[0]}",
+                name=f"{rung.name}, {rung.where.split(',')[0]}",
                 status="flag" if rung.decides and audit.candidates.rows else "pass" if rung.decides else "note",
                 result=f"{rung.where}: {over}",
                 size=measure(rung.found or rung.above),
