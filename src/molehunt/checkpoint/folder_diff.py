@@ -18,7 +18,7 @@ BENIGN = frozenset(
     {
         "_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "_commit_hash", "architectures",
         "name_or_path", "tokenizer_class", "processor_class", "model_max_length", "padding_side", "truncation_side",
-        "padding", "truncation", "added_tokens_decoder", "is_local", "backend", "extra_special_tokens",
+        "padding", "truncation", "local_files_only", "added_tokens_decoder", "is_local", "backend", "extra_special_tokens",
     }
 )  # fmt: skip
 """Keys whose difference changes no text and no weight."""
