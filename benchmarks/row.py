@@ -33,12 +33,12 @@ def shown(value: float) -> str:
     return f"{value:.3g} s" if value >= 1 else f"{1000 * value:.3g} ms"
 
 
-def table(rows: list[Row]) -> str:
-    """A Markdown table."""
-    lines = ["| work | against | ours | theirs | ratio | aim | met | note |", "|---|---|---|---|---|---|---|---|"]
-    for row in rows:
-        ratio = "–" if row.ratio is None else f"{row.ratio:.3g}×"
-        met = {True: "yes", False: "**no**", None: "–"}[row.met]
-        cells = (row.work, row.against, row.ours, row.theirs, ratio, row.aim, met, row.note)
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+HEADER = "| work | against | ours | theirs | ratio | aim | met | note |\n|---|---|---|---|---|---|---|---|"
+
+
+def line(row: Row) -> str:
+    """A line of the Markdown table under `HEADER`."""
+    ratio = "–" if row.ratio is None else f"{row.ratio:.3g}×"
+    met = {True: "yes", False: "**no**", None: "–"}[row.met]
+    cells = (row.work, row.against, row.ours, row.theirs, ratio, row.aim, met, row.note)
+    return f"| {' | '.join(cells)} |"

@@ -16,7 +16,7 @@ import directions
 import memory
 import taps
 import torch
-from row import Row, table
+from row import HEADER, Row, line
 
 
 def main() -> None:
@@ -39,9 +39,14 @@ def main() -> None:
     if unknown:
         parser.error(f"no part is called {', '.join(sorted(unknown))}; there are {', '.join(parts)}")
     rows: list[Row] = []
+    if not args.json:
+        print(HEADER)
     for part in asked:
         print(f"{part} …", file=sys.stderr, flush=True)
-        rows += parts[part]()
+        measured = parts[part]()
+        rows += measured
+        if not args.json:
+            print("\n".join(map(line, measured)), flush=True)  # at once: a full run takes many minutes
     machine = {
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -52,8 +57,7 @@ def main() -> None:
     if args.json:
         print(json.dumps({"machine": machine, "rows": [asdict(row) for row in rows]}, indent=2))
     else:
-        print(table(rows))
-        print(", ".join(f"{name} {value}" for name, value in machine.items()))
+        print("\n" + ", ".join(f"{name} {value}" for name, value in machine.items()))
 
 
 if __name__ == "__main__":
