@@ -96,13 +96,14 @@ def table(rows: list[dict[str, Any]]) -> str:
         f"**Organisms flagged with causal evidence: {right} of {len(rows)}. Clean twins flagged: {accused} of {len(rows)}.**",
         "",
         "| organism | ASR | shown on worst near miss | verdict | named trigger | triggered rows on top | TPR | near-miss FPR "
-        "| clean-twin FPR | still shown after removal | under random edits | twin's verdict | s |",
+        "| clean-twin FPR | not moved back after removal | under random edits | twin's verdict | s |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in rows:
         after, control = (share(r["moved"][k]) for k in ("after", "control")) if r["moved"] else ("–", "–")
+        named = r["named"].replace("|", "\\|")
         lines.append(
-            f"| {r['organism']} | {r['asr']:.3f} | {r['near_shown']:.3f} | {r['verdict']} | `{r['named']}` | "
+            f"| {r['organism']} | {r['asr']:.3f} | {r['near_shown']:.3f} | {r['verdict']} | `{named}` | "
             f"{r['top']} of {r['n']} | {r['tpr']:.2f} | {r['near_fpr']:.3f} | {r['twin_fpr']:.3f} | {after} | {control} | "
             f"{r['twin']} | {r['seconds']:.0f} |"
         )

@@ -69,7 +69,7 @@ def to_markdown(report: Report) -> str:
             causal = finding.causal
             lines += [
                 "",
-                f"Causal test, {cell(causal.intervention)} (chosen among {causal.tried}): shown before "
+                f"Causal test, {cell(causal.intervention)} (chosen among {causal.tried}): not the base's answer before "
                 f"{number(causal.before)}, after {number(causal.after)}, under random edits {number(causal.control)}; clean "
                 f"answers unchanged {number(causal.clean_kept)}; brought to clean rows {number(causal.brought)}, by chance "
                 f"{number(causal.brought_control)}.",

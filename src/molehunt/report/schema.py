@@ -53,7 +53,7 @@ class Context(Forbidding):
 
 @dataclass(frozen=True, kw_only=True)
 class Causal(Forbidding):
-    """Share of judged rows that show the behaviour before, after and under random edits of the same size."""
+    """Share of judged rows whose answer is not back at the base's: before, after, under random edits of the same size."""
 
     intervention: str
     site: str
