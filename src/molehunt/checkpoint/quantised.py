@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from molehunt.errors import NotTestable, printable
@@ -11,7 +12,14 @@ from molehunt.errors import NotTestable, printable
 SCALES = (".weight_scale_inv", ".weight_scale", ".scale_weight")
 """Suffixes of the scale that multiplies a stored weight, in fp8 and compressed-tensors layouts."""
 EXACT = ("fp8", "float-quantized", "int-quantized", "naive-quantized")
-"""Layouts whose stored integers or fp8 values times their scale are the weight, exactly."""
+"""Layouts whose stored integers or fp8 values, less their zero point, times their scale are the weight, exactly."""
+ZERO_POINT = ".weight_zero_point"
+PACKED = (".qweight", ".qzeros", ".weight_packed", ".weight_shape", ".g_idx", ".weight_g_idx", ".scales")
+"""Suffixes of gptq, awq and packed compressed-tensors."""
+QUANT_STATE = (".absmax", ".nested_absmax", ".quant_map", ".nested_quant_map")
+"""Suffixes that bitsandbytes adds to the name of a 4-bit weight."""
+PLAIN = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.bool, torch.int64)
+"""Stored types of values that stand for themselves, in a folder of quantised weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,68 +30,87 @@ class Quantisation:
     """As the config names it, such as `fp8`, `gptq`, `compressed-tensors/int-quantized`."""
     exact: bool
     scales: frozenset[str]
-    """Tensors that are scales of others."""
+    """Tensors that are scales or zero points of others."""
     packed: frozenset[str]
     """Tensors of an inexact layout, whose values are no weights."""
+    block: tuple[int, int] | None = None
+    """Rows and columns that share a scale, where the config says so."""
 
     def dequantise(self, name: str, stored: Tensor, scale_of: Callable[[str], Tensor]) -> Tensor:
         """The weight that `stored` stands for, in fp32; `stored` itself where it was not quantised.
 
-        Raises NotTestable for a tensor of an inexact layout, and for a scale that does not fit the weight.
+        Raises NotTestable for a tensor of an inexact layout, and for a scale that is missing or does not fit.
         """
-        if name in self.packed:
+        module = name.removesuffix(".weight")
+        scale_name = next((module + suffix for suffix in SCALES if module + suffix in self.scales), None)
+        if name in self.packed or (scale_name is None and stored.dtype not in PLAIN):
             raise NotTestable(
                 f"{printable(name)} is quantised by {printable(self.method, 40)}, which cannot be undone exactly.\n"
                 "Compare the unquantised release, or the adapter that was merged into it."
             )
-        module = name.removesuffix(".weight")
-        scale_name = next((module + suffix for suffix in SCALES if module + suffix in self.scales), None)
         if scale_name is None or not name.endswith(".weight"):
             return stored
-        return stored.float() * _spread(scale_of(scale_name).float(), stored, name)
+        value, scale = stored.float(), _spread(scale_of(scale_name).float(), stored, name, self.block)
+        if module + ZERO_POINT in self.scales:
+            value = value - _spread(scale_of(module + ZERO_POINT).float(), stored, name, self.block)
+        return value * scale
 
 
 def recognise(config: Mapping[str, Any], names: frozenset[str]) -> Quantisation | None:
     """The quantisation that config.json and the tensor names tell of; None for plain weights."""
     told = config.get("quantization_config") or config.get("compression_config")
-    scales = frozenset(n for n in names if n.endswith(SCALES))
-    packed = frozenset(
-        n for n in names if n.endswith((".qweight", ".qzeros", ".weight_packed", ".weight_shape", ".g_idx", ".scales"))
-    )
-    quant_state = frozenset(n for n in names if ".quant_state" in n or n.endswith((".absmax", ".quant_map", ".SCB")))
-    if not isinstance(told, Mapping) and not packed and not quant_state:
+    scales = frozenset(n for n in names if n.endswith((*SCALES, ZERO_POINT)))
+    packed = frozenset(n for n in names if n.endswith(PACKED)) | _bitsandbytes(names)
+    if not isinstance(told, Mapping) and not packed:
         return None if not scales else Quantisation(method="fp8", exact=True, scales=scales, packed=frozenset())
     told = told if isinstance(told, Mapping) else {}
     method = str(told.get("quant_method", "unknown"))
     layout = str(told.get("format", method))
-    exact = layout in EXACT and not packed and not quant_state
-    if not exact and not packed:
-        # weights are stored under their own names (bitsandbytes): every 2-d block weight is packed
-        packed = frozenset(n for n in names if n.endswith("_proj.weight")) | quant_state
-    label = method if layout == method else f"{method}/{layout}"
+    exact = layout in EXACT and not packed
     return Quantisation(
-        method=label, exact=exact, scales=scales if exact else frozenset(), packed=packed | (quant_state)
+        method=method if layout == method else f"{method}/{layout}",
+        exact=exact,
+        scales=scales if exact else frozenset(),
+        packed=packed,
+        block=_told_block(told),
     )
 
 
-def _spread(scale: Tensor, stored: Tensor, name: str) -> Tensor:
+def _bitsandbytes(names: frozenset[str]) -> frozenset[str]:
+    """The quantisation states that bitsandbytes stores, and the weights that they belong to."""
+    four_bit = {n: n.removesuffix(s) for n in names for s in QUANT_STATE if n.endswith(s)}
+    four_bit |= {n: n.split(".quant_state.")[0] for n in names if ".quant_state." in n}
+    eight_bit = {n: n.removesuffix("SCB") + "weight" for n in names if n.endswith(".SCB")}
+    return frozenset(four_bit) | frozenset(eight_bit) | (names & {*four_bit.values(), *eight_bit.values()})
+
+
+def _told_block(told: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Block edges from `weight_block_size` (fp8) or the one `block_structure` of compressed-tensors."""
+    groups = told.get("config_groups")
+    groups = list(groups.values()) if isinstance(groups, Mapping) else []
+    weights = [g.get("weights") for g in groups if isinstance(g, Mapping)]
+    sizes = [told.get("weight_block_size"), *(w.get("block_structure") for w in weights if isinstance(w, Mapping))]
+    fit = {tuple(s) for s in sizes if isinstance(s, list) and len(s) == 2 and all(type(e) is int and e > 0 for e in s)}
+    return fit.pop() if len(fit) == 1 else None
+
+
+def _spread(scale: Tensor, stored: Tensor, name: str, block: tuple[int, int] | None) -> Tensor:
     """`scale` repeated to the shape of `stored`: one number, one a row, or one a block."""
     if scale.numel() == 1:
         return scale.reshape(1)
     if scale.ndim == 1 and len(scale) == len(stored):
-        return scale[:, None]
+        return scale.reshape(-1, *[1] * (stored.ndim - 1))
     if scale.ndim == 2 and stored.ndim == 2:
-        rows, columns = (-(-stored.shape[i] // scale.shape[i]) for i in (0, 1))
-        rows, columns = (_block(rows), _block(columns))
-        spread = scale.repeat_interleave(rows, 0).repeat_interleave(columns, 1)
-        if spread.shape[0] >= stored.shape[0] and spread.shape[1] >= stored.shape[1]:
-            return spread[: stored.shape[0], : stored.shape[1]]
+        for rows, columns in ([] if block is None else [block]) + [_even_block(scale, stored)]:
+            if rows and columns and [-(-stored.shape[0] // rows), -(-stored.shape[1] // columns)] == list(scale.shape):
+                spread = scale.repeat_interleave(rows, 0)[: len(stored)]
+                return spread.repeat_interleave(columns, 1)[:, : stored.shape[1]]
     raise NotTestable(
         f"the scale of {printable(name)} has the shape {list(scale.shape)}, which does not fit {list(stored.shape)}"
     )
 
 
-def _block(size: int) -> int:
-    """The block edge behind a rounded-up division: a power of two where one is near."""
-    power = 1 << (size - 1).bit_length()
-    return power if power >= 16 and power - size < size // 4 else size
+def _even_block(scale: Tensor, stored: Tensor) -> tuple[int, int]:
+    """Edges of equal blocks; 0 where they do not come out even, so that nobody guesses where one ends."""
+    rows, columns = (w // s if s and w % s == 0 else 0 for w, s in zip(stored.shape, scale.shape, strict=True))
+    return rows, columns
