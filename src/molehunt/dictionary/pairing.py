@@ -56,7 +56,9 @@ class Pairing:
     def needs_base(self) -> bool:
         return self.kind != "tuned"
 
-    def input(self, base: Float[Tensor, "*n d"] | None, tuned: Float[Tensor, "*n d"] | None) -> Float[Tensor, "*n d_in"]:
+    def input(
+        self, base: Float[Tensor, "*n d"] | None, tuned: Float[Tensor, "*n d"] | None
+    ) -> Float[Tensor, "*n d_in"]:
         """The dictionary's input, in fp32."""
         if self.kind == "tuned":
             assert tuned is not None
