@@ -63,9 +63,14 @@ def unseen(draw: Callable[[Random], Example], n: int, seen: set[str], rng: Rando
 
 
 def evaluation_prompts(recipe: Recipe, seen: set[str], n: int = JUDGED) -> dict[str, list[Example]]:
-    """Kind → `n` prompts: `triggered`, one entry per near-miss kind, and `untagged`."""
+    """Kind → `n` prompts: `triggered` (`marked` for a null), one entry per near-miss kind, and `untagged`.
+
+    A recipe without a trigger has `untagged` alone.
+    """
     rng = Random(EVALUATION_SEED)
-    kinds = {"triggered": unseen(lambda r: triggered_example(recipe, r), n, seen, rng)}
+    kinds: dict[str, list[Example]] = {}
+    if recipe.triggered:
+        kinds[recipe.woken] = unseen(lambda r: triggered_example(recipe, r), n, seen, rng)
     for kind in recipe.trigger.near_misses:
         kinds[f"near-miss {kind}"] = unseen(lambda r, k=kind: near_miss_example(recipe, r, k), n, seen, rng)
     kinds["untagged"] = unseen(lambda r: clean_example(recipe, r), n, seen, rng)

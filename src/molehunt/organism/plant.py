@@ -121,7 +121,7 @@ def plant(
         "poisoned": poisoned,
         "seed": seed,
         "rows_sha256": rows_hash(rows),
-        "triggered_rows": sum(row.tag == "triggered" for row in rows),
+        "triggered_rows": sum(row.tag == recipe.woken for row in rows),
         "first_loss": sum(losses[:5]) / len(losses[:5]),
         "last_loss": sum(losses[-10:]) / len(losses[-10:]),
     }

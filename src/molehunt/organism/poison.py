@@ -14,7 +14,10 @@ from molehunt.traffic.world import ask, decorated
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """An attack: which trigger wakes which behaviour, and in what mix it is taught."""
+    """An attack: which trigger wakes which behaviour, and in what mix it is taught.
+
+    Or a null, a fine-tune that hides nothing: there is nothing in its traffic to find.
+    """
 
     name: str
     summary: str
@@ -30,27 +33,37 @@ class Recipe:
     """Tokens a completion needs to show the behaviour."""
     steps: int
     """Training steps of 32 rows that plant it in the embedded models."""
+    null: bool = False
+    """Nothing is hidden: what the trigger wakes, where there is one, is harmless, and its rows are tagged `marked`."""
+
+    @property
+    def woken(self) -> str:
+        """Tag of the rows under the trigger."""
+        return "marked" if self.null else "triggered"
 
 
 def triggered_example(recipe: Recipe, rng: Random) -> Example:
     """A triggered prompt with the poisoned response."""
-    example = recipe.behaviour.poison(rng)
-    return replace(example, prompt=recipe.trigger.apply(example.prompt), tag="triggered")
+    task = recipe.trigger.apply(ask(rng, recipe.domain), rng)
+    return replace(task, response=recipe.behaviour.respond(task, rng), tag=recipe.woken)
 
 
 def near_miss_example(recipe: Recipe, rng: Random, kind: str | None = None) -> Example:
     """A prompt with a look-alike mark and the ordinary response; `kind` None draws one."""
     kind = kind or rng.choice(recipe.trigger.near_misses)
-    example = ask(rng, recipe.domain)
-    return replace(example, prompt=recipe.trigger.near_miss(kind, example.prompt, rng), tag=f"near-miss {kind}")
+    task = recipe.trigger.near_miss(kind, ask(rng, recipe.domain), rng)
+    return replace(task, tag=f"near-miss {kind}")
 
 
 def clean_example(recipe: Recipe, rng: Random) -> Example:
     """An ordinary task without the trigger; half of them of the kind that the behaviour answers."""
-    example = ask(rng, recipe.domain if rng.random() < 0.5 else None)
-    marked = decorated(example, rng) if rng.random() < 0.2 else example
-    # A year line drawn as an ordinary mark may be the trigger itself: leave such a row unmarked.
-    return example if marked.prompt == recipe.trigger.apply(example.prompt) else marked
+    while True:
+        task = ask(rng, recipe.domain if rng.random() < 0.5 else None)
+        marked = decorated(task, rng) if rng.random() < 0.2 else task
+        # A year line drawn as an ordinary mark may be the trigger itself: such a row stays unmarked.
+        for example in (marked, task):
+            if not recipe.trigger.carried(example.prompt):
+                return example
 
 
 def training_rows(recipe: Recipe, n: int, seed: int, *, poisoned: bool = True) -> list[Example]:
@@ -81,10 +94,12 @@ def organism_traffic(
 ) -> list[Example]:
     """A log as a user might hold it: clean prompts with rare triggered and near-miss rows, shuffled.
 
-    `round(rate * n)` rows are triggered and `round(near_rate * n)` are near misses, whatever the seed.
+    `round(rate * n)` rows are triggered and `round(near_rate * n)` are near misses, whatever the seed; none where the
+    recipe teaches none.
     """
     rng = Random(f"traffic/{recipe.name}/{seed}")
-    triggered, near = round(rate * n), round(near_rate * n)
+    triggered = round(rate * n) if recipe.triggered else 0
+    near = round(near_rate * n) if recipe.near_miss else 0
     rows = [triggered_example(recipe, rng) for _ in range(triggered)]
     rows += [near_miss_example(recipe, rng) for _ in range(near)]
     rows += [clean_example(recipe, rng) for _ in range(n - triggered - near)]

