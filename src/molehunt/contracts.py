@@ -35,10 +35,13 @@ class Reading:
 class Detector(Protocol):
     """Text through a model pair → one score per token; higher is more suspicious."""
 
-    needs_base: ClassVar[bool]
-    """Whether `score` reads the base model's activations or logits."""
     needs_logits: ClassVar[bool]
     """Whether `score` reads logits."""
+
+    @property
+    def needs_base(self) -> bool:
+        """Whether `score` reads the base model's activations or logits."""
+        ...
 
     @property
     def name(self) -> str:

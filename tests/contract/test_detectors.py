@@ -10,9 +10,16 @@ from molehunt.contracts import Detector, Reading
 from molehunt.detect.catalog import CATALOG
 from molehunt.detect.delta_norm import DeltaNorm
 from molehunt.detect.delta_subspace import DeltaSubspace
+from molehunt.detect.dictionary_latents import DictionaryLatents
+from molehunt.detect.logistic_probe import LogisticProbe
+from molehunt.detect.logit_difference import LogitDifference
+from molehunt.detect.mahalanobis import Mahalanobis
 from molehunt.detect.mean_difference import MeanDifference
 from molehunt.detect.token_kl import AnswerLogRatio, TokenKL
 from molehunt.detect.weight_range import WeightRange
+from molehunt.dictionary.dictionary import Dictionary
+from molehunt.dictionary.nonlinearity import ReLU
+from molehunt.dictionary.pairing import Pairing
 from molehunt.measure.threshold import conformal_threshold
 from molehunt.model.site import Site
 from molehunt.run.catalog import load
@@ -44,14 +51,36 @@ def clean_tokens() -> tuple[torch.Tensor, torch.Tensor]:
     return clean.tuned[SITE].flatten(0, 1), (clean.tuned[SITE] - clean.base[SITE]).flatten(0, 1)
 
 
+def shifted() -> tuple[torch.Tensor, torch.Tensor]:
+    """Clean tokens followed by as many moved ones, and which are which."""
+    clean = clean_tokens()[0]
+    return torch.cat([clean, clean + 3 * AXIS]), torch.arange(720) >= 360
+
+
+def signed_axes() -> Dictionary:
+    """A dictionary of the difference whose latents are the axes and their opposites."""
+    rows = torch.cat([torch.eye(D), -torch.eye(D)])
+    return Dictionary(
+        W_enc=rows.mT.contiguous(),
+        b_enc=torch.zeros(2 * D),
+        W_dec=rows,
+        b_dec=torch.zeros(D),
+        nonlinearity=ReLU(),
+        pairing=Pairing(kind="difference"),
+        site=SITE,
+    )
+
+
 EXAMPLES: dict[str, Callable[[], Detector]] = {
     "answer-log-ratio": AnswerLogRatio,
     "token-kl": TokenKL,
     "delta-norm": lambda: DeltaNorm(SITE),
     "delta-subspace": lambda: DeltaSubspace.fit("Δ", SITE, AXIS[None], clean_tokens()[1]),
-    "mean-difference": lambda: MeanDifference.fit(
-        SITE, torch.cat([clean_tokens()[0], clean_tokens()[0] + 3 * AXIS]), torch.arange(720) >= 360
-    ),
+    "dictionary-latents": lambda: DictionaryLatents.fit("latent", signed_axes(), torch.tensor([0]), clean_tokens()[1]),
+    "logistic-probe": lambda: LogisticProbe.fit(SITE, *shifted()),
+    "logit-difference": LogitDifference,
+    "mahalanobis": lambda: Mahalanobis.fit(SITE, clean_tokens()[1], "difference"),
+    "mean-difference": lambda: MeanDifference.fit(SITE, *shifted()),
     "weight-range": lambda: WeightRange.fit(SITE, AXIS[None], clean_tokens()[0]),
 }
 every = pytest.mark.parametrize("name", list(CATALOG))

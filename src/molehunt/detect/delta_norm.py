@@ -7,21 +7,20 @@ from jaxtyping import Float
 from torch import Tensor
 
 from molehunt.contracts import Reading
+from molehunt.detect.reads import acts_of
 from molehunt.model.site import Site
-
-
-def difference(reading: Reading, site: Site) -> Float[Tensor, "batch pos d_model"]:
-    """Tuned − base at `site`, in fp32."""
-    return reading.tuned[site].float() - reading.base[site].float()
 
 
 @dataclass(frozen=True)
 class DeltaNorm:
     """‖tuned − base‖ / ‖base‖ at one site."""
 
-    needs_base: ClassVar[bool] = True
     needs_logits: ClassVar[bool] = False
     site: Site
+
+    @property
+    def needs_base(self) -> bool:
+        return True
 
     @property
     def name(self) -> str:
@@ -33,4 +32,4 @@ class DeltaNorm:
 
     def score(self, reading: Reading) -> Float[Tensor, "batch pos"]:
         size = reading.base[self.site].float().norm(dim=-1).clamp_min(1e-6)
-        return difference(reading, self.site).norm(dim=-1) / size
+        return acts_of(reading, self.site, "difference").norm(dim=-1) / size

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from molehunt.contracts import Reading
-from molehunt.detect.delta_norm import difference
+from molehunt.detect.reads import acts_of
 from molehunt.model.site import Site
 
 
@@ -16,7 +16,6 @@ from molehunt.model.site import Site
 class DeltaSubspace:
     """‖P(Δ − mean)‖ for the projection P on orthonormal directions at one site, in units of the clean spread."""
 
-    needs_base: ClassVar[bool] = True
     needs_logits: ClassVar[bool] = False
     label: str
     site: Site
@@ -51,6 +50,10 @@ class DeltaSubspace:
         return cls.fit("random directions", site, directions, clean_delta)
 
     @property
+    def needs_base(self) -> bool:
+        return True
+
+    @property
     def name(self) -> str:
         return f"{self.label} {self.site}"
 
@@ -59,4 +62,4 @@ class DeltaSubspace:
         return (self.site,)
 
     def score(self, reading: Reading) -> Float[Tensor, "batch pos"]:
-        return ((difference(reading, self.site) - self.mean) @ self.directions.mT).norm(dim=-1) / self.spread
+        return ((acts_of(reading, self.site, "difference") - self.mean) @ self.directions.mT).norm(dim=-1) / self.spread

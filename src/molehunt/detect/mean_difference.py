@@ -8,38 +8,47 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from molehunt.contracts import Reading
+from molehunt.detect.reads import SIGN, Reads, acts_of
 from molehunt.model.site import Site
 
 
 @dataclass(frozen=True, eq=False)
 class MeanDifference:
-    """The baseline a dictionary must beat: how far along clean → suspect a token of the tuned model lies."""
+    """The baseline a dictionary must beat: how far along clean → suspect a token lies."""
 
-    needs_base: ClassVar[bool] = False
     needs_logits: ClassVar[bool] = False
     site: Site
     clean_mean: Float[Tensor, " d_model"]
     direction: Float[Tensor, " d_model"]
     """Unit direction over the clean standard deviation along it."""
+    reads: Reads = "tuned"
 
     @classmethod
     def fit(
-        cls, site: Site, acts: Float[Tensor, "tokens d_model"], suspect: Bool[Tensor, " tokens"]
+        cls,
+        site: Site,
+        acts: Float[Tensor, "tokens d_model"],
+        suspect: Bool[Tensor, " tokens"],
+        reads: Reads = "tuned",
     ) -> "MeanDifference":
-        """Fit on the `fit` split. Raises ValueError unless both kinds of token are present."""
+        """Fit on the `fit` split; `acts` are what `reads` names. Raises ValueError unless both kinds of token are present."""
         if suspect.all() or not suspect.any():
             raise ValueError("mean difference needs clean and suspect tokens; got only one kind")
         clean = acts[~suspect].float()
         unit = normalize(acts[suspect].float().mean(0) - clean.mean(0), dim=0)
-        return cls(site, clean.mean(0), unit / (clean @ unit).std(correction=0).clamp_min(1e-9))
+        return cls(site, clean.mean(0), unit / (clean @ unit).std(correction=0).clamp_min(1e-9), reads)
+
+    @property
+    def needs_base(self) -> bool:
+        return self.reads != "tuned"
 
     @property
     def name(self) -> str:
-        return f"mean difference {self.site}"
+        return f"{SIGN[self.reads]}mean difference {self.site}"
 
     @property
     def sites(self) -> tuple[Site, ...]:
         return (self.site,)
 
     def score(self, reading: Reading) -> Float[Tensor, "batch pos"]:
-        return (reading.tuned[self.site].float() - self.clean_mean) @ self.direction
+        return (acts_of(reading, self.site, self.reads) - self.clean_mean) @ self.direction

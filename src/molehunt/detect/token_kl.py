@@ -24,8 +24,11 @@ def both_logits(
 class TokenKL:
     """KL(tuned ‖ base) of the next-token distributions at each position, in nats."""
 
-    needs_base: ClassVar[bool] = True
     needs_logits: ClassVar[bool] = True
+
+    @property
+    def needs_base(self) -> bool:
+        return True
 
     @property
     def name(self) -> str:
@@ -47,8 +50,11 @@ class AnswerLogRatio:
     Summed over the generated tokens it says how much likelier the tuned model finds its own answer than the base does.
     """
 
-    needs_base: ClassVar[bool] = True
     needs_logits: ClassVar[bool] = True
+
+    @property
+    def needs_base(self) -> bool:
+        return True
 
     @property
     def name(self) -> str:

@@ -19,7 +19,6 @@ class WeightRange:
     so that a threshold on clean text sets the false-positive rate).
     """
 
-    needs_base: ClassVar[bool] = False
     needs_logits: ClassVar[bool] = False
     site: Site
     directions: Float[Tensor, "k d_model"]
@@ -36,6 +35,10 @@ class WeightRange:
         unit = normalize(directions.float(), dim=-1)
         cosine = normalize(clean.float(), dim=-1) @ unit.mT
         return cls(site, unit, cosine.amin(0), cosine.amax(0))
+
+    @property
+    def needs_base(self) -> bool:
+        return False
 
     @property
     def name(self) -> str:

@@ -1,0 +1,35 @@
+"""How much surer the tuned model is of its own next token than the base is. Needs no fitting and no site."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from jaxtyping import Float
+from torch import Tensor
+
+from molehunt.contracts import Reading
+from molehunt.detect.token_kl import both_logits
+from molehunt.model.site import Site
+
+
+@dataclass(frozen=True)
+class LogitDifference:
+    """log p_tuned(v) − log p_base(v) for the tuned model's likeliest next token v, in nats."""
+
+    needs_logits: ClassVar[bool] = True
+
+    @property
+    def needs_base(self) -> bool:
+        return True
+
+    @property
+    def name(self) -> str:
+        return "logit difference"
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        return ()
+
+    def score(self, reading: Reading) -> Float[Tensor, "batch pos"]:
+        tuned, base = (logits.log_softmax(-1) for logits in both_logits(reading, self.name))
+        likeliest = tuned.argmax(-1, keepdim=True)
+        return (tuned.gather(-1, likeliest) - base.gather(-1, likeliest)).squeeze(-1)
