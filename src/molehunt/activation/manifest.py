@@ -16,6 +16,8 @@ MANIFEST = "manifest.json"
 FORMAT = 1
 SHARD_FILE = "activations.safetensors"
 SHARD_PATH = re.compile(rf"units/([0-9a-f]{{64}})/{re.escape(SHARD_FILE)}")
+CONSTANT = 1e-9
+"""Share of the RMS below which a spread is rounding: fp32 resolves 1e-7."""
 MAX_BYTES = 256 * 2**20
 """A longer manifest is refused unread; 100 sites of width 16,384 take half of that."""
 Side = Literal["base", "tuned", "delta"]
@@ -208,7 +210,7 @@ def _check_scale(path: Path, field: str, scale: Scale | None, manifest: Manifest
         raise broken(path, field, "it holds NaN or infinity")
     if scale.count != manifest.tokens - manifest.sinks:
         raise broken(path, f"{field}.count", f"{scale.count} is not the number of tokens that are no sinks")
-    if constant_is_wrong and scale.spread <= 0:
+    if constant_is_wrong and scale.spread <= CONSTANT * scale.rms:
         raise broken(path, f"{field}.spread", "the activations are the same at every token")
 
 

