@@ -498,6 +498,35 @@ def test_several_in_one_folder_are_chosen_by_file(tmp_path: Path) -> None:
     assert load_dictionary(clt / "params_layer_3.safetensors").site == Site(3)
 
 
+def test_llama_scope_with_the_scale_folded_in_and_centred(tmp_path: Path) -> None:
+    folder = written(tmp_path, "llama scope")
+    cfg(norm_activation="inference", apply_decoder_bias_to_pre_encoder=True)(folder)
+    got = load_dictionary(folder)
+    p = (X - got.b_dec) @ got.W_enc + got.b_enc
+    torch.testing.assert_close(got.encode(X), p * (p > 0.4))
+
+
+def test_centring_comes_after_the_scale(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    folder = written(tmp_path, "llama scope")
+    cfg(apply_decoder_bias_to_pre_encoder=True)(folder)
+    t = {n: v.float() for n, v in load_file(folder / "checkpoints" / "final.safetensors").items()}
+    s = math.sqrt(D) / 5.0
+    p = (X * s - t["decoder.bias"]) @ t["encoder.weight"].T + t["encoder.bias"]
+    torch.testing.assert_close(load_dictionary(folder).encode(X), p * (p > 0.4 * s), rtol=1e-4, atol=1e-5)
+
+
+def test_heads_side_by_side(tmp_path: Path) -> None:
+    from_heads = {"hook_name": "blocks.3.attn.hook_z", "sae_lens_version": "6.5.0"}
+    folder = written(tmp_path, "lens standard")
+    cfg(reshape_activations="hook_z", metadata=from_heads)(folder)
+    got = load_dictionary(folder)
+    assert got.site is None and got.meta["reshape_activations"] == "hook_z"
+    save_dictionary(got, folder)
+    assert json.loads((folder / "cfg.json").read_text())["reshape_activations"] == "hook_z"
+
+
 def test_k_of_qwen_scope(tmp_path: Path) -> None:
     qwen_scope(tmp_path)
     with pytest.raises(UsageError, match="or give k"):
@@ -678,6 +707,8 @@ BAD_INPUTS: list[tuple[str, Callable[[Path], Any], str]] = [
     ("lens standard", own(pairing={"kind": "both", "joint": math.nan}), "is not a pairing"),
     ("lens standard", own(pairing={"new": 1}), "is not a pairing"),
     ("lens standard", own(site="L3"), r"metadata\.molehunt\.site is not a site"),
+    ("lens standard", own(pairing={"kind": "both"}, more=1), r"metadata\.molehunt\.more is not a field of ours"),
+    ("lens standard", own(site=["L3"]), r"metadata\.molehunt\.site is \['L3'\]"),
     ("lens standard", own(meta=3), r"metadata\.molehunt\.meta is 3"),
     ("lens topk", cfg(k=math.nan), "cfg.json: k is nan"),
     ("lens topk", cfg(k=True), "k is True"),
@@ -714,9 +745,21 @@ BAD_INPUTS: list[tuple[str, Callable[[Path], Any], str]] = [
     ("llama scope", cfg(act_fn="topk"), "act_fn should be jumprelu"),
     ("llama scope", cfg(use_glu_encoder=True), "use_glu_encoder is set"),
     ("llama scope", cfg(norm_activation="token-wise"), "norm_activation should be"),
+    ("llama scope", cfg(jump_relu_threshold=10**400), "jump_relu_threshold is 1000"),
+    (
+        "llama scope",
+        cfg(apply_decoder_bias_to_pre_encoder=True, dataset_average_activation_norm__out=3.0),
+        "apply_decoder_bias_to_pre_encoder is set for a transcoder",
+    ),
     ("llama scope", cfg(d_model=9), "d_model is 9 and the tensors have 6"),
     ("llama scope", weights(encoder__bias=NAN), "final.safetensors: encoder.bias holds NaN"),
     ("llama scope", cut("checkpoints/final.safetensors"), "final.safetensors is not a valid"),
+    (
+        "llama scope newer",
+        weights(dataset_average_activation_norm__blocks__3__hook_resid_post=torch.tensor(0.0)),
+        r"dataset_average_activation_norm\.blocks\.3\.hook_resid_post should be above 0",
+    ),
+    ("AutoEncoderTopK", weights(k=torch.tensor(13)), r"trainer\.k is 3 and ae\.pt has 13"),
     ("llama scope newer", cfg(sae_type="crosscoder"), "sae_type should be sae"),
     ("llama scope newer", cfg(hook_point_in="blocks.1.x"), r"dataset_average_activation_norm\.blocks\.1\.x is missing"),
     ("sparsify", cfg(k=None), "cfg.json: k is missing"),

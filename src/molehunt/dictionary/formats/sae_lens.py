@@ -144,6 +144,8 @@ def _told(config: Fields, d_in: int) -> dict[str, Any]:
         raise config.wrong("reshape_activations", "should be none or hook_z; others are not read")
     if OWN in facts:
         own = facts.below(OWN)
+        for name in own.values.keys() - {"pairing", "site", "meta"}:
+            raise own.wrong(name, "is not a field of ours: this was written by a later molehunt")
         pairing = _pairing(own)
         if pairing.kind == "both" and d_in % 2:
             raise own.wrong("pairing", f"is over two models, and {d_in} values do not split in two")
