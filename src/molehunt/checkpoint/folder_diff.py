@@ -5,13 +5,14 @@ fixed conversations on both sides, because what counts is the text a model is gi
 """
 
 import difflib
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from molehunt.checkpoint.chat_template import render, templates_of
 from molehunt.checkpoint.loader_traps import read_json
+from molehunt.checkpoint.template_conditions import content_conditions
 
 Severity = Literal["finding", "note"]
 BENIGN = frozenset(
@@ -32,8 +33,7 @@ STEERING = frozenset(
 """Generation settings that can put words into a model's mouth."""
 CODE_KEYS = frozenset({"auto_map", "custom_pipelines", "custom_generate"})
 SETTINGS = ("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
-RENDER_LIMIT = 20_000
-"""Characters of one rendered conversation that are compared."""
+TOKEN_FLAGS = ("special", "normalized", "lstrip", "rstrip", "single_word")
 SHOWN = 3
 """Conversations that a changed template is shown on."""
 TURNS: tuple[tuple[tuple[str, str], ...], ...] = (
@@ -89,6 +89,7 @@ def folder_differences(base: Path, tuned: Path) -> list[FolderDifference]:
             continue
         rows += _compare_settings(name, left, right)
     rows += _tokenizers(base, tuned, adapter)
+    rows += _slow_tokenizers(base, tuned)
     rows += _templates(base, tuned, adapter)
     return sorted(rows, key=lambda row: (row.severity != "finding", row.file, row.key))
 
@@ -158,15 +159,7 @@ def _tokenizers(base: Path, tuned: Path, adapter: bool) -> Iterator[FolderDiffer
                 file=name, key=part, base=repr(left.get(part))[:400], tuned=repr(right.get(part))[:400],
                 severity="finding", why="the same text becomes other tokens, or tokens become other text",
             )  # fmt: skip
-    added = [
-        {t.get("content"): t for t in side.get("added_tokens") or [] if isinstance(t, Mapping)}
-        for side in (left, right)
-    ]
-    for content in sorted(map(str, added[0].keys() ^ added[1].keys())):
-        yield FolderDifference(
-            file=name, key="added_tokens", base=repr(content) if content in added[0] else "(absent)",
-            tuned=repr(content) if content in added[1] else "(absent)", severity="note", why="a token was added or removed",
-        )  # fmt: skip
+    yield from _added_tokens(name, *(_token_rows(side.get("added_tokens")) for side in (left, right)))
     models: list[Mapping[str, Any]] = [
         side["model"] if isinstance(side.get("model"), Mapping) else {} for side in (left, right)
     ]
@@ -179,21 +172,47 @@ def _tokenizers(base: Path, tuned: Path, adapter: bool) -> Iterator[FolderDiffer
             )  # fmt: skip
 
 
-def templates_of(folder: Path) -> dict[str, str]:
-    """Name → chat template of a folder; the unnamed one is `default`. A .jinja file goes before the config's."""
-    found: dict[str, str] = {}
-    if (folder / "tokenizer_config.json").is_file():
-        told = read_json(folder / "tokenizer_config.json").get("chat_template")
-        if isinstance(told, str):
-            found["default"] = told
-        elif isinstance(told, list):
-            found.update({str(t.get("name")): str(t.get("template")) for t in told if isinstance(t, Mapping)})
-    if (folder / "chat_template.jinja").is_file():
-        found["default"] = (folder / "chat_template.jinja").read_text(encoding="utf-8", errors="replace")
-    more = folder / "additional_chat_templates"
-    if more.is_dir():
-        found.update({p.stem: p.read_text(encoding="utf-8", errors="replace") for p in sorted(more.glob("*.jinja"))})
-    return found
+def _slow_tokenizers(base: Path, tuned: Path) -> Iterator[FolderDifference]:
+    """Tokens that the tokenizer's configuration tells. Not every version writes them: both sides must."""
+    name = "tokenizer_config.json"
+    told = [_settings(folder / name).get("added_tokens_decoder") for folder in (base, tuned)]
+    rows = [
+        _token_rows([{**t, "id": i} for i, t in side.items() if isinstance(t, Mapping)])
+        for side in told
+        if isinstance(side, Mapping)
+    ]
+    if len(rows) == 2:
+        yield from _added_tokens(name, *rows)
+
+
+def _token_rows(told: object) -> dict[str, list[str]]:
+    """Content → id and flags of every added token of that content."""
+    found: dict[str, list[str]] = {}
+    for token in told if isinstance(told, list) else []:
+        if isinstance(token, Mapping):
+            flags = [flag for flag in TOKEN_FLAGS if token.get(flag)]
+            found.setdefault(str(token.get("content")), []).append(" ".join([f"id {token.get('id')}", *flags]))
+    return {content: sorted(rows) for content, rows in found.items()}
+
+
+def _added_tokens(
+    name: str, base: Mapping[str, list[str]], tuned: Mapping[str, list[str]]
+) -> Iterator[FolderDifference]:
+    held = [{row.split()[1] for rows in side.values() for row in rows} for side in (base, tuned)]
+    for content in sorted(base.keys() | tuned.keys()):
+        one, other = base.get(content), tuned.get(content)
+        if one == other:
+            continue
+        severity: Severity = "note"
+        why = "a token was added or removed"
+        if one is not None and other is not None:
+            severity, why = "finding", "a token has another id or other flags: the same text becomes other tokens"
+        elif {row.split()[1] for row in one or other or []} & held[0 if one is None else 1]:
+            severity, why = "finding", "a token stands where the other side has another one"
+        yield FolderDifference(
+            file=name, key="added_tokens", base="(absent)" if one is None else f"{content!r}: {', '.join(one)}",
+            tuned="(absent)" if other is None else f"{content!r}: {', '.join(other)}", severity=severity, why=why,
+        )  # fmt: skip
 
 
 def _templates(base: Path, tuned: Path, adapter: bool) -> Iterator[FolderDifference]:
@@ -227,7 +246,7 @@ def _compare_templates(name: str, base: str, tuned: str) -> Iterator[FolderDiffe
     for condition in sorted(fresh):
         yield FolderDifference(
             file="chat template", key=name, base="(absent)", tuned=condition[:400], severity="finding",
-            why="a new condition looks into what a message says",
+            why="a new condition looks into what a message says, or at the date, tools, documents or chance",
         )  # fmt: skip
     if not changed and not fresh:
         yield FolderDifference(
@@ -241,49 +260,3 @@ def _first_difference(before: str, after: str) -> str:
         if tag != "equal":
             return f"{before[a:b][:60]!r} became {after[c:d][:60]!r}"
     return "only beyond the compared length"
-
-
-def content_conditions(template: str) -> set[str]:
-    """Conditions of a template that read a message's content otherwise than by whether it is there or a string."""
-    conditions = re.findall(r"\{%-?\s*(?:el)?if\s+(.*?)-?%\}", template, flags=re.DOTALL)
-    conditions += re.findall(r"\{\{-?[^}]*?\bif\b(.*?)-?\}\}", template, flags=re.DOTALL)
-    plain = re.compile(r"\bis\s+(not\s+)?(string|defined|none|iterable|mapping|sequence)\b")
-    return {
-        " ".join(c.split())
-        for c in conditions
-        if re.search(r"content|\btext\b|\bcontains\b", c) and not plain.search(c)
-    }
-
-
-def render(template: str, turns: tuple[tuple[str, str], ...]) -> str:
-    """The text a model would be given, rendered in a sandbox as transformers does; an error is part of the text."""
-    from jinja2 import TemplateError
-    from jinja2.ext import loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    def refuse(message: str) -> None:
-        raise TemplateError(message)
-
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-
-    def today(_format: str) -> str:
-        return "2026-01-01"  # the same on every day: two renderings are compared
-
-    helpers: dict[str, Any] = {"raise_exception": refuse, "strftime_now": today}
-    environment.globals.update(helpers)
-    messages = [{"role": role, "content": content} for role, content in turns]
-    out: list[str] = []
-    length = 0
-    try:
-        pieces = environment.from_string(template).generate(
-            messages=messages, add_generation_prompt=True, bos_token="<s>", eos_token="</s>", tools=None
-        )
-        for piece in pieces:
-            out.append(piece[: RENDER_LIMIT - length])
-            length += len(out[-1])
-            if length >= RENDER_LIMIT:
-                break
-    except (TemplateError, TypeError, ValueError, KeyError, AttributeError, ArithmeticError, RecursionError, OverflowError,
-            LookupError, MemoryError) as error:  # fmt: skip
-        return f"(template error: {type(error).__name__}: {str(error)[:200]})"
-    return "".join(out)
