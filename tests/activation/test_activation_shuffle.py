@@ -93,6 +93,12 @@ def test_tokens_of_several_shards_meet_in_one_batch() -> None:
     assert whole != sorted(whole)
 
 
+def test_half_of_the_buffer_stays_to_meet_what_comes_next() -> None:
+    source = pieces(*[40] * 6, sink_every=1000)
+    for batch in list(batches(source, SITE, size=40, seed=0, buffer_tokens=40, epochs=1, drop_sinks=False))[:-1]:
+        assert len({n // 40 for n in numbers([batch])}) >= 2, "a buffer that is emptied would give one shard at a time"
+
+
 def test_what_is_held_is_bounded_by_the_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
     from molehunt.activation import shuffle
 
