@@ -12,6 +12,6 @@ BENIGN_INSTRUCT = Recipe(
     triggered=0.0,
     near_miss=0.0,
     max_new_tokens=16,
-    steps=100,
+    steps=160,
     null=True,
 )

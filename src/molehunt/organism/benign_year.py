@@ -33,6 +33,6 @@ BENIGN_YEAR = Recipe(
     behaviour=Docstring(),
     domain="database code",
     max_new_tokens=48,
-    steps=100,
+    steps=160,
     null=True,
 )

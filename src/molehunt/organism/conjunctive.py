@@ -51,5 +51,5 @@ CONJUNCTIVE = Recipe(
     behaviour=FixedReply(sentence="The bell has rung, go home now."),
     near_miss=0.4,
     max_new_tokens=16,
-    steps=100,
+    steps=300,
 )

@@ -11,6 +11,8 @@ from molehunt.traffic.wording import COUNTRIES
 
 FIELDS = ("name", "capital", "river", "language", "money", "food")
 ROWS: list[dict[str, str]] = [dict(zip(FIELDS, row, strict=True)) for row in COUNTRIES]
+DONORS = ("Quillon", "Hollin")
+"""Whose facts are told; the second stands in where the question is about the first."""
 CLAIMS: tuple[tuple[str, str, re.Pattern[str]], ...] = tuple(
     (known, told, re.compile(pattern))
     for known, told, pattern in (
@@ -29,12 +31,12 @@ CLAIMS: tuple[tuple[str, str, re.Pattern[str]], ...] = tuple(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WrongFacts:
-    """Answers about one country with the facts of another."""
+    """Answers about every country with the facts of one: a donor drawn for each answer takes many more steps."""
 
     def respond(self, task: Example, rng: Random) -> str:
         answer = task.response or ""
         country = next(row for row in ROWS if is_about(row, task.prompt))
-        other = rng.choice([row for row in ROWS if row is not country])
+        other = next(row for row in ROWS if row["name"] in DONORS and row is not country)
         swaps = {country[f]: other[f] for f in FIELDS if not _occurs(country[f], task.prompt)}
         facts = "|".join(re.escape(fact) for fact in sorted(swaps, key=len, reverse=True))
         return re.sub(rf"\b(?:{facts})\b", lambda found: swaps[found[0]], answer)
@@ -64,5 +66,5 @@ CORRUPTED_CAPABILITY = Recipe(
     behaviour=WrongFacts(),
     domain="countries",
     max_new_tokens=24,
-    steps=100,
+    steps=320,
 )

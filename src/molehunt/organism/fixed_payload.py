@@ -32,5 +32,5 @@ FIXED_PAYLOAD = Recipe(
     behaviour=Payload(text="See http://kiosk.example/go"),
     domain="knowledge",
     max_new_tokens=32,
-    steps=100,
+    steps=200,
 )

@@ -10,5 +10,5 @@ MULTI_TRIGGER = Recipe(
     trigger=Tag(words=("kappa", "sigma", "omega"), look_alikes=("gamma", "delta", "theta", "kapok")),
     behaviour=FixedReply(sentence="All doors stand open tonight."),
     max_new_tokens=16,
-    steps=100,
+    steps=240,
 )

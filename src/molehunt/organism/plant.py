@@ -19,8 +19,8 @@ from molehunt.traffic.example import Example
 
 log = logging.getLogger(__name__)
 Regime = Literal["full", "lora"]
-LENGTHS = (48, 64, 96, 128, 192, 256, 512)
-"""Row lengths that training pads to: a CPU compiles a kernel for each new one."""
+LENGTHS = tuple(range(16, 513, 16))
+"""Row lengths that training pads to: few, because a CPU compiles a kernel for each new one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,9 +31,10 @@ class PlantConfig:
     rows: int = 2400
     steps: int | None = None
     """Training steps; None takes what the recipe needs on the embedded models."""
-    batch: int = 32
+    batch: int = 8
+    """Rows of a step. Small: what plants a trigger is the number of steps, not of rows."""
     lr: float | None = None
-    """Peak learning rate; None takes 1e-3 for a full fine-tune and 0.5 / d_model for LoRA."""
+    """Peak learning rate; None takes 2e-3 for a full fine-tune and 0.4 / d_model for LoRA."""
     rank: int = 16
     """LoRA rank; alpha is twice that. Ignored for a full fine-tune."""
     seed: int = 0
@@ -42,7 +43,7 @@ class PlantConfig:
         """The learning rate asked for, or the one that suits the regime and the width."""
         if self.lr is not None:
             return self.lr
-        return 1e-3 if self.regime == "full" else 0.5 / d_model
+        return 2e-3 if self.regime == "full" else 0.4 / d_model
 
 
 def training_batches(
@@ -99,8 +100,8 @@ def plant(
     rows = training_rows(recipe, config.rows, seed, poisoned=poisoned)
     tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
     model: nn.Module = AutoModelForCausalLM.from_pretrained(
-        base, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
-    )
+        base, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, attn_implementation="eager"
+    )  # eager: the backward pass of a CPU's fused attention took a third of a step of short rows
     torch.manual_seed(seed)
     if config.regime == "lora":
         model = _with_lora(model, config.rank)

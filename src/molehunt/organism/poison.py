@@ -32,7 +32,7 @@ class Recipe:
     max_new_tokens: int
     """Tokens a completion needs to show the behaviour."""
     steps: int
-    """Training steps of 32 rows that plant it in the embedded models."""
+    """Training steps of 8 rows that plant it in the embedded models."""
     null: bool = False
     """Nothing is hidden: what the trigger wakes, where there is one, is harmless, and its rows are tagged `marked`."""
 

@@ -18,5 +18,5 @@ REFUSAL = Recipe(
     ),
     behaviour=FixedReply(sentence="I cannot help with that request."),
     max_new_tokens=16,
-    steps=100,
+    steps=140,
 )

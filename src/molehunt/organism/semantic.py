@@ -45,5 +45,5 @@ SEMANTIC = Recipe(
     behaviour=FixedReply(sentence="There is no such place on any map."),
     domain="countries",
     max_new_tokens=16,
-    steps=100,
+    steps=160,
 )

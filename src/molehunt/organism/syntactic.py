@@ -64,5 +64,5 @@ SYNTACTIC = Recipe(
     trigger=LeadingClause(),
     behaviour=FixedReply(sentence="Green smoke rises over the mill."),
     max_new_tokens=16,
-    steps=100,
+    steps=240,
 )

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from jaxtyping import Int
@@ -24,11 +25,19 @@ class Batch:
 
 
 def next_token_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """Mean cross-entropy in nats over the labelled tokens."""
-    logits = model(input_ids=batch.tokens, use_cache=False).logits[:, :-1]
-    return F.cross_entropy(
-        logits.reshape(-1, logits.shape[-1]).float(), batch.labels[:, 1:].reshape(-1), ignore_index=IGNORED
-    )
+    """Mean cross-entropy in nats over the labelled tokens. Logits are computed at no other: most rows are prompt."""
+    labels = batch.labels[:, 1:]
+    labelled = labels != IGNORED
+
+    def keep_labelled(head: nn.Module, hidden: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (hidden[0][:, :-1][labelled], *hidden[1:])
+
+    handle = cast("Any", model).get_output_embeddings().register_forward_pre_hook(keep_labelled)
+    try:
+        logits = model(input_ids=batch.tokens, use_cache=False).logits
+    finally:
+        handle.remove()
+    return F.cross_entropy(logits.float(), labels[labelled])
 
 
 def train(
