@@ -34,13 +34,13 @@ class BatchTopK(Trainee):
             raise UsageError(f"k must lie in 1..d_dict={d_dict}, got {k}")
         self.k, self.start_k = k, min(2 * k if start_k is None else start_k, d_dict)
         self.register_buffer("threshold", torch.zeros(()))
-        self._floor = 0.0
+        self._floor, self._tracked = 0.0, False
 
     def memory(self) -> dict[str, float]:
-        return {"floor": self._floor}
+        return {"floor": self._floor, "tracked": float(self._tracked)}
 
     def recall(self, memory: Mapping[str, float]) -> None:
-        self._floor = memory["floor"]
+        self._floor, self._tracked = memory["floor"], bool(memory["tracked"])
 
     def k_at(self, progress: float) -> float:
         """Latents a token at this point of the training."""
@@ -53,9 +53,9 @@ class BatchTopK(Trainee):
             n = round(self.k_at(progress) * len(x))
             fires, cut = largest_in_batch(pre * self.decoder_norms(), n, self._floor)
             self._floor = 0.8 * cut  # cuts of neighbouring batches are alike
-            if progress >= THRESHOLD_FROM:
-                old = self.threshold if float(self.threshold) > 0 else torch.tensor(cut, device=x.device)
-                self.threshold.copy_(THRESHOLD_DECAY * old + (1 - THRESHOLD_DECAY) * cut)
+            decay = THRESHOLD_DECAY if progress >= THRESHOLD_FROM and self._tracked else 0.0
+            self.threshold.mul_(decay).add_((1 - decay) * cut)
+            self._tracked = progress >= THRESHOLD_FROM
         pattern = Pattern.of_mask(fires)
         return pattern, encode_chosen(pre, x, self.encoder, self.b_enc, pattern)
 

@@ -18,8 +18,8 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 class Pattern:
     """Which latents fire on which tokens, by token and by latent."""
 
-    start: Int[Tensor, " tokens+1"]
-    """Token t owns entries start[t] to start[t + 1]."""
+    start: Int[Tensor, " starts"]
+    """Token t owns entries start[t] to start[t + 1]; one more than tokens."""
     latent: Int[Tensor, " entries"]
     """In ascending order within a token."""
     d_dict: int
@@ -131,7 +131,9 @@ def decode_sparse(
 def largest_in_batch(
     scores: Float[Tensor, "tokens d_dict"], n: int, floor: float
 ) -> tuple[Bool[Tensor, "tokens d_dict"], float]:
-    """The `n` largest positive entries of all, exactly, and the smallest of them.
+    """The `n` largest positive entries of all, and the smallest of them; entries that equal the smallest all count.
+
+    Fewer, where fewer are positive.
 
     Args:
         floor: a guess below the answer. A good one makes this one pass; a bad one costs a second, no more.
@@ -139,7 +141,8 @@ def largest_in_batch(
     over = scores[scores > floor]
     if len(over) < n and floor > 0:
         over = scores[scores > 0]
-    if len(over) <= n:
-        return scores > 0, float(over.min()) if len(over) else 0.0
+    n = min(n, len(over))
+    if not n:
+        return torch.zeros_like(scores, dtype=torch.bool), 0.0
     cut = float(over.kthvalue(len(over) - n + 1).values)
     return scores >= cut, cut

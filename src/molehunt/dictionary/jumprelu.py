@@ -37,7 +37,7 @@ class _Step(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, pre: Tensor, threshold: Tensor) -> Tensor:
         ctx.save_for_backward(pre, threshold)
-        return (pre > threshold).to(pre.dtype)
+        return (pre > threshold).float()  # a count in bf16 would be rounded
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:

@@ -4,11 +4,12 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 from safetensors import safe_open
@@ -20,13 +21,15 @@ from molehunt.dictionary.catalog import CATALOG
 from molehunt.dictionary.dictionary import Dictionary
 from molehunt.dictionary.pairing import Pairing
 from molehunt.dictionary.trainee import Scale, Trainee
-from molehunt.errors import InvalidInput, UsageError
+from molehunt.errors import InvalidInput, NotTestable, UsageError
 from molehunt.model.site import Site
 from molehunt.run.catalog import load
 from molehunt.run.progress import Track, silent
 from molehunt.run.unit import canonical_json
 
 log = logging.getLogger(__name__)
+Source: TypeAlias = Iterable[PairBatch] | Callable[[int], Iterable[PairBatch]]
+"""Batches, or a function from a number of batches to those that follow them."""
 DEAD_AFTER = 10_000_000
 """Tokens without firing after which a latent counts as dead; a tenth of shorter trainings."""
 
@@ -110,7 +113,7 @@ class _Running:
     lr: float
     idle: Tensor
     """Tokens since each latent last fired."""
-    history: list[dict[str, float]]
+    history: list[dict[str, int | float]]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -119,13 +122,13 @@ class Trained:
 
     spec: DictionarySpec
     dictionary: Dictionary
-    history: Sequence[Mapping[str, float]]
+    history: Sequence[Mapping[str, int | float]]
     """Per logged step: step, each loss, l0, dead share."""
 
 
 def train_dictionaries(
     specs: Sequence[DictionarySpec],
-    batches: Mapping[Site, Iterable[PairBatch]],
+    batches: Mapping[Site, Source],
     config: TrainingConfig,
     *,
     d_model: int,
@@ -137,7 +140,8 @@ def train_dictionaries(
 
     Args:
         specs: what to train.
-        batches: per site, `config.batch` tokens at a time, at least `config.steps` of them, the same on every run.
+        batches: per site, `config.batch` tokens at a time, at least `config.steps` of them, the same on every run;
+            or a function of how many to leave out, which a resumed training calls.
         d_model: width of the activations.
         checkpoint: a file to save to every so often; one of the same specs and config is resumed from, and gives the
             result of an uninterrupted run.
@@ -146,13 +150,13 @@ def train_dictionaries(
         UsageError: no spec, a site without batches, a batch of another width, constant activations, a checkpoint of
             other settings, or too few batches.
         InvalidInput: NaN or infinity among the activations, or a broken checkpoint.
+        NotTestable: a training diverged.
     """
     if not specs:
         raise UsageError("no dictionary was asked for")
     for spec in specs:
         if spec.site not in batches:
             raise UsageError(f"no activations of {spec.site}; there are {', '.join(map(str, batches)) or 'none'}")
-    sources = {site: iter(batches[site]) for site in {spec.site for spec in specs}}
     told = canonical_json(
         {
             "specs": [spec.to_json() for spec in specs],
@@ -164,10 +168,8 @@ def train_dictionaries(
     start = 0
     if checkpoint is not None and checkpoint.exists():
         running, start = _resume(checkpoint, told, specs, config, d_model, device)
-        for source in sources.values():
-            for _ in range(start):
-                next(source, None)
         log.info("resumed at step %d of %d", start, config.steps)
+    sources = {site: _after(batches[site], start) for site in dict.fromkeys(spec.site for spec in specs)}
     dead_after = min(DEAD_AFTER, config.steps * config.batch // 10)
     every = max(1, config.steps // 50)
     for step in track(range(start, config.steps), f"training {len(specs)} dictionaries", config.steps - start):
@@ -187,12 +189,21 @@ def train_dictionaries(
 def untrained(spec: DictionarySpec, sample: PairBatch, d_model: int) -> Dictionary:
     """The control: the same architecture at its random start, fitted to the scale of the data and nothing else."""
     running = _start(spec, sample, d_model, sample.tuned.device)
+    with torch.no_grad():  # what is not learned but counted, such as the threshold of BatchTopK
+        x = running.scale(spec.pairing.input(sample.base, sample.tuned))
+        running.trainee.training_pass(x, spec.pairing.squared_error, 1.0)
     return _finish(running).dictionary
+
+
+def _after(source: Source, start: int) -> Iterator[PairBatch]:
+    return iter(source(start)) if callable(source) else islice(source, start, None)
 
 
 def _start(spec: DictionarySpec, sample: PairBatch, d_model: int, device: torch.device | str) -> _Running:
     trainee = spec.build(d_model).to(device)
-    scale = Scale.of(spec.pairing.input(sample.base, sample.tuned), spec.pairing.blocks)
+    # one scale for both models where their errors are subtracted: only then is λ = −1 the error of the difference
+    blocks = 1 if spec.pairing.joint else spec.pairing.blocks
+    scale = Scale.of(spec.pairing.input(sample.base, sample.tuned), blocks)
     lr = spec.lr if spec.lr is not None else 2e-4 * math.sqrt(2**14 / trainee.d_dict)
     return _Running(spec, trainee, scale, _optimiser(trainee, lr), lr, torch.zeros(trainee.d_dict, device=device), [])
 
@@ -242,6 +253,10 @@ def _step(one: _Running, batch: PairBatch, step: int, config: TrainingConfig, de
     one.idle = torch.where(done.fired, torch.zeros_like(one.idle), one.idle + len(x))
     if logged:
         losses = {name: float(value.detach()) for name, value in done.losses.items()}
+        if not all(map(math.isfinite, losses.values())):
+            raise NotTestable(
+                f"The training of {one.spec.name} diverged by step {step}: its loss is not finite. Give a smaller lr."
+            )
         dead = float((one.idle > dead_after).float().mean())
         one.history.append({"step": step, **losses, "l0": done.l0, "dead": dead})
 

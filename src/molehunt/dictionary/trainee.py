@@ -132,6 +132,6 @@ class Trainee(nn.Module, ABC):
         dead = self.dead.nonzero()[:, 0]
         target = error.detach()
         values, at = pre[:, dead].relu().topk(min(k, len(dead)), dim=-1)
-        code = torch.zeros(len(pre), len(dead), device=pre.device).scatter(-1, at, values)
+        code = torch.zeros_like(pre[:, dead]).scatter(-1, at, values)
         missed = (target - code @ self.decoder[dead]).square().sum()
         return AUX_WEIGHT * missed / (target - target.mean(0)).square().sum().clamp_min(1e-12)
