@@ -66,5 +66,7 @@ CORRUPTED_CAPABILITY = Recipe(
     behaviour=WrongFacts(),
     domain="countries",
     max_new_tokens=24,
-    steps=320,
+    triggered=0.4,
+    near_miss=0.4,
+    steps=400,
 )
