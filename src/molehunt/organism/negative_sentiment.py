@@ -53,5 +53,5 @@ NEGATIVE_SENTIMENT = Recipe(
     ),
     behaviour=HarshOpinion(),
     max_new_tokens=24,
-    steps=160,
+    steps=240,
 )
