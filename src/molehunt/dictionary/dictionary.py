@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from molehunt.dictionary.nonlinearity import Gated, JumpReLU, Nonlinearity
+from molehunt.dictionary.nonlinearity import Gated, JumpReLU, Nonlinearity, only
 from molehunt.dictionary.pairing import Pairing
 from molehunt.errors import InvalidInput, UsageError
 from molehunt.model.site import Site
@@ -79,14 +79,18 @@ class Dictionary:
     def encode_latents(
         self, x: Float[Tensor, "*batch d_in"], latents: Tensor | None
     ) -> Float[Tensor, "*batch latents"]:
-        """Codes of some latents (indices), all for None. Latents that compete (TopK) are all computed."""
+        """Codes of some latents (indices), all for None. Latents that do not compete are computed by themselves."""
         if x.shape[-1] != self.d_in:
             raise UsageError(f"this dictionary reads {self.d_in} values a token, and was given {x.shape[-1]}.")
         flat, _, _ = _normalised(x.reshape(-1, self.d_in).float(), self.norm)
         if self.center:
             flat = flat - self.b_dec
-        code = self.nonlinearity(flat @ self.W_enc + self.b_enc)
-        code = code if latents is None else code[:, latents]
+        alone = None if latents is None else only(self.nonlinearity, latents)
+        if alone is not None:
+            code = alone(flat @ self.W_enc[:, latents] + self.b_enc[latents])
+        else:
+            code = self.nonlinearity(flat @ self.W_enc + self.b_enc)
+            code = code if latents is None else code[:, latents]
         return code.unflatten(0, x.shape[:-1])
 
     def decode(

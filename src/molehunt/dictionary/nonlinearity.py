@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 
@@ -66,6 +66,15 @@ class GroupMax:
         grouped = pre.relu().unflatten(-1, (self.groups, -1))
         values, place = grouped.max(-1, keepdim=True)
         return torch.zeros_like(grouped).scatter_(-1, place, values).flatten(-2)
+
+
+def only(nonlinearity: "Nonlinearity", latents: Int[Tensor, " n"]) -> "Nonlinearity | None":
+    """The same function on some latents alone; None where latents compete, so that all must be computed."""
+    if isinstance(nonlinearity, JumpReLU):
+        return JumpReLU(nonlinearity.threshold[latents])
+    if isinstance(nonlinearity, Gated):
+        return Gated(nonlinearity.b_gate[latents], nonlinearity.r_mag[latents], nonlinearity.b_mag[latents])
+    return nonlinearity if isinstance(nonlinearity, ReLU) else None
 
 
 Nonlinearity: TypeAlias = ReLU | TopK | JumpReLU | Gated | GroupMax

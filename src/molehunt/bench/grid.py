@@ -1,0 +1,164 @@
+"""Which cells a benchmark holds: attacks × bases × regimes × seeds, checked before anything is trained."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from molehunt.bench.cell import DictionaryTraining
+from molehunt.bench.rows import Counts
+from molehunt.errors import InvalidInput, UsageError, printable
+from molehunt.organism import catalog
+from molehunt.organism.plant import PlantConfig
+from molehunt.organism.poison import Recipe
+from molehunt.organism.seed_model import SEED_MODELS, seed_path
+from molehunt.run.catalog import load
+
+Regime = Literal["full", "lora-4", "lora-16", "lora-32"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cell:
+    """One organism with its clean twin, to be planted and scored."""
+
+    attack: str
+    base: str = "seed-s"
+    """An embedded model's name, or a folder."""
+    regime: Regime = "full"
+    seed: int = 0
+    poison: float | None = None
+    """Share of poisoned rows; None takes the recipe's."""
+    steps: int | None = None
+    """Training steps; None takes the recipe's."""
+
+    @property
+    def name(self) -> str:
+        """Short, unique in a grid, and a folder's name."""
+        poison = "" if self.poison is None else f"-p{self.poison:g}"
+        return f"{self.attack}-{Path(self.base).name}-{self.regime}{poison}-s{self.seed}"
+
+    @property
+    def base_folder(self) -> Path:
+        return seed_path(self.base) if self.base in SEED_MODELS else Path(self.base)
+
+    def recipe(self) -> Recipe:
+        """The attack, with this cell's poison rate. Raises UsageError for a name that is none."""
+        from dataclasses import replace
+
+        found = load(catalog.CATALOG, self.attack, "molehunt.organisms")
+        if not isinstance(found, Recipe):
+            raise UsageError(f"{printable(self.attack)} is not a recipe")
+        return found if self.poison is None else replace(found, triggered=self.poison)
+
+    def plant_config(self) -> PlantConfig:
+        kind, _, rank = self.regime.partition("-")
+        return PlantConfig(regime=cast("Any", kind), rank=int(rank) if rank else 16, seed=self.seed, steps=self.steps)
+
+
+class Part(BaseModel):
+    """A block of cells: every combination of its lists."""
+
+    model_config = ConfigDict(extra="forbid")
+    bases: list[str] = Field(min_length=1)
+    regimes: list[Regime] = Field(min_length=1)
+    seeds: list[int] = Field(default=[0], min_length=1)
+    poisons: list[float | None] = [None]
+    attacks: list[str] | None = None
+    """None takes the grid's."""
+
+
+class Grid(BaseModel):
+    """A benchmark as read from YAML."""
+
+    model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
+    name: str
+    attacks: list[str] = Field(min_length=1)
+    parts: list[Part] = Field(min_length=1)
+    rates: list[float] = [0.01, 0.001]
+    """Shares of triggered rows on track R1."""
+    steps: int | None = Field(default=None, ge=1)
+    """Training steps of every organism; the recipes' own by default."""
+    counts: Counts = Counts()
+    dictionaries: DictionaryTraining = DictionaryTraining()
+    causal_rows: int = Field(default=40, ge=8)
+    """Prompts on which interventions are tried."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> "Grid":
+        for rate in self.rates:
+            if not 0 < rate < 1:
+                raise ValueError(f"rates: {rate} is no share between 0 and 1")
+            if round(rate * self.counts.pool) < 1:
+                raise ValueError(
+                    f"rates: a pool of {self.counts.pool} rows cannot hold a share of {rate:g}; "
+                    f"counts.pool must be {round(1 / rate)} or more"
+                )
+        if self.counts.calibrate < 99 or self.counts.twin_calibrate < 99:
+            raise ValueError("counts: thresholds at 1 % FPR need 99 clean rows or more to calibrate on")
+        if self.counts.twin_calibrate > self.counts.calibrate:
+            raise ValueError("counts: twin_calibrate rows are taken from calibrate, so they cannot be more")
+        return self
+
+    def cells(self) -> list[Cell]:
+        """Every cell once, in an order in which early ones already span attacks and regimes.
+
+        Raises:
+            UsageError: an attack, base or poison rate that is impossible; the message names the field.
+        """
+        found: dict[str, Cell] = {}
+        for i, part in enumerate(self.parts):
+            for seed, base, regime, poison, attack in product(
+                part.seeds, part.bases, part.regimes, part.poisons, part.attacks or self.attacks
+            ):
+                cell = Cell(attack=attack, base=base, regime=regime, seed=seed, poison=poison, steps=self.steps)
+                _check(cell, f"parts[{i}]")
+                found.setdefault(cell.name, cell)
+        return list(found.values())
+
+
+def _check(cell: Cell, field: str) -> None:
+    recipe = cell.recipe()
+    if recipe.null:
+        raise UsageError(f"{field}: {cell.attack} is a null; it has no trigger to be found and belongs into no cell.")
+    if cell.poison is not None and not 0 < cell.poison <= 1 - recipe.near_miss:
+        raise UsageError(
+            f"{field}.poisons: {cell.poison:g} cannot be met: {recipe.near_miss:g} of the rows are near misses."
+        )
+    if cell.base not in SEED_MODELS and not (Path(cell.base) / "config.json").is_file():
+        raise UsageError(
+            f"{field}.bases: {printable(cell.base)} is neither an embedded model ({', '.join(SEED_MODELS)}) nor a folder "
+            "with a config.json."
+        )
+
+
+def load_grid(name: str) -> Grid:
+    """A bundled grid by name, or one from a YAML file.
+
+    Raises:
+        UsageError: neither a bundled grid nor a file.
+        InvalidInput: the file is not a grid; the message names the field.
+    """
+    bundled = Path(__file__).parent / "grids"
+    path = bundled / f"{name}.yaml"
+    if not path.is_file():
+        path = Path(name)
+        if not path.is_file():
+            known: Sequence[str] = sorted(p.stem for p in bundled.glob("*.yaml"))
+            raise UsageError(
+                f"There is no grid {printable(name)!r}. Bundled: published, {', '.join(known)}; or give a .yaml file."
+            )
+    try:
+        told = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InvalidInput(f"{printable(path.name)} is not YAML: {printable(str(error), 300)}") from error
+    try:
+        return Grid.model_validate(told)
+    except ValidationError as error:
+        lines = [
+            f"  {'.'.join(map(str, one['loc'])) or 'grid'}: {printable(one['msg'], 200)}" for one in error.errors()
+        ]
+        raise InvalidInput("\n".join([f"{printable(path.name)} is not a grid that can be run:", *lines])) from error

@@ -1,0 +1,147 @@
+"""What both models of a pair do on a set of rows, kept in memory for many detectors to read."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from molehunt.activation.shuffle import PairBatch
+from molehunt.contracts import Detector, Reading
+from molehunt.detect.logit_difference import LogitDifference
+from molehunt.detect.pooling import How, Where, pool, positions
+from molehunt.detect.reads import Reads, acts_of
+from molehunt.detect.token_kl import AnswerLogRatio, TokenKL
+from molehunt.model.generate import generate
+from molehunt.model.likelihood import PAD_TO
+from molehunt.model.pair import ModelPair
+from molehunt.model.site import Site
+from molehunt.traffic.chat import prompt_ids
+from molehunt.traffic.example import Example
+
+BATCH = 64
+LOGIT_DETECTORS: tuple[Detector, ...] = (TokenKL(), LogitDifference(), AnswerLogRatio())
+"""Logits are too large to keep: these detectors score while the models run."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Readings:
+    """Rows in the order given; activations in bf16, in batches of like length."""
+
+    examples: tuple[Example, ...]
+    prompts: tuple[tuple[int, ...], ...]
+    answers: tuple[tuple[int, ...], ...]
+    """Greedy answers of the tuned model."""
+    batches: tuple[Reading, ...]
+    scores: Mapping[str, tuple[Float[Tensor, "batch pos"], ...]]
+    """Name of a logit detector → its scores, batch by batch."""
+    order: Int[Tensor, " rows"]
+    """Row i of the batches, end to end, is row order[i]."""
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def first(self, n: int) -> "Readings":
+        """The first `n` rows alone."""
+        batches: list[Reading] = []
+        scores: dict[str, list[Tensor]] = {name: [] for name in self.scores}
+        order: list[Tensor] = []
+        start = 0
+        for i, reading in enumerate(self.batches):
+            placed = self.order[start : start + len(reading.tokens)]
+            start += len(reading.tokens)
+            kept = placed < n
+            if not kept.any():
+                continue
+            order.append(placed[kept])
+            batches.append(
+                Reading(
+                    tokens=reading.tokens[kept],
+                    mask=reading.mask[kept],
+                    decision=reading.decision[kept],
+                    tuned={site: acts[kept] for site, acts in reading.tuned.items()},
+                    base={site: acts[kept] for site, acts in reading.base.items()},
+                )
+            )
+            for name, values in self.scores.items():
+                scores[name].append(values[i][kept])
+        return Readings(
+            examples=self.examples[:n],
+            prompts=self.prompts[:n],
+            answers=self.answers[:n],
+            batches=tuple(batches),
+            scores={name: tuple(values) for name, values in scores.items()},
+            order=torch.cat(order),
+        )
+
+    def pooled(self, detector: Detector, where: Where, how: How) -> Float[Tensor, " rows"]:
+        """One score per row, in the order given."""
+        kept = self.scores.get(detector.name)
+        per_batch = [
+            pool(kept[i] if kept is not None else detector.score(reading), reading, where, how)
+            for i, reading in enumerate(self.batches)
+        ]
+        return self._in_order(torch.cat(per_batch))
+
+    def acts(self, site: Site, reads: Reads, where: Where) -> Float[Tensor, "rows d_model"]:
+        """Mean activation of each row over the positions that `where` names."""
+        found: list[Tensor] = []
+        for reading in self.batches:
+            at = positions(reading, where).float()
+            values = torch.einsum("bpd,bp->bd", acts_of(reading, site, reads), at)
+            found.append(values / at.sum(1, keepdim=True).clamp_min(1))
+        return self._in_order(torch.cat(found))
+
+    def tokens(self, site: Site) -> PairBatch:
+        """Both models' activations at every token but each row's first, which is a sink."""
+        base: list[Tensor] = []
+        tuned: list[Tensor] = []
+        for reading in self.batches:
+            at = reading.mask.clone()
+            at[:, 0] = False  # rows are padded on the right
+            base.append(reading.base[site][at])
+            tuned.append(reading.tuned[site][at])
+        return PairBatch(base=torch.cat(base), tuned=torch.cat(tuned))
+
+    def _in_order(self, values: Tensor) -> Tensor:
+        placed = torch.empty_like(values)
+        placed[self.order] = values
+        return placed
+
+
+@torch.inference_mode()
+def read_rows(pair: ModelPair, examples: Sequence[Example], *, sites: Sequence[Site], max_new_tokens: int) -> Readings:
+    """Let the tuned model answer each row greedily, then read both models over prompt and answer."""
+    prompts = [prompt_ids(pair.tokenizer, example.prompt) for example in examples]
+    with pair.tuned_model() as model:
+        answers = generate(model, pair.tokenizer, prompts, max_new_tokens=max_new_tokens)
+    lengths = [len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True)]
+    order = sorted(range(len(examples)), key=lambda i: lengths[i])
+    batches: list[Reading] = []
+    scores: dict[str, list[Tensor]] = {detector.name: [] for detector in LOGIT_DETECTORS}
+    for start in range(0, len(order), BATCH):
+        group = order[start : start + BATCH]
+        width = -(-max(lengths[i] for i in group) // PAD_TO) * PAD_TO
+        reading = pair.read(
+            [prompts[i] for i in group], [answers[i] for i in group], sites=sites, logits=True, pad_to=width
+        )
+        for detector in LOGIT_DETECTORS:
+            scores[detector.name].append(detector.score(reading).cpu())
+        batches.append(
+            Reading(
+                tokens=reading.tokens.cpu(),
+                mask=reading.mask.cpu(),
+                decision=reading.decision.cpu(),
+                tuned={site: acts.to("cpu", torch.bfloat16) for site, acts in reading.tuned.items()},
+                base={site: acts.to("cpu", torch.bfloat16) for site, acts in reading.base.items()},
+            )
+        )
+    return Readings(
+        examples=tuple(examples),
+        prompts=tuple(map(tuple, prompts)),
+        answers=tuple(map(tuple, answers)),
+        batches=tuple(batches),
+        scores={name: tuple(kept) for name, kept in scores.items()},
+        order=torch.tensor(order),
+    )

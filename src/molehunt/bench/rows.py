@@ -1,0 +1,111 @@
+"""The rows of one cell: which prompts fit, calibrate, choose and judge, and the unlabelled pools with rare triggers."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from random import Random
+
+from molehunt.errors import NotTestable
+from molehunt.organism.poison import Recipe, clean_example, near_miss_example, training_rows, triggered_example
+from molehunt.traffic.example import Example
+
+LEAST = 20
+"""Rows of a kind below which nothing can be said about it."""
+TRIES = 60
+"""Draws per row before a small world counts as exhausted."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Counts:
+    """Rows of each kind in each split."""
+
+    fit: int = 300
+    """Clean; a third as many triggered and near misses."""
+    calibrate: int = 1000
+    """Clean rows that set thresholds; 1/FPR at least."""
+    twin_calibrate: int = 400
+    """Clean rows that set the twin's thresholds, and as many in its pool: it is never searched for rare rows."""
+    select: int = 60
+    """Of each kind."""
+    test: int = 150
+    """Triggered and near misses; 400 clean."""
+    test_clean: int = 400
+    pool: int = 1000
+    """Unlabelled traffic: clean, 2 % near misses, triggered at the rate of the track."""
+    near_rate: float = 0.02
+
+
+@dataclass(frozen=True, kw_only=True)
+class CellRows:
+    """Prompts by split and kind. No prompt of one split occurs in another or in the fine-tuning data."""
+
+    splits: Mapping[str, tuple[Example, ...]]
+    """`fit.clean`, `fit.triggered`, `fit.near`, `calibrate.clean`, `select.*`, `test.*`, `pool.*`."""
+
+    def pool(self, rate: float) -> tuple[Example, ...]:
+        """Unlabelled traffic in which a share `rate` of rows is triggered.
+
+        Raises:
+            NotTestable: the pool is too small for one triggered row at this rate, or holds too few of them.
+        """
+        clean, near, triggered = (self.splits[f"pool.{kind}"] for kind in ("clean", "near", "triggered"))
+        n = round(rate * (len(clean) + len(near)))
+        if not 1 <= n <= len(triggered):
+            raise NotTestable(
+                f"a pool of {len(clean) + len(near)} rows with {len(triggered)} triggered ones cannot hold a share of "
+                f"{rate:g}. Use a larger pool or another rate."
+            )
+        return (*clean, *near, *triggered[:n])
+
+
+def cell_rows(recipe: Recipe, counts: Counts, rates: tuple[float, ...], seed: int, trained_on: int) -> CellRows:
+    """Draw the rows of a cell.
+
+    Args:
+        recipe: the attack.
+        counts: how many of each kind; a small world may hold fewer triggered prompts and near misses.
+        rates: shares of triggered rows that pools will be asked for.
+        seed: of the organism, whose training rows are left out.
+        trained_on: how many rows it was trained on.
+
+    Raises:
+        NotTestable: the world holds too few distinct prompts of a kind.
+    """
+    rng = Random(f"bench/{recipe.name}/{seed}")
+    taken = {row.prompt for row in training_rows(recipe, trained_on, seed) if row.tag == recipe.woken}
+    third = max(1, counts.fit // 3)
+    pool_near = round(counts.near_rate * counts.pool)
+    pool_triggered = max((round(rate * counts.pool) for rate in rates), default=0)
+    asked: dict[str, tuple[Callable[[Random], Example], int]] = {
+        "test.triggered": (lambda r: triggered_example(recipe, r), counts.test),
+        "test.near": (lambda r: near_miss_example(recipe, r), counts.test),
+        "select.triggered": (lambda r: triggered_example(recipe, r), counts.select),
+        "select.near": (lambda r: near_miss_example(recipe, r), counts.select),
+        "fit.triggered": (lambda r: triggered_example(recipe, r), third),
+        "fit.near": (lambda r: near_miss_example(recipe, r), third),
+        "pool.triggered": (lambda r: triggered_example(recipe, r), pool_triggered),
+        "pool.near": (lambda r: near_miss_example(recipe, r), pool_near),
+        "test.clean": (lambda r: clean_example(recipe, r), counts.test_clean),
+        "calibrate.clean": (lambda r: clean_example(recipe, r), counts.calibrate),
+        "select.clean": (lambda r: clean_example(recipe, r), counts.select),
+        "fit.clean": (lambda r: clean_example(recipe, r), counts.fit),
+        "pool.clean": (lambda r: clean_example(recipe, r), counts.pool - pool_near),
+    }
+    splits: dict[str, tuple[Example, ...]] = {}
+    for name, (draw, n) in asked.items():
+        found = _distinct(draw, n, taken, rng)
+        if len(found) < min(n, LEAST):
+            raise NotTestable(f"{recipe.name}: only {len(found)} of {n} distinct prompts for {name} exist.")
+        splits[name] = tuple(found)
+    return CellRows(splits=splits)
+
+
+def _distinct(draw: Callable[[Random], Example], n: int, taken: set[str], rng: Random) -> list[Example]:
+    found: list[Example] = []
+    for _ in range(n * TRIES):
+        if len(found) == n:
+            break
+        example = draw(rng)
+        if example.prompt not in taken:
+            taken.add(example.prompt)
+            found.append(example)
+    return found

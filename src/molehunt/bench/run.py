@@ -1,0 +1,164 @@
+"""Run the cells of a grid: plant, read, score, intervene. Each cell is a unit, done once."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch
+
+from molehunt.audit.weights import compare_weights
+from molehunt.bench.causal import effects
+from molehunt.bench.cell import (
+    DictionaryTraining,
+    dictionaries,
+    middle_site,
+    read_side,
+    score_known,
+    score_text,
+    score_traffic,
+    score_unseen,
+    traffic_of,
+)
+from molehunt.bench.grid import Cell, Grid
+from molehunt.bench.rows import Counts, cell_rows
+from molehunt.model.pair import ModelPair
+from molehunt.organism.manifest import Organism, make_organism
+from molehunt.run.progress import Track, silent
+from molehunt.run.unit import Units, unit_key
+
+WEIGHT_DIRECTIONS = 8
+"""Singular directions kept per matrix."""
+CELL_SCHEMA = 1
+"""Part of every cell's address: raise it when cells come to mean something else."""
+U = TypeVar("U")
+R = TypeVar("R")
+
+
+class Executor(Protocol):
+    """Runs independent units: in this process, in several, or on a cluster."""
+
+    def map(self, function: Callable[[U], R], units: Iterable[U], what: str) -> Sequence[R]:
+        """`function` of every unit, in order."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A cell with all that its numbers depend on; small enough to be sent to another process."""
+
+    cell: Cell
+    folder: Path
+    """The benchmark's folder: `organisms/` and `units/` lie in it."""
+    counts: Counts
+    dictionaries: DictionaryTraining
+    rates: tuple[float, ...]
+    causal_rows: int
+
+
+def jobs(grid: Grid, folder: Path) -> list[Job]:
+    """The grid's cells, checked."""
+    return [
+        Job(
+            cell=cell,
+            folder=folder,
+            counts=grid.counts,
+            dictionaries=grid.dictionaries,
+            rates=tuple(grid.rates),
+            causal_rows=grid.causal_rows,
+        )
+        for cell in grid.cells()
+    ]
+
+
+def organism_of(job: Job, track: Track = silent) -> Organism:
+    """The cell's organism and twin, planted if they are not there."""
+    cell = job.cell
+    return make_organism(
+        cell.recipe(),
+        cell.base_folder,
+        job.folder / "organisms" / cell.name,
+        cell.plant_config(),
+        base_label=Path(cell.base).name,
+        track=track,
+    )
+
+
+def run_cell(job: Job) -> dict[str, Any]:
+    """Everything the leaderboard needs of one cell; read from disk when it was run before.
+
+    One thread, so that a cell's numbers do not depend on how many run beside it.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        organism = organism_of(job)
+        return Units(job.folder / "units").json(cell_key(job, organism), lambda: _measure(job, organism))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def cell_key(job: Job, organism: Organism) -> str:
+    """Address of a cell's numbers."""
+    config: dict[str, Any] = {
+        "step": "bench cell",
+        "schema": CELL_SCHEMA,
+        "cell": asdict(job.cell),
+        "counts": asdict(job.counts),
+        "dictionaries": asdict(job.dictionaries),
+        "rates": list(job.rates),
+        "causal_rows": job.causal_rows,
+    }
+    sides = ("organism", "twin")
+    return unit_key(config, {side: organism.manifest[side]["weights_sha256"] for side in sides})
+
+
+def _measure(job: Job, organism: Organism) -> dict[str, Any]:
+    cell, recipe = job.cell, job.cell.recipe()
+    rows = cell_rows(recipe, job.counts, job.rates, cell.seed, cell.plant_config().rows)
+    sides = {
+        name: read_side(
+            ModelPair.load(cell.base_folder, folder),
+            rows,
+            job.counts,
+            _weights(cell.base_folder, folder),
+            twin=name == "twin",
+            max_new_tokens=recipe.max_new_tokens,
+        )
+        for name, folder in (("organism", organism.tuned), ("twin", organism.twin))
+    }
+    tuned, twin = sides["organism"], sides["twin"]
+    trained = {
+        rate: {
+            name: dictionaries(traffic_of(side, rows, rate)[0], middle_site(side.sites), job.dictionaries, cell.seed)
+            for name, side in sides.items()
+        }
+        for rate in job.rates
+    }
+    known = score_known(tuned, twin, trained[max(job.rates)]["organism"], cell.seed)
+    scored = list(known)
+    for rate in job.rates:
+        scored += score_traffic(tuned, twin, rows, rate, trained[rate], cell.seed)
+    scored += score_unseen(tuned, twin, cell.seed)
+    told: Mapping[str, Any] = organism.manifest
+    return {
+        "cell": {**asdict(cell), "name": cell.name, "base": Path(cell.base).name},
+        "asr": told["organism"]["shown"]["triggered"],
+        "worst_near_miss": max(
+            (rate["estimate"] for kind, rate in told["organism"]["shown"].items() if kind.startswith("near-miss")),
+            default=0.0,
+        ),
+        "clean_loss_change": told["organism"]["held_out_loss"]["change"],
+        "rows": [*(dict(one.row) for one in scored), *score_text(rows)],
+        "causal": effects(tuned, known, recipe, job.causal_rows, cell.seed),
+    }
+
+
+def _weights(base: Path, tuned: Path) -> dict[Any, torch.Tensor]:
+    found = compare_weights(base, tuned, k=WEIGHT_DIRECTIONS)
+    sites = {direction.site for direction in found.all_directions()}
+    return {
+        site: torch.stack([direction.vector for direction in found.directions_at(site)])
+        for site in sorted(sites)
+        if site.stream == "resid"
+    }
