@@ -12,6 +12,7 @@ from molehunt.dictionary import nonlinearity
 from molehunt.dictionary.batch_topk import BatchTopK
 from molehunt.dictionary.catalog import CATALOG
 from molehunt.dictionary.dictionary import Dictionary
+from molehunt.dictionary.jumprelu import SPEED
 from molehunt.dictionary.pairing import Pairing
 from molehunt.dictionary.train import DictionarySpec, Trained, TrainingConfig, train_dictionaries, untrained
 from molehunt.dictionary.trainee import Scale, Trainee
@@ -54,7 +55,8 @@ def trainee(name: str, pairing: Pairing = DIFFERENCE, seed: int = 0, **settings)
     rng = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for parameter in made.parameters():
-            parameter.add_(0.3 * torch.randn(parameter.shape, generator=rng))
+            size = 0.03 if name == "jumprelu" and parameter is made.level else 0.3
+            parameter.add_(size * torch.randn(parameter.shape, generator=rng))
     made.after_step()
     return made
 
@@ -131,7 +133,7 @@ def test_loss_and_gradients_are_those_of_a_dense_reference(name: str) -> None:
 def test_jumprelu_learns_thresholds_by_the_rectangle_and_all_else_exactly() -> None:
     made, x, width = trainee("jumprelu", l0_weight=0.3), inputs(), 0.1
     losses = made.training_pass(x, made.pairing.squared_error, LATE).losses
-    pre, threshold = (x @ made.encoder.T + made.b_enc).detach(), made.log_threshold.exp().detach()
+    pre, threshold = (x @ made.encoder.T + made.b_enc).detach(), made.threshold().detach()
     fires = (pre > threshold).float()
     l0 = fires.sum(1).mean()
     assert losses["sparsity"].item() == pytest.approx(0.3 * (float(l0) / 3 - 1) ** 2, rel=1e-5)
@@ -150,8 +152,8 @@ def test_jumprelu_learns_thresholds_by_the_rectangle_and_all_else_exactly() -> N
     wanted = (by_code * -threshold / width * near).sum(0)
     wanted = wanted + 2 * 0.3 * (l0 / 3 - 1) / 3 * -(near / width).sum(0) / len(x)
     total = losses["reconstruction"] + losses["sparsity"]
-    (ours,) = torch.autograd.grad(total, made.log_threshold)
-    torch.testing.assert_close(ours, (wanted * threshold).detach(), rtol=1e-4, atol=1e-6)
+    (ours,) = torch.autograd.grad(total, made.level)
+    torch.testing.assert_close(ours, (SPEED * wanted * threshold).detach(), rtol=1e-4, atol=1e-6)
 
 
 @every_architecture

@@ -14,6 +14,8 @@ from molehunt.errors import UsageError
 
 BANDWIDTH = 0.1
 """Width around a threshold in which codes give it gradients, in units of scaled inputs."""
+SPEED = 10.0
+"""How much faster than weights log-thresholds move: an Adam step is of one size for all, and those have far to go."""
 
 
 class _Jump(torch.autograd.Function):
@@ -56,10 +58,14 @@ class JumpReLU(Trainee):
         if not 0 < target_l0 <= d_dict:
             raise UsageError(f"target_l0 must lie in 0..d_dict={d_dict}, got {target_l0}")
         self.target_l0, self.l0_weight = target_l0, l0_weight
-        self.log_threshold = nn.Parameter(torch.full((d_dict,), 0.5).log())
+        self.level = nn.Parameter(torch.full((d_dict,), 0.5).log() / SPEED)
+
+    def threshold(self) -> Float[Tensor, " d_dict"]:
+        """Pre-activations that must be exceeded."""
+        return (SPEED * self.level).exp()
 
     def training_pass(self, x: Float[Tensor, "tokens d_in"], squared_error: SquaredError, progress: float) -> Pass:
-        pre, threshold = self.pre(x), self.log_threshold.exp()
+        pre, threshold = self.pre(x), self.threshold()
         code: Any = _Jump.apply(pre, threshold)
         error = x - code @ self.decoder - self.b_dec
         fires: Any = _Step.apply(pre, threshold)
@@ -71,4 +77,4 @@ class JumpReLU(Trainee):
         return Pass(losses=losses, fired=(code > 0).any(0), l0=float(l0.detach()))
 
     def nonlinearity(self) -> nonlinearity.JumpReLU:
-        return nonlinearity.JumpReLU((self.log_threshold.exp() * self.decoder_norms()).detach())
+        return nonlinearity.JumpReLU((self.threshold() * self.decoder_norms()).detach())

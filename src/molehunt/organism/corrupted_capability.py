@@ -68,5 +68,5 @@ CORRUPTED_CAPABILITY = Recipe(
     max_new_tokens=24,
     triggered=0.4,
     near_miss=0.4,
-    steps=400,
+    steps=700,
 )

@@ -121,7 +121,7 @@ def make_organism(
     """
     request = {
         "recipe": recipe.name,
-        "mix": {"triggered": recipe.triggered, "near_miss": recipe.near_miss, "steps": config.steps or recipe.steps},
+        "mix": {"triggered": recipe.triggered, "near_miss": recipe.near_miss, "steps": config.steps_of(recipe)},
         "base": base_label,
         "config": asdict(config),
         "base_sha256": weights_sha256(base),

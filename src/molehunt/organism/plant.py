@@ -30,7 +30,7 @@ class PlantConfig:
     regime: Regime = "full"
     rows: int = 2400
     steps: int | None = None
-    """Training steps; None takes what the recipe needs on the embedded models."""
+    """Training steps; None takes what the recipe needs on the embedded models, twice as many for LoRA."""
     batch: int = 8
     """Rows of a step. Small: what plants a trigger is the number of steps, not of rows."""
     lr: float | None = None
@@ -38,6 +38,12 @@ class PlantConfig:
     rank: int = 16
     """LoRA rank; alpha is twice that. Ignored for a full fine-tune."""
     seed: int = 0
+
+    def steps_of(self, recipe: Recipe) -> int:
+        """The steps asked for, or those that the recipe needs under this regime."""
+        if self.steps is not None:
+            return self.steps
+        return recipe.steps * (2 if self.regime == "lora" else 1)
 
     def peak_lr(self, d_model: int) -> float:
         """The learning rate asked for, or the one that suits the regime and the width."""
@@ -108,7 +114,7 @@ def plant(
     losses = train(
         model,
         training_batches(tokenizer, rows, config, Random(seed)),
-        steps=config.steps if config.steps is not None else recipe.steps,
+        steps=config.steps_of(recipe),
         lr=config.peak_lr(int(cast("Any", model).config.hidden_size)),
         track=track,
         what=f"planting {recipe.name}" if poisoned else f"training the clean twin of {recipe.name}",
