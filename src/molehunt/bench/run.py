@@ -93,7 +93,9 @@ def run_cell(job: Job) -> dict[str, Any]:
     torch.set_num_threads(1)
     try:
         organism = organism_of(job)
-        return Units(job.folder / "units").json(cell_key(job, organism), lambda: _measure(job, organism))
+        key = cell_key(job, organism)
+        told = Units(job.folder / "units").json(key, lambda: _measure(job, organism))
+        return {**told, "unit": f"units/{key}"}
     finally:
         torch.set_num_threads(threads)
 
