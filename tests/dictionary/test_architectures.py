@@ -219,9 +219,9 @@ def test_training_lowers_the_loss_and_finds_the_atoms(name: str) -> None:
 @pytest.mark.parametrize("name", ["batch-topk", "topk", "matryoshka", "jumprelu"])
 def test_l0_is_what_was_asked_for_in_training_and_at_inference(name: str) -> None:
     one = trained()[name]
-    assert one.history[-1]["l0"] == pytest.approx(3, rel=0.15)
+    assert one.history[-1]["l0"] == pytest.approx(3, rel=0.2)
     code = one.dictionary.encode(inputs(n=2048, seed=98))
-    assert float((code > 0).sum(1).float().mean()) == pytest.approx(3, rel=0.15)
+    assert float((code > 0).sum(1).float().mean()) == pytest.approx(3, rel=0.2)
 
 
 @pytest.mark.parametrize("name", ["relu", "gated"])
@@ -246,7 +246,7 @@ def test_inference_does_not_look_at_the_rest_of_the_batch(name: str) -> None:
     alone = torch.cat([dictionary.encode(row[None]) for row in x])
     torch.testing.assert_close(dictionary.encode(x), alone)
     torch.testing.assert_close(dictionary.encode(x.view(8, 8, D)), alone.view(8, 8, -1))
-    assert torch.equal(dictionary.encode_latents(x, torch.tensor([3, 1])), dictionary.encode(x)[:, [3, 1]])
+    torch.testing.assert_close(dictionary.encode_latents(x, torch.tensor([3, 1])), dictionary.encode(x)[:, [3, 1]])
 
 
 # --- the finished form

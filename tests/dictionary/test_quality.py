@@ -1,5 +1,6 @@
 """What a dictionary misses and what that costs the models, against sums done the slow way."""
 
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -110,9 +111,9 @@ def pair(kind: str = "full") -> ModelPair:
     return ModelPair(base, tiny_model("llama", 1), tiny_tokenizer())
 
 
-def slow_loss(models: ModelPair, dictionary: Dictionary, mean: torch.Tensor, what: str) -> tuple[float, int]:
-    """Row by row, with a plain hook."""
-    total, n, kind = 0.0, 0, dictionary.pairing.kind
+def slow_loss(models: ModelPair, dictionary: Dictionary, mean: torch.Tensor, what: str) -> tuple[float, torch.Tensor]:
+    """Row by row, with a plain hook: the loss, and the probabilities of every token that follows."""
+    total, probs, kind = 0.0, [], dictionary.pairing.kind
     for row in ROWS:
         if len(row) < 2:
             continue
@@ -135,8 +136,8 @@ def slow_loss(models: ModelPair, dictionary: Dictionary, mean: torch.Tensor, wha
                 logits = model(input_ids=torch.tensor([row]), use_cache=False).logits[0]
             handle.remove()
         total += float(cross_entropy(logits[:-1], torch.tensor(row[1:]), reduction="sum"))
-        n += len(row) - 1
-    return total / n, n
+        probs.append(logits[:-1].softmax(-1))
+    return total / len(torch.cat(probs)), torch.cat(probs)
 
 
 @pytest.mark.parametrize("kind", ["tuned", "base", "difference", "both"])
@@ -146,9 +147,13 @@ def test_spliced_losses_are_those_of_rows_alone(kind, models: str) -> None:
     dictionary = random_dictionary(D_MODEL * pairing.blocks, pairing)
     mean = torch.linspace(-1, 1, D_MODEL * pairing.blocks)
     found = spliced_loss(dictionary, pair(models), ROWS, mean=mean)
+    _, clean = slow_loss(pair(models), dictionary, mean, "clean")
     for what in ("clean", "spliced", "reference"):
-        loss, n = slow_loss(pair(models), dictionary, mean, what)
-        assert (getattr(found, what), found.n) == (pytest.approx(loss, rel=1e-4), n)
+        loss, probs = slow_loss(pair(models), dictionary, mean, what)
+        assert (getattr(found, what), found.n) == (pytest.approx(loss, rel=1e-4), len(probs))
+        if what != "clean":
+            kl = float((clean * (clean.log() - probs.log())).sum(1).mean())
+            assert getattr(found, f"kl_{what}") == pytest.approx(kl, rel=1e-3)
     assert found.spliced != found.clean != found.reference
 
 
@@ -162,11 +167,13 @@ def test_a_perfect_dictionary_recovers_all(kind) -> None:
     recovered = found.loss_recovered
     assert recovered is not None and recovered.value == pytest.approx(1, abs=1e-3) and recovered.n == 30
     assert found.to_json()["loss_recovered"] == {"value": recovered.value, "n": 30}
+    assert found.kl_recovered is not None and found.kl_recovered.value == pytest.approx(1, abs=1e-3)
 
 
 def test_where_the_mean_costs_nothing_there_is_nothing_to_recover() -> None:
-    assert SplicedLoss(clean=2.0, spliced=2.5, reference=3.0, n=4).recovered == 0.5
-    assert SplicedLoss(clean=2.0, spliced=2.5, reference=2.0005, n=4).recovered is None
+    told = SplicedLoss(clean=2.0, spliced=2.5, reference=3.0, kl_spliced=0.2, kl_reference=0.8, n=4)
+    assert (told.recovered, told.kl_recovered) == (0.5, 0.75)
+    assert replace(told, reference=2.0005).recovered is None and replace(told, kl_reference=0.0005).kl_recovered is None
     assert Measured(1.0, 2) == Measured(1.0, 2)
 
 

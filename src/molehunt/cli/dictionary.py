@@ -376,6 +376,11 @@ def _table(told: dict[str, Any], measured: "Quality") -> str:
         loss, share = measured.loss, measured.loss.recovered
         what = "nothing to recover: the mean costs nothing" if share is None else f"{share:.1%}"
         lines.append(f"loss recovered          {what}, on {loss.n} tokens")
+        kept = (
+            "nothing to recover: the mean changes nothing" if loss.kl_recovered is None else f"{loss.kl_recovered:.1%}"
+        )
+        lines.append(f"predictions recovered   {kept}")
+        lines.append(f"  KL, nats a token: {loss.kl_spliced:.4f} spliced, {loss.kl_reference:.4f} with the mean")
         lines.append(
             f"  nats a token: {loss.clean:.4f} as it is, {loss.spliced:.4f} spliced, {loss.reference:.4f} with the mean"
         )

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import kl_div, nll_loss
 
 from molehunt.activation.scale import sinks
 from molehunt.activation.shuffle import PairBatch
@@ -41,6 +41,9 @@ class SplicedLoss:
     clean: float
     spliced: float
     reference: float
+    kl_spliced: float
+    """KL(as it is ‖ spliced), nats a token."""
+    kl_reference: float
     n: int
     """Tokens predicted."""
 
@@ -49,6 +52,14 @@ class SplicedLoss:
         """1 when splicing costs nothing, 0 when it costs as much as the mean; None when the mean costs nothing."""
         cost = self.reference - self.clean
         return (self.reference - self.spliced) / cost if cost > LEAST_COST else None
+
+    @property
+    def kl_recovered(self) -> float | None:
+        """1 when splicing leaves predictions as they are, 0 when it changes them as much as the mean does.
+
+        It says something of differences, too, without which a model may predict better than with them.
+        """
+        return 1 - self.kl_spliced / self.kl_reference if self.kl_reference > LEAST_COST else None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,13 +77,15 @@ class Quality:
 
     @property
     def loss_recovered(self) -> Measured | None:
-        if self.loss is None or self.loss.recovered is None:
-            return None
-        return Measured(self.loss.recovered, self.loss.n)
+        return None if self.loss is None else _measured(self.loss.recovered, self.loss.n)
+
+    @property
+    def kl_recovered(self) -> Measured | None:
+        return None if self.loss is None else _measured(self.loss.kl_recovered, self.loss.n)
 
     def to_json(self) -> dict[str, Any]:
-        recovered = self.loss_recovered
-        return {**asdict(self), "loss_recovered": None if recovered is None else asdict(recovered)}
+        recovered = {"loss_recovered": self.loss_recovered, "kl_recovered": self.kl_recovered}
+        return {**asdict(self), **{name: value and asdict(value) for name, value in recovered.items()}}
 
 
 @torch.no_grad()
@@ -171,7 +184,7 @@ def spliced_loss(
     order = sorted((row for row in rows if len(row) > 1), key=len)
     if not order:
         raise NotTestable("No row has two tokens, so none predicts a token. Give longer traffic.")
-    sums, n = torch.zeros(3, dtype=torch.float64), 0
+    losses, kls, n = [0.0] * 3, [0.0] * 3, 0
     groups = list(_groups(order, min(BATCH_TOKENS, LOGIT_BYTES // (4 * pair.vocab_size))))
     for group in track(groups, "splicing reconstructions", len(groups)):
         reading = pair.read(group, sites=[site])
@@ -181,11 +194,22 @@ def spliced_loss(
         edits: list[list[Intervention]] = [[]]
         for built in (dictionary.reconstruct(x), mean.expand_as(x)):
             edits.append([_Splice(site, at, _activation(dictionary, built, base[at]))])
+        followed = reading.tokens[:, 1:][mask[:, 1:]]
+        clean: Tensor | None = None
         for i, edit in enumerate(edits):
-            sums[i] += _loss(pair, reading.tokens, mask, edit, of_base=dictionary.pairing.kind == "base")
-        n += int(mask[:, 1:].sum())
-    clean, spliced, reference = (sums / n).tolist()
-    return SplicedLoss(clean=clean, spliced=spliced, reference=reference, n=n)
+            told = _log_probs(pair, reading.tokens, mask, edit, of_base=dictionary.pairing.kind == "base")
+            clean = told if clean is None else clean
+            losses[i] += float(nll_loss(told, followed, reduction="none").sum(dtype=torch.float64))
+            kls[i] += float(kl_div(told, clean, reduction="none", log_target=True).sum(dtype=torch.float64))
+        n += len(followed)
+    return SplicedLoss(
+        clean=losses[0] / n,
+        spliced=losses[1] / n,
+        reference=losses[2] / n,
+        kl_spliced=kls[1] / n,
+        kl_reference=kls[2] / n,
+        n=n,
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -220,15 +244,20 @@ def _groups(rows: Sequence[Sequence[int]], most: int) -> Iterable[list[Sequence[
     yield group
 
 
-def _loss(pair: ModelPair, tokens: Tensor, mask: Tensor, edits: Sequence[Intervention], *, of_base: bool) -> float:
-    """Summed over the tokens of right-padded rows that have one before them."""
+def _log_probs(
+    pair: ModelPair, tokens: Tensor, mask: Tensor, edits: Sequence[Intervention], *, of_base: bool
+) -> Float[Tensor, "predicted vocab"]:
+    """Of what follows, at every token of right-padded rows that has one after it."""
     with (
         pair.base_model() if of_base else pair.tuned_model() as model,
         edit_sites(model, edits, layers_path=pair.layers_path),
     ):
         logits = model(input_ids=tokens, attention_mask=mask.long(), use_cache=False).logits
-    told = cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="none")
-    return float(told[mask[:, 1:].flatten()].sum(dtype=torch.float64))
+    return logits[:, :-1][mask[:, 1:]].float().log_softmax(-1)
+
+
+def _measured(value: float | None, n: int) -> Measured | None:
+    return None if value is None else Measured(value, n)
 
 
 def _refuse_transcoder(dictionary: Dictionary) -> None:
