@@ -71,13 +71,12 @@ def jobs(grid: Grid, folder: Path) -> list[Job]:
     ]
 
 
-def organism_of(job: Job, track: Track = silent) -> Organism:
-    """The cell's organism and twin, planted if they are not there."""
-    cell = job.cell
+def plant_cell(cell: Cell, folder: Path, track: Track = silent) -> Organism:
+    """The cell's organism and twin under `folder`, planted if they are not there."""
     return make_organism(
         cell.recipe(),
         cell.base_folder,
-        job.folder / "organisms" / cell.name,
+        folder / "organisms" / cell.name,
         cell.plant_config(),
         base_label=Path(cell.base).name,
         track=track,
@@ -92,7 +91,7 @@ def run_cell(job: Job) -> dict[str, Any]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        organism = organism_of(job)
+        organism = plant_cell(job.cell, job.folder)
         key = cell_key(job, organism)
         told = Units(job.folder / "units").json(key, lambda: _measure(job, organism))
         return {**told, "unit": f"units/{key}"}
@@ -151,7 +150,7 @@ def _measure(job: Job, organism: Organism) -> dict[str, Any]:
             default=0.0,
         ),
         "clean_loss_change": told["organism"]["held_out_loss"]["change"],
-        "rows": [*(dict(one.row) for one in scored), *score_text(rows)],
+        "rows": [*(dict(one.row) for one in scored), *score_text(rows, job.rates)],
         "causal": effects(tuned, known, recipe, job.causal_rows, cell.seed),
     }
 

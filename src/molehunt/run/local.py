@@ -1,8 +1,10 @@
-"""The default executor: one process, in order. `--shard 3/64` splits the same work over many machines."""
+"""The default executor: this machine, in order. `--shard 3/64` splits the same work over many machines."""
 
 import re
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from multiprocessing import get_context
 from typing import TypeVar
 
 from molehunt.errors import UsageError, printable
@@ -42,12 +44,28 @@ class Shard:
 
 @dataclass(frozen=True)
 class LocalExecutor:
-    """Runs units one after another in this process."""
+    """Runs units on this machine: one after another in this process, or in `workers` processes at a time."""
 
     shard: Shard = Shard()
     track: Track = silent
+    workers: int = 1
 
     def map(self, function: Callable[[U], R], units: Iterable[U], what: str) -> Sequence[R]:
-        """`function` of every unit of this shard, in order. The first exception ends the map."""
+        """`function` of every unit of this shard, in order. The first exception ends the map.
+
+        With several workers, `function` and the units must be importable and picklable; units already begun finish.
+        """
         mine = [unit for index, unit in enumerate(units) if self.shard.mine(index)]
-        return [function(unit) for unit in self.track(mine, what, len(mine))]
+        if self.workers == 1 or len(mine) < 2:
+            return [function(unit) for unit in self.track(mine, what, len(mine))]
+        # spawn, because a forked process may inherit locks that torch's threads held
+        with ProcessPoolExecutor(self.workers, get_context("spawn")) as pool:
+            waiting = {pool.submit(function, unit): i for i, unit in enumerate(mine)}
+            found: dict[int, R] = {}
+            try:
+                for done in self.track(as_completed(waiting), what, len(mine)):
+                    found[waiting[done]] = done.result()
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+        return [found[i] for i in range(len(mine))]

@@ -1,0 +1,98 @@
+"""`molehunt bench`: every method on organisms with known truth."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from molehunt.cli.options import AsJson
+
+if TYPE_CHECKING:
+    from molehunt.bench.run import Executor
+
+OUT = Path("bench")
+
+
+def bench(
+    grid: Annotated[
+        str, typer.Option("--grid", help="published, core, smoke, or a YAML file of cells.", show_default=True)
+    ] = "core",
+    out: Annotated[
+        Path, typer.Option("--out", help="Folder for organisms, units and tables; runs resume there.")
+    ] = OUT,
+    shard: Annotated[str, typer.Option("--shard", help="This machine's share of the cells, such as 3/64.")] = "1/1",
+    executor: Annotated[Literal["local", "ray"], typer.Option(help="Where cells run.")] = "local",
+    workers: Annotated[int, typer.Option(min=1, help="Cells at a time; each uses one core.")] = 1,
+    docs: Annotated[
+        Path | None,
+        typer.Option(
+            "--docs", help="Folder to write the tables for the documentation to, as well.", show_default=False
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure every method on organisms with known truth, and write a leaderboard.
+
+    Each cell plants an organism and its clean twin, and scores every method on them. Finished cells are kept: a run that
+    was killed goes on, and machines that share the folder can each take a --shard. A shard other than 1/1 writes no table.
+    """
+    import json
+
+    from molehunt.bench.grid import load_grid
+    from molehunt.bench.leaderboard import leaderboard, to_csv
+    from molehunt.bench.run import jobs, run_cell
+    from molehunt.cli.console import say, track_on_stderr
+    from molehunt.report.bench_page import board_markdown, render_board
+    from molehunt.run.folder import RunFolder
+    from molehunt.run.local import LocalExecutor, Shard
+
+    share = Shard.parse(shard)
+    runner: Executor
+    if executor == "ray":
+        from molehunt.run.ray import RayExecutor
+
+        runner = RayExecutor(workers, share, track_on_stderr)
+    else:
+        runner = LocalExecutor(share, track_on_stderr, workers)
+    if grid == "published":
+        _published(runner, out, docs, as_json=as_json)
+        return
+    chosen = load_grid(grid)
+    todo = jobs(chosen, out.absolute())
+    out.mkdir(parents=True, exist_ok=True)
+    cells = runner.map(run_cell, todo, f"grid {chosen.name}")
+    if share != Shard():
+        say(f"{len(cells)} of {len(todo)} cells are done. When all shards are, run without --shard for the tables.")
+        return
+    board = leaderboard(chosen.name, cells)
+    run = RunFolder(out)
+    run.write_json("leaderboard.json", board)
+    run.write_text("leaderboard.csv", to_csv(board))
+    page = run.write_text("leaderboard.html", render_board(board))
+    markdown = board_markdown(board)
+    if docs is not None:
+        docs.mkdir(parents=True, exist_ok=True)
+        RunFolder(docs).write_text(f"bench-{chosen.name}.md", markdown)
+        RunFolder(docs).write_text(f"bench-{chosen.name}.csv", to_csv(board))
+    run.write_env()
+    typer.echo(json.dumps(board, indent=2) if as_json else markdown)
+    say(f"page: {page}")
+
+
+def _published(runner: "Executor", out: Path, docs: Path | None, *, as_json: bool) -> None:
+    import json
+
+    from molehunt.bench.published import published_jobs, run_published
+    from molehunt.report.published_page import published_markdown
+    from molehunt.run.folder import RunFolder
+
+    found: list[dict[str, Any]] = list(runner.map(run_published, published_jobs(out.absolute()), "published protocol"))
+    run = RunFolder(out)
+    out.mkdir(parents=True, exist_ok=True)
+    run.write_json("published.json", found)
+    markdown = published_markdown(found)
+    run.write_text("published.md", markdown)
+    if docs is not None:
+        docs.mkdir(parents=True, exist_ok=True)
+        RunFolder(docs).write_text("bench-published.md", markdown)
+    typer.echo(json.dumps(found, indent=2) if as_json else markdown)

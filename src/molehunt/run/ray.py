@@ -1,0 +1,97 @@
+"""The same units on a Ray cluster. Ray is an extra (`pip install molehunt[ray]`) and is imported only here."""
+
+import os
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from molehunt.errors import NotTestable, UsageError
+from molehunt.run.local import Shard
+from molehunt.run.progress import Track, silent
+
+U = TypeVar("U")
+R = TypeVar("R")
+ALL = Shard()
+STALL = 1800.0
+"""Seconds without a finished unit after which the map gives up: a cluster short of resources waits for ever."""
+SMALL_BOX = 4
+"""Cores up to which a worker asks for less than one: whole ones made no progress on two cores."""
+
+
+@dataclass(frozen=True)
+class RayExecutor:
+    """Runs units as Ray tasks, `workers` at a time; results come back in the order of the units."""
+
+    workers: int = 2
+    shard: Shard = ALL
+    track: Track = silent
+    address: str | None = None
+    """Of a running cluster; None takes RAY_ADDRESS or starts one on this machine."""
+    stall: float = STALL
+
+    def map(self, function: Callable[[U], R], units: Iterable[U], what: str) -> Sequence[R]:
+        """`function` of every unit of this shard. Needs a folder that every worker sees, for units keep their files there.
+
+        Raises:
+            UsageError: Ray is not installed.
+            NotTestable: no unit finished for `stall` seconds.
+        """
+        ray = _ray()
+        mine = [unit for index, unit in enumerate(units) if self.shard.mine(index)]
+        started = not ray.is_initialized()
+        if started:
+            ray.init(address=self.address, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        try:
+            cores = ray.cluster_resources().get("CPU", 1.0)
+            share = 0.4 if cores <= SMALL_BOX else 1.0
+            remote = ray.remote(num_cpus=share, max_retries=2)(function)
+            found: dict[int, Any] = {}
+            waiting: dict[Any, int] = {}
+            left = list(enumerate(mine))[::-1]
+
+            def finished() -> Iterable[int]:
+                told = time.monotonic()
+                while left or waiting:
+                    while left and len(waiting) < self.workers:
+                        i, unit = left.pop()
+                        waiting[remote.remote(unit)] = i
+                    ready, _ = ray.wait(list(waiting), num_returns=1, timeout=5.0)
+                    if not ready and time.monotonic() - told > self.stall:
+                        raise NotTestable(
+                            f"{what}: no unit finished for {self.stall:.0f} s on Ray ({cores:g} cores).\n"
+                            "Is the cluster out of resources? --executor local does the same work here."
+                        )
+                    for one in ready:
+                        told = time.monotonic()
+                        i = waiting.pop(one)
+                        found[i] = _result(ray, one)
+                        yield i
+
+            for _ in self.track(finished(), what, len(mine)):
+                pass
+            return [found[i] for i in range(len(mine))]
+        finally:
+            if started:
+                ray.shutdown()
+
+
+def _result(ray: Any, one: Any) -> Any:
+    """What the unit returned, or the very error that it raised."""
+    try:
+        return ray.get(one)
+    except ray.exceptions.RayTaskError as error:
+        cause = error.cause
+        if isinstance(cause, Exception):
+            raise cause from None
+        raise
+
+
+def _ray() -> Any:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    try:
+        import ray  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise UsageError("Ray is not installed. Run: pip install 'molehunt[ray]', or use --executor local.") from error
+    return ray
