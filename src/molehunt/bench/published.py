@@ -18,6 +18,7 @@ from torch import Tensor
 from molehunt.activation.shuffle import PairBatch
 from molehunt.bench.grid import Cell
 from molehunt.bench.run import plant_cell
+from molehunt.dictionary.dictionary import Dictionary
 from molehunt.dictionary.pairing import Pairing
 from molehunt.dictionary.published import STEPS, train_published
 from molehunt.dictionary.train import DictionarySpec, TrainingConfig, train_dictionaries
@@ -120,10 +121,10 @@ def pooled_activations(
 
 
 def score(codes: Float[Tensor, "rows features"], texts: Texts) -> dict[str, Any]:
-    """The published score of the best feature, its q-sweep, and the same feature family scored on held-out rows.
+    """The published score of the best feature, its q-sweep, and the same family of features on held-out rows.
 
-    Held out: the feature is chosen by AUROC-free BIS on a `select` third, its threshold set at 1 % on clean `calibrate`
-    rows, and F1·(1 − FPR) taken on `test`.
+    Held out: the feature is chosen on a `select` third of the rows (by BIS at q = .2, whose ceiling is 1), its threshold
+    set at 1 % on the clean rows of a `calibrate` third, and F1·(1 − FPR) taken on the `test` third.
     """
     best = {str(q): float(bis_of_features(codes, texts.trigger, texts.benign, q).max()) for q in SWEEP}
     per_feature = bis_of_features(codes, texts.trigger, texts.benign, Q)
@@ -173,9 +174,12 @@ def text_rows(texts: Texts) -> list[dict[str, Any]]:
 
 
 def site_rows(
-    acts: Mapping[str, Float[Tensor, "rows d"]], tokens: PairBatch, texts: Texts, protocol: Protocol, site: Site
+    acts: Mapping[str, Float[Tensor, "rows d"]],
+    fair: Mapping[str, Float[Tensor, "rows d_dict"]],
+    texts: Texts,
+    protocol: Protocol,
 ) -> list[dict[str, Any]]:
-    """Every method of the comparison at one site."""
+    """Every method of the comparison at one site; `fair` holds mean codes of dictionaries trained on other texts."""
     base, tuned = acts["base"], acts["tuned"]
     delta, both = tuned - base, torch.cat([base, tuned], dim=1)
     d, wide = base.shape[1], protocol.expansion * base.shape[1]
@@ -204,7 +208,7 @@ def site_rows(
             train_published(scaled, wide, k=32, steps=0).encode(scaled),
         )
     )
-    rows += _fair(base, tuned, tokens, protocol, site, row)
+    rows += [row(f"fair {label} (BatchTopK, other texts)", codes) for label, codes in fair.items()]
     centred = delta - delta.mean(0)
     components = centred @ torch.linalg.svd(centred, full_matrices=False).Vh[:32].mT
     rows.append(row("PCA-32 of Δ, both signs", torch.cat([components, -components], dim=1)))
@@ -221,25 +225,40 @@ def _standard(x: Tensor) -> Tensor:
     return centred / centred.square().mean().sqrt()
 
 
-def _fair(
-    base: Tensor, tuned: Tensor, tokens: PairBatch, protocol: Protocol, site: Site, row: Callable[..., dict[str, Any]]
-) -> list[dict[str, Any]]:
-    """Diff-SAE and crosscoder of equal width and L0, trained on tokens of other texts, centred and scaled per model."""
+def fair_dictionaries(tokens: PairBatch, protocol: Protocol, site: Site) -> dict[str, Dictionary]:
+    """Diff-SAE and crosscoder of equal width and k, trained on tokens of other texts, centred and scaled per model."""
     rng = torch.Generator().manual_seed(0)
     size = min(1024, len(tokens.base))
     chosen = [torch.randint(len(tokens.base), (size,), generator=rng) for _ in range(protocol.fair_steps)]
     batches = [PairBatch(base=tokens.base[c], tuned=tokens.tuned[c]) for c in chosen]
-    kinds: dict[str, Pairing] = {"Diff-SAE": Pairing(kind="difference"), "crosscoder": Pairing(kind="both")}
-    specs = [
-        DictionarySpec(site=site, pairing=pairing, expansion=8, settings={"k": 32}, lr=2e-3)
-        for pairing in kinds.values()
-    ]
+    kinds = {"Diff-SAE": Pairing(kind="difference"), "crosscoder": Pairing(kind="both")}
+    specs = [DictionarySpec(site=site, pairing=p, expansion=8, settings={"k": 32}, lr=2e-3) for p in kinds.values()]
     config = TrainingConfig(steps=protocol.fair_steps, batch=size)
-    trained = train_dictionaries(specs, {site: batches}, config, d_model=base.shape[1])
-    return [
-        row(f"fair {label} (BatchTopK, other texts)", done.dictionary.encode(done.spec.pairing.input(base, tuned)))
-        for label, done in zip(kinds, trained, strict=True)
-    ]
+    trained = train_dictionaries(specs, {site: batches}, config, d_model=tokens.base.shape[1])
+    return {label: done.dictionary for label, done in zip(kinds, trained, strict=True)}
+
+
+@torch.inference_mode()
+def mean_codes(
+    pair: ModelPair, examples: Sequence[Example], dictionaries: Mapping[str, Dictionary], site: Site, *, answers: bool
+) -> dict[str, Float[Tensor, "rows d_dict"]]:
+    """Each dictionary's codes, token by token, averaged over all tokens but the first."""
+    found = {name: torch.zeros(len(examples), one.d_dict) for name, one in dictionaries.items()}
+    for start in range(0, len(examples), 64):
+        part = examples[start : start + 64]
+        told = [_answer(pair, e) if answers else [] for e in part]
+        reading = pair.read([prompt_ids(pair.tokenizer, e.prompt) for e in part], told, sites=[site])
+        at = reading.mask.clone()
+        at[:, 0] = False
+        weight = at.float() / at.sum(1, keepdim=True).clamp_min(1)
+        for name, one in dictionaries.items():
+            codes = one.encode(one.pairing.input(reading.base[site], reading.tuned[site]))
+            found[name][start : start + len(part)] = torch.einsum("bpf,bp->bf", codes, weight).cpu()
+    return found
+
+
+def _answer(pair: ModelPair, example: Example) -> list[int]:
+    return list(pair.tokenizer(example.response or "", add_special_tokens=False)["input_ids"])  # pyright: ignore[reportArgumentType]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -291,12 +310,13 @@ def _run(job: PublishedJob) -> dict[str, Any]:
         prompts = pooled_activations(pair, texts.examples, at, answers=False)
         rows = [{"site": None, "text": "whole", **r} for r in text_rows(texts)]
         for s, site in enumerate(at):
-            tokens = _tokens(pair, others, site)
+            trained = fair_dictionaries(_tokens(pair, others, site), protocol, site)
             for text, acts in (("whole", whole), ("prompt", prompts)):
                 if text == "prompt" and site != at[len(at) // 2]:
                     continue  # the payload's share in the score is shown once
                 here = {name: values[:, s] for name, values in acts.items()}
-                rows += [{"site": str(site), "text": text, **r} for r in site_rows(here, tokens, texts, protocol, site)]
+                fair = mean_codes(pair, texts.examples, trained, site, answers=text == "whole")
+                rows += [{"site": str(site), "text": text, **r} for r in site_rows(here, fair, texts, protocol)]
         return {
             "cell": cell.name, "side": side, "ceiling": protocol.ceiling,
             "sweep_ceiling": {str(q): bis_ceiling(q, float(texts.trigger.float().mean())) for q in SWEEP},
@@ -311,11 +331,10 @@ def _tokens(pair: ModelPair, examples: Sequence[Example], site: Site) -> PairBat
     """Both models' activations at every token but the first of texts that are not evaluated."""
     base: list[Tensor] = []
     tuned: list[Tensor] = []
-    tokenizer = pair.tokenizer
     for start in range(0, len(examples), 64):
         part = examples[start : start + 64]
-        answers = [list(tokenizer(e.response or "", add_special_tokens=False)["input_ids"]) for e in part]  # pyright: ignore[reportArgumentType]
-        reading = pair.read([prompt_ids(tokenizer, e.prompt) for e in part], answers, sites=[site])
+        answers = [_answer(pair, e) for e in part]
+        reading = pair.read([prompt_ids(pair.tokenizer, e.prompt) for e in part], answers, sites=[site])
         at = reading.mask.clone()
         at[:, 0] = False
         base.append(reading.base[site][at].float().cpu())

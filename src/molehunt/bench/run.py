@@ -22,6 +22,7 @@ from molehunt.bench.cell import (
 )
 from molehunt.bench.grid import Cell, Grid
 from molehunt.bench.rows import Counts, cell_rows
+from molehunt.errors import NotTestable, UsageError
 from molehunt.model.pair import ModelPair
 from molehunt.organism.manifest import Organism, make_organism
 from molehunt.run.progress import Track, silent
@@ -57,7 +58,21 @@ class Job:
 
 
 def jobs(grid: Grid, folder: Path) -> list[Job]:
-    """The grid's cells, checked."""
+    """The grid's cells, after a check that each has enough distinct prompts: nothing is trained for a cell that must fail.
+
+    Raises:
+        UsageError: the world holds too few prompts of a kind for a cell.
+    """
+    drawn: set[tuple[str, int]] = set()
+    for cell in grid.cells():
+        if (cell.attack, cell.seed) not in drawn:
+            drawn.add((cell.attack, cell.seed))
+            try:
+                rows = cell_rows(cell.recipe(), grid.counts, tuple(grid.rates), cell.seed, cell.plant_config().rows)
+                for rate in grid.rates:
+                    rows.pool(rate)
+            except NotTestable as error:
+                raise UsageError(f"{cell.name} cannot be run: {error}\nAsk for fewer rows under counts.") from error
     return [
         Job(
             cell=cell,
