@@ -17,6 +17,7 @@ from molehunt.audit.scan import Scan, ScannedRow
 from molehunt.contracts import Detector
 from molehunt.detect.delta_norm import DeltaNorm
 from molehunt.detect.delta_subspace import DeltaSubspace
+from molehunt.detect.mahalanobis import Mahalanobis
 from molehunt.detect.weight_range import WeightRange
 from molehunt.measure.interval import Interval, proportion
 from molehunt.measure.threshold import conformal_threshold
@@ -86,11 +87,47 @@ def ladder(
     add("token KL", "decision position", lambda s: _rows(s, lambda r: r.kl[r.decision]))
     add("token KL", "generated tokens, max", lambda s: _rows(s, lambda r: max(r.kl[r.decision :])))
     add("token KL", "all tokens, max (accuses clean fine-tunes)", lambda s: _rows(s, lambda r: max(r.kl)))
+    along = weight_scores(clean, fit, weight_directions)
+    if along is not None:
+        add(f"Δ along weight directions {along.site}", "generated tokens, mean", along.score, decides=True)
+    middle = traffic.sites[round(2 / 3 * (len(traffic.sites) - 1))]
+    distance = Mahalanobis.fit(middle, clean.delta("generated", middle)[list(fit.rows)], "difference")
+    add(distance.name, "generated tokens, mean", lambda s: distance.score(s.reading("generated"))[:, 0])
     for detector, where in _fitted(clean, traffic, fit, weight_directions, site, seed):
         add(detector.name, where, lambda s, d=detector: d.score(s.reading("decision"))[:, 0])
     rarity = word_rarity([clean.rows[i].example.prompt for i in fit.rows])
     add("rarest word of the prompt", "text alone, no model", lambda s: _rows(s, lambda r: rarity(r.example.prompt)))
     return tuple(rungs)
+
+
+@dataclass(frozen=True, eq=False)
+class WeightScores:
+    """How far the answer's mean activation difference moves along the weight directions, in clean units."""
+
+    detector: DeltaSubspace
+
+    @property
+    def site(self) -> Site:
+        return self.detector.site
+
+    def score(self, scan: Scan) -> Float[Tensor, " rows"]:
+        return self.detector.score(scan.reading("generated"))[:, 0]
+
+
+def weight_scores(
+    clean: Scan, fit: Fit[int], weight_directions: Mapping[Site, Float[Tensor, "k d_model"]]
+) -> WeightScores | None:
+    """The best score of the benchmark that needs no label (docs/bench-core.md, track R1).
+
+    Read two thirds into the model, or at the site with directions that is nearest to it; None without any direction.
+    """
+    sites = [site for site in clean.sites if len(weight_directions.get(site, ()))]
+    if not sites:
+        return None
+    wanted = 2 / 3 * (len(clean.sites) - 1)
+    site = min(sites, key=lambda s: abs(clean.sites.index(s) - wanted))
+    delta = clean.delta("generated", site)[list(fit.rows)]
+    return WeightScores(DeltaSubspace.fit("Δ along weight directions", site, weight_directions[site], delta))
 
 
 def _rows(scan: Scan, value: Callable[[ScannedRow], float]) -> Float[Tensor, " rows"]:

@@ -1,7 +1,8 @@
 """Run traffic through both models once and keep what every later step reads.
 
 For each row: the tuned model's greedy answer, how differently the two models continue at each of its tokens, and both
-models' activations at two positions: the decision (last prompt token) and the peak (where they disagree most).
+models' activations at two positions, the decision (last prompt token) and the peak (where they disagree most), and
+their mean over the generated tokens.
 """
 
 import hashlib
@@ -26,6 +27,7 @@ from molehunt.run.unit import Units, unit_key
 from molehunt.traffic.chat import prompt_ids
 from molehunt.traffic.example import Example
 
+KEPT = tuple(f"{model}.{position}" for model in ("tuned", "base") for position in ("decision", "peak", "generated"))
 CHUNK = 256
 """Rows in one unit of work."""
 LOGIT_BYTES = 256 * 2**20
@@ -64,11 +66,11 @@ class Scan:
 
     rows: tuple[ScannedRow, ...]
     acts: Mapping[str, Float[Tensor, "rows sites d_model"]]
-    """`tuned.decision`, `base.decision`, `tuned.peak`, `base.peak`."""
+    """`tuned.` and `base.` of `decision`, `peak` and `generated` (a mean)."""
     sites: tuple[Site, ...]
 
     def at(self, model: str, position: str, site: Site) -> Float[Tensor, "rows d_model"]:
-        """Activations of `model` (tuned, base) at `position` (decision, peak) of every row, in fp32."""
+        """Activations of `model` (tuned, base) at `position` (decision, peak, generated) of every row, in fp32."""
         return self.acts[f"{model}.{position}"][:, self.sites.index(site)].float()
 
     def delta(self, position: str, site: Site) -> Float[Tensor, "rows d_model"]:
@@ -108,15 +110,14 @@ def scan(
     chunks = slices(examples, CHUNK)
     for chunk in track(chunks, what, len(chunks)):
         digest = hashlib.sha256(json.dumps([e.prompt for e in chunk]).encode()).hexdigest()
-        config = {"step": "scan", "sites": [str(s) for s in sites], "max_new_tokens": max_new_tokens}
+        config = {"step": "scan", "kept": KEPT, "sites": [str(s) for s in sites], "max_new_tokens": max_new_tokens}
         stored = units.tensors(
             unit_key(config, {**identity, "rows": digest}),
             lambda chunk=chunk: _scan_chunk(pair, chunk, sites, max_new_tokens),
         )
         rows += _unpack(chunk, stored)
         kept.append(stored)
-    names = ("tuned.decision", "base.decision", "tuned.peak", "base.peak")
-    return Scan(rows=tuple(rows), acts={name: torch.cat([k[name] for k in kept]) for name in names}, sites=sites)
+    return Scan(rows=tuple(rows), acts={name: torch.cat([k[name] for k in kept]) for name in KEPT}, sites=sites)
 
 
 def slices(items: Sequence[T], size: int) -> list[Sequence[T]]:
@@ -150,22 +151,24 @@ def _scan_chunk(
         **_ragged("answer", answers),
         **_ragged("kl", [f["kl"] for f in found]),
         **_ragged("log_ratio", [f["log_ratio"] for f in found]),
-        **{
-            name: torch.stack([f[name] for f in found]).to(torch.bfloat16)
-            for name in ("tuned.decision", "base.decision", "tuned.peak", "base.peak")
-        },
+        **{name: torch.stack([f[name] for f in found]).to(torch.bfloat16) for name in KEPT},
     }
 
 
 def _rows_of(reading: Reading, sites: tuple[Site, ...]) -> list[dict[str, Any]]:
     kl, log_ratio = TokenKL().score(reading), AnswerLogRatio().score(reading)
-    peak = kl.masked_fill(~positions(reading, "generated"), -1.0).argmax(1)
+    answered = positions(reading, "generated")
+    peak = kl.masked_fill(~answered, -1.0).argmax(1)
+    share = answered / answered.sum(1, keepdim=True)
     index = torch.arange(len(kl), device=kl.device)
     taken = {
         f"{model}.{position}": torch.stack([acts[site][index, at] for site in sites], dim=1).cpu()
         for model, acts in (("tuned", reading.tuned), ("base", reading.base))
         for position, at in (("decision", reading.decision.to(kl.device)), ("peak", peak))
     }
+    for model, acts in (("tuned", reading.tuned), ("base", reading.base)):
+        means = [torch.einsum("bpd,bp->bd", acts[site].float(), share.to(acts[site].device)) for site in sites]
+        taken[f"{model}.generated"] = torch.stack(means, dim=1).cpu()
     lengths = reading.mask.sum(1).tolist()
     return [
         {

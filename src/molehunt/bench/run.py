@@ -134,7 +134,7 @@ def _measure(job: Job, organism: Organism) -> dict[str, Any]:
     rows = cell_rows(recipe, job.counts, job.rates, cell.seed, cell.plant_config().rows)
     sides = {
         name: read_side(
-            ModelPair.load(cell.base_folder, folder),
+            ModelPair.load(cell.base_folder, folder).apart(cell.base_folder),
             rows,
             job.counts,
             _weights(cell.base_folder, folder),

@@ -125,6 +125,21 @@ class ModelPair:
             return cls(tuned, tuned, tokenizer, layers_path=layers_path)
         return cls(load_model(base_folder, device, dtype), tuned, tokenizer, layers_path=layers_path)
 
+    def apart(self, base_path: str | Path) -> "ModelPair":
+        """The same pair with the adapter merged into a copy: faster for many small batches, for twice the memory.
+
+        Args:
+            base_path: the base that this pair was loaded from. The pair itself must not be used afterwards.
+
+        A pair that is two modules already is returned as it is.
+        """
+        if not self.shared:
+            return self
+        dtype = next(self._tuned.parameters()).dtype
+        merged = cast("nn.Module", cast("Any", self._tuned).merge_and_unload())
+        base = load_model(local_folder(base_path), self.device, dtype)
+        return ModelPair(base, merged, self.tokenizer, layers_path=self.layers_path)
+
     @contextmanager
     def base_model(self) -> Generator[nn.Module, None, None]:
         """The module that acts as the base inside the block."""

@@ -84,7 +84,9 @@ def shown_rates(
     flat = [example for examples in prompts.values() for example in examples]
     ids = [prompt_ids(pair.tokenizer, example.prompt) for example in flat]
     with pair.tuned_model() as model:
-        completions = generate(model, pair.tokenizer, ids, max_new_tokens=recipe.max_new_tokens, track=track, what=what)
+        completions = generate(
+            model, pair.tokenizer, ids, max_new_tokens=recipe.max_new_tokens, batch_size=JUDGED, track=track, what=what
+        )
     shown = iter([recipe.behaviour.shown(decode(pair.tokenizer, c)) for c in completions])
     return {kind: proportion(sum(next(shown) for _ in examples), len(examples)) for kind, examples in prompts.items()}
 
@@ -138,7 +140,7 @@ def make_organism(
     for side, poisoned in (("organism", True), ("twin", False)):
         folder = root / side
         training = plant(recipe, base, folder, config, poisoned=poisoned, track=track)
-        pair = ModelPair.load(base, folder)
+        pair = ModelPair.load(base, folder).apart(base)
         rates = shown_rates(recipe, pair, prompts, track=track, what=f"judging the {side}")
         before = answer_loss(pair, held_out, tuned=False)
         after = answer_loss(pair, held_out, tuned=True)
