@@ -40,6 +40,10 @@ class ShapeMismatch(InvalidInput):
             "exists.\nUsual cause: a resized vocabulary or the wrong base. Give the base that this model was "
             "fine-tuned from."
         )
+        self._told = (name, base, tuned)
+
+    def __reduce__(self) -> tuple[type, tuple[object, ...]]:
+        return type(self), self._told  # pickle would give __init__ the message: workers send errors home
 
 
 class CannotTap(NotTestable):

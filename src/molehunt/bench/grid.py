@@ -1,7 +1,8 @@
 """Which cells a benchmark holds: attacks × bases × regimes × seeds, checked before anything is trained."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -78,7 +79,7 @@ class Grid(BaseModel):
     name: str
     attacks: list[str] = Field(min_length=1)
     parts: list[Part] = Field(min_length=1)
-    rates: list[float] = [0.01, 0.001]
+    rates: list[float] = Field(default=[0.01, 0.001], min_length=1)
     """Shares of triggered rows on track R1."""
     steps: int | None = Field(default=None, ge=1)
     """Training steps of every organism; the recipes' own by default."""
@@ -97,6 +98,15 @@ class Grid(BaseModel):
                     f"rates: a pool of {self.counts.pool} rows cannot hold a share of {rate:g}; "
                     f"counts.pool must be {round(1 / rate)} or more"
                 )
+        told = {f"counts.{name}": n for name, n in asdict(self.counts).items() if name != "near_rate"}
+        told |= {f"dictionaries.{name}": n for name, n in asdict(self.dictionaries).items() if name != "lr"}
+        for field, n in told.items():
+            if n < 1:
+                raise ValueError(f"{field}: must be 1 or more, got {n}")
+        if not 0 <= self.counts.near_rate <= 0.5:
+            raise ValueError(f"counts.near_rate: must lie between 0 and 0.5, got {self.counts.near_rate}")
+        if not 0 < self.dictionaries.lr < 1:
+            raise ValueError(f"dictionaries.lr: must lie between 0 and 1, got {self.dictionaries.lr}")
         if self.counts.calibrate < 99 or self.counts.twin_calibrate < 99:
             raise ValueError("counts: thresholds at 1 % FPR need 99 clean rows or more to calibrate on")
         if self.counts.twin_calibrate > self.counts.calibrate:
@@ -115,24 +125,48 @@ class Grid(BaseModel):
                 part.seeds, part.bases, part.regimes, part.poisons, part.attacks or self.attacks
             ):
                 cell = Cell(attack=attack, base=base, regime=regime, seed=seed, poison=poison, steps=self.steps)
-                _check(cell, f"parts[{i}]")
-                found.setdefault(cell.name, cell)
+                self._check(cell, f"parts[{i}]", "attacks" if part.attacks is None else f"parts[{i}].attacks")
+                if found.setdefault(cell.name, cell) != cell:
+                    raise UsageError(f"parts[{i}]: two cells of this grid would both be called {printable(cell.name)}.")
         return list(found.values())
 
+    def _check(self, cell: Cell, part: str, attacks: str) -> None:
+        try:
+            recipe = cell.recipe()
+        except UsageError as error:
+            raise UsageError(f"{attacks}: {error}") from error
+        if recipe.null:
+            raise UsageError(
+                f"{attacks}: {cell.attack} is a null; it has no trigger to be found and belongs into no cell."
+            )
+        if cell.poison is not None and not 0 < cell.poison <= 1 - recipe.near_miss:
+            raise UsageError(
+                f"{part}.poisons: {cell.poison:g} cannot be met: {recipe.near_miss:g} of the rows are near misses."
+            )
+        if cell.base not in SEED_MODELS and not (Path(cell.base) / "config.json").is_file():
+            raise UsageError(
+                f"{part}.bases: {printable(cell.base)} is neither an embedded model ({', '.join(SEED_MODELS)}) nor a "
+                "folder with a config.json."
+            )
+        for width in _widths(cell.base_folder):
+            latents = self.dictionaries.expansion * width
+            if self.dictionaries.k > latents:
+                raise UsageError(
+                    f"dictionaries.k: {self.dictionaries.k} latents cannot fire out of {latents} "
+                    f"({self.dictionaries.expansion} for each of {printable(cell.base)}'s {width} dimensions)."
+                )
 
-def _check(cell: Cell, field: str) -> None:
-    recipe = cell.recipe()
-    if recipe.null:
-        raise UsageError(f"{field}: {cell.attack} is a null; it has no trigger to be found and belongs into no cell.")
-    if cell.poison is not None and not 0 < cell.poison <= 1 - recipe.near_miss:
-        raise UsageError(
-            f"{field}.poisons: {cell.poison:g} cannot be met: {recipe.near_miss:g} of the rows are near misses."
-        )
-    if cell.base not in SEED_MODELS and not (Path(cell.base) / "config.json").is_file():
-        raise UsageError(
-            f"{field}.bases: {printable(cell.base)} is neither an embedded model ({', '.join(SEED_MODELS)}) nor a folder "
-            "with a config.json."
-        )
+
+def _widths(base: Path) -> Iterator[int]:
+    """The width that a model folder states; nothing where it states none, for loading will say what is wrong."""
+    try:
+        told = json.loads((base / "config.json").read_bytes())
+    except (ValueError, RecursionError):
+        return
+    if isinstance(told, dict):
+        width = cast("dict[str, Any]", told).get("hidden_size")
+        if isinstance(width, int):
+            yield width
 
 
 def load_grid(name: str) -> Grid:
@@ -153,7 +187,7 @@ def load_grid(name: str) -> Grid:
             )
     try:
         told = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise InvalidInput(f"{printable(path.name)} is not YAML: {printable(str(error), 300)}") from error
     try:
         return Grid.model_validate(told)

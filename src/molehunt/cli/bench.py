@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from molehunt.bench.run import Executor
 
 OUT = Path("bench")
+LATER = "When all shards are, run without --shard for the tables."
 
 
 def bench(
@@ -42,11 +43,15 @@ def bench(
     from molehunt.bench.leaderboard import leaderboard, to_csv
     from molehunt.bench.run import jobs, run_cell
     from molehunt.cli.console import say, track_on_stderr
+    from molehunt.errors import UsageError
     from molehunt.report.bench_page import board_markdown, render_board
     from molehunt.run.folder import RunFolder
     from molehunt.run.local import LocalExecutor, Shard
 
     share = Shard.parse(shard)
+    for folder in (out, docs):
+        if folder is not None and folder.exists() and not folder.is_dir():
+            raise UsageError(f"{folder} is a file; tables need a folder.")
     runner: Executor
     if executor == "ray":
         from molehunt.run.ray import RayExecutor
@@ -55,14 +60,14 @@ def bench(
     else:
         runner = LocalExecutor(share, track_on_stderr, workers)
     if grid == "published":
-        _published(runner, out, docs, as_json=as_json)
+        _published(runner, out, docs, table=share == Shard(), as_json=as_json)
         return
     chosen = load_grid(grid)
     todo = jobs(chosen, out.absolute())
     out.mkdir(parents=True, exist_ok=True)
     cells = runner.map(run_cell, todo, f"grid {chosen.name}")
     if share != Shard():
-        say(f"{len(cells)} of {len(todo)} cells are done. When all shards are, run without --shard for the tables.")
+        say(f"{len(cells)} of {len(todo)} cells are done. {LATER}")
         return
     board = leaderboard(chosen.name, cells)
     run = RunFolder(out)
@@ -79,14 +84,19 @@ def bench(
     say(f"page: {page}")
 
 
-def _published(runner: "Executor", out: Path, docs: Path | None, *, as_json: bool) -> None:
+def _published(runner: "Executor", out: Path, docs: Path | None, *, table: bool, as_json: bool) -> None:
     import json
 
     from molehunt.bench.published import published_jobs, run_published
+    from molehunt.cli.console import say
     from molehunt.report.published_page import published_markdown
     from molehunt.run.folder import RunFolder
 
-    found: list[dict[str, Any]] = list(runner.map(run_published, published_jobs(out.absolute()), "published protocol"))
+    todo = published_jobs(out.absolute())
+    found: list[dict[str, Any]] = list(runner.map(run_published, todo, "published protocol"))
+    if not table:
+        say(f"{len(found)} of {len(todo)} experiments are done. {LATER}")
+        return
     run = RunFolder(out)
     out.mkdir(parents=True, exist_ok=True)
     run.write_json("published.json", found)

@@ -81,6 +81,8 @@ def bis(scores: Float[Tensor, " n"], trigger: Bool[Tensor, " n"], benign: Bool[T
 def bis_ceiling(q: float, prevalence: float) -> float:
     """The highest BIS that any feature can reach when a share `q` of rows fires: 2q/(q+prevalence).
 
+    Of `n` rows, ⌈q(n−1)⌉ lie above the interpolated quantile: a share of `q` where q·n is whole, and else a little more.
+
     Args:
         q: share of rows that fire; at most `prevalence`.
         prevalence: share of rows with the trigger.

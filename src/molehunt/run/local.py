@@ -3,11 +3,12 @@
 import re
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context
 from typing import TypeVar
 
-from molehunt.errors import UsageError, printable
+from molehunt.errors import NotTestable, UsageError, printable
 from molehunt.run.progress import Track, silent
 
 U = TypeVar("U")
@@ -54,6 +55,9 @@ class LocalExecutor:
         """`function` of every unit of this shard, in order. The first exception ends the map.
 
         With several workers, `function` and the units must be importable and picklable; units already begun finish.
+
+        Raises:
+            NotTestable: a worker was killed from outside.
         """
         mine = [unit for index, unit in enumerate(units) if self.shard.mine(index)]
         if self.workers == 1 or len(mine) < 2:
@@ -65,6 +69,11 @@ class LocalExecutor:
             try:
                 for done in self.track(as_completed(waiting), what, len(mine)):
                     found[waiting[done]] = done.result()
+            except BrokenProcessPool as error:
+                raise NotTestable(
+                    f"{what}: a worker process was killed, most often because memory ran out.\n"
+                    "What was finished is kept: the same command goes on. Give it fewer --workers."
+                ) from error
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from molehunt.errors import NotTestable, UsageError
+from molehunt.errors import NotTestable, UsageError, printable
 from molehunt.run.local import Shard
 from molehunt.run.progress import Track, silent
 
@@ -15,6 +15,8 @@ R = TypeVar("R")
 ALL = Shard()
 STALL = 1800.0
 """Seconds without a finished unit after which the map gives up: a cluster short of resources waits for ever."""
+POLL = 5.0
+"""Seconds between two looks at the clock."""
 SMALL_BOX = 4
 """Cores up to which a worker asks for less than one: whole ones made no progress on two cores."""
 
@@ -35,7 +37,7 @@ class RayExecutor:
 
         Raises:
             UsageError: Ray is not installed.
-            NotTestable: no unit finished for `stall` seconds.
+            NotTestable: no unit finished for `stall` seconds, or Ray lost a unit (a worker was killed, three times).
         """
         ray = _ray()
         mine = [unit for index, unit in enumerate(units) if self.shard.mine(index)]
@@ -56,7 +58,7 @@ class RayExecutor:
                     while left and len(waiting) < self.workers:
                         i, unit = left.pop()
                         waiting[remote.remote(unit)] = i
-                    ready, _ = ray.wait(list(waiting), num_returns=1, timeout=5.0)
+                    ready, _ = ray.wait(list(waiting), num_returns=1, timeout=min(POLL, self.stall))
                     if not ready and time.monotonic() - told > self.stall:
                         raise NotTestable(
                             f"{what}: no unit finished for {self.stall:.0f} s on Ray ({cores:g} cores).\n"
@@ -65,7 +67,7 @@ class RayExecutor:
                     for one in ready:
                         told = time.monotonic()
                         i = waiting.pop(one)
-                        found[i] = _result(ray, one)
+                        found[i] = _result(ray, one, what)
                         yield i
 
             for _ in self.track(finished(), what, len(mine)):
@@ -76,7 +78,7 @@ class RayExecutor:
                 ray.shutdown()
 
 
-def _result(ray: Any, one: Any) -> Any:
+def _result(ray: Any, one: Any, what: str) -> Any:
     """What the unit returned, or the very error that it raised."""
     try:
         return ray.get(one)
@@ -85,6 +87,10 @@ def _result(ray: Any, one: Any) -> Any:
         if isinstance(cause, Exception):
             raise cause from None
         raise
+    except ray.exceptions.RayError as error:
+        raise NotTestable(
+            f"{what}: Ray lost a unit: {printable(str(error), 500)}\nWhat was finished is kept."
+        ) from error
 
 
 def _ray() -> Any:
