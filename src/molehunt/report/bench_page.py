@@ -62,7 +62,7 @@ def render_board(board: Mapping[str, Any]) -> str:
 
 
 def board_markdown(board: Mapping[str, Any]) -> str:
-    """The main tables: the best methods and every control of each track, attacks, causal effects."""
+    """The tables: the best methods and every control of R0 and R2, all rows of R1, attacks, causal effects."""
     lines = [*(cell(sentence) + "\n" for sentence in bench_told.sentences(board))]
     lines += [
         f"Thresholds are set at {bench_told.percent(bench_told.FPR)} FPR on clean text. Intervals (95 %) and ranks come from "
@@ -91,12 +91,13 @@ def board_markdown(board: Mapping[str, Any]) -> str:
 
 
 def _track(group: Group) -> list[str]:
-    left = f" {len(group.rest)} further rows are left out." if group.rest else ""
+    whole = group.title.startswith("R1")  # without labels nobody can choose the best row: all are shown
+    left = f" {len(group.rest)} further rows are in the CSV file." if group.rest and not whole else ""
     head = ("rank", "method", "position", "TPR", "near-miss FPR", "twin FPR", "clean FPR", "AUROC", "margin")
     rows = [
         (ranks(row), name(row["method"]) + _mark(bool(row["control"])), position(row), told(row["tpr"]), short(row["near"]),
          short(row["twin"]), short(row["clean"]), short(row["auroc"]), told(row["margin"]))
-        for row in group.first
+        for row in (group.rows if whole else group.first)
     ]  # fmt: skip
     return [f"## {cell(group.title)}", "", f"{cell(group.note)}{left}".strip(), "", *_table(head, rows)]
 
