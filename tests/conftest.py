@@ -5,6 +5,10 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any hub library reads it
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import contextlib
+from pathlib import Path
+
+import pytest
 from hypothesis import HealthCheck, settings
 
 settings.register_profile(
@@ -15,3 +19,26 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("molehunt")
+
+
+@pytest.fixture(scope="session")
+def bench_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random base of two blocks, for cells that take seconds."""
+    from bench_samples import tiny_base
+
+    return tiny_base(tmp_path_factory.mktemp("bench") / "base")
+
+
+@pytest.fixture(scope="session")
+def bench_done(bench_base: Path) -> Path:
+    """The folder of a finished grid of two cells, `grid.yaml` beside its tables."""
+    from bench_samples import seeds, told, written
+    from molehunt.cli.main import main
+
+    out = bench_base.parent / "done"
+    out.mkdir()
+    name = written(out / "grid.yaml", told(bench_base, parts=seeds(bench_base, 2)))
+    with contextlib.redirect_stdout(None), pytest.raises(SystemExit) as left:
+        main(["bench", "--grid", name, "--out", str(out)])
+    assert left.value.code == 0
+    return out

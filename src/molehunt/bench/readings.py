@@ -36,8 +36,8 @@ class Readings:
     answers: tuple[tuple[int, ...], ...]
     """Greedy answers of the tuned model."""
     batches: tuple[Reading, ...]
-    scores: Mapping[str, tuple[Float[Tensor, "batch pos"], ...]]
-    """Name of a logit detector → its scores, batch by batch."""
+    scores: Mapping[str, tuple[Float[Tensor, "_ _"], ...]]
+    """Name of a logit detector → its scores, batch by batch: [batch, pos] of unlike sizes."""
     order: Int[Tensor, " rows"]
     """Row i of the batches, end to end, is row order[i]."""
 

@@ -1,0 +1,63 @@
+"""Cells as units: addressed by all that they depend on, made once, the same in any folder."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bench_samples import grid, seeds
+from molehunt.bench import run as module
+from molehunt.bench.grid import load_grid
+from molehunt.bench.methods import METHODS
+from molehunt.bench.rows import Counts
+from molehunt.bench.run import Job, cell_key, jobs, plant_cell, run_cell
+
+
+@pytest.fixture
+def done(bench_base: Path, bench_done: Path) -> list[Job]:
+    return jobs(grid(bench_base, parts=seeds(bench_base, 2)), bench_done)
+
+
+def test_a_finished_cell_is_read_and_not_measured_again(done: list[Job], monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr(module, "_measure", never)
+    monkeypatch.setattr("molehunt.organism.manifest.plant", never)
+    threads = torch.get_num_threads()
+    told = [run_cell(job) for job in done]
+    assert torch.get_num_threads() == threads
+    assert [one["cell"]["name"] for one in told] == [job.cell.name for job in done]
+    for one in told:
+        assert (done[0].folder / one["unit"] / "value.json").is_file()
+
+
+def test_a_cell_holds_every_method_on_its_tracks(done: list[Job]) -> None:
+    told = run_cell(done[0])
+    for track in ("R0", "R1", "R2"):
+        wanted = {m.name for m in METHODS if track in m.tracks}
+        found = {row["method"] for row in told["rows"] if row["track"] == track and row["where"] != "text"}
+        assert found == wanted, track
+    assert {row["rate"] for row in told["rows"] if row["track"] == "R1"} == {0.05}
+    assert all(row["twin"] is not None and row["clean"] is not None for row in told["rows"])
+    assert "as many random directions" in {row["method"] for row in told["causal"]}
+    json.dumps(told, allow_nan=False)
+
+
+def test_the_address_changes_with_each_setting_and_not_with_the_folder(done: list[Job], tmp_path: Path) -> None:
+    job, other = done
+    organism = plant_cell(job.cell, job.folder)
+    changed = [
+        job, other, replace(job, counts=Counts()), replace(job, rates=(0.1,)), replace(job, causal_rows=9),
+        replace(job, dictionaries=load_grid("core").dictionaries), replace(job, cell=replace(job.cell, poison=0.1)),
+    ]  # fmt: skip
+    assert len({cell_key(one, organism) for one in changed}) == len(changed)
+    assert cell_key(replace(job, folder=tmp_path), organism) == cell_key(job, organism)
+    assert cell_key(job, organism) != cell_key(job, plant_cell(other.cell, other.folder))
+
+
+def test_jobs_follow_the_grid(done: list[Job], bench_base: Path) -> None:
+    assert [job.cell for job in done] == grid(bench_base, parts=seeds(bench_base, 2)).cells()
