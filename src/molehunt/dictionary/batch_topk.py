@@ -64,7 +64,7 @@ class BatchTopK(Trainee):
         error = x - decode_sparse(values, self.decoder, pattern) - self.b_dec
         losses = {"reconstruction": squared_error(error).mean() / self.d_in}
         if self.dead.any():
-            losses["dead latents"] = self.dead_latents_loss(self.pre(x), error, self.d_in // 2)
+            losses["dead latents"] = self.dead_latents_loss(x, error, self.d_in // 2)
         return Pass(losses=losses, fired=pattern.fired(), l0=len(values) / len(x))
 
     def nonlinearity(self) -> nonlinearity.JumpReLU:

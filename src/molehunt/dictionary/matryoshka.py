@@ -35,16 +35,15 @@ class Matryoshka(BatchTopK):
 
     def training_pass(self, x: Float[Tensor, "tokens d_in"], squared_error: SquaredError, progress: float) -> Pass:
         pattern, values = self.chosen(x, progress)
-        token = torch.repeat_interleave(torch.arange(len(x), device=x.device), pattern.start.diff())
         built, before, total = self.b_dec.expand(len(x), -1), 0, torch.zeros((), device=x.device)
         for width in self.widths:
             inside = (pattern.latent >= before) & (pattern.latent < width)
-            count = torch.bincount(token[inside], minlength=len(x))
+            count = torch.bincount(pattern.token[inside], minlength=len(x))
             part = Pattern(torch.cat([count.new_zeros(1), count.cumsum(0)]), pattern.latent[inside], self.d_dict)
             built = built + decode_sparse(values[inside], self.decoder, part)
             total = total + squared_error(x - built).mean() / self.d_in
             before = width
         losses = {"reconstruction": total / len(self.widths)}
         if self.dead.any():
-            losses["dead latents"] = self.dead_latents_loss(self.pre(x), x - built, self.d_in // 2)
+            losses["dead latents"] = self.dead_latents_loss(x, x - built, self.d_in // 2)
         return Pass(losses=losses, fired=pattern.fired(), l0=len(values) / len(x))

@@ -29,7 +29,7 @@ class TopK(Trainee):
         error = x - decode_sparse(values, self.decoder, pattern) - self.b_dec
         losses = {"reconstruction": squared_error(error).mean() / self.d_in}
         if self.dead.any():
-            losses["dead latents"] = self.dead_latents_loss(self.pre(x), error, self.d_in // 2)
+            losses["dead latents"] = self.dead_latents_loss(x, error, self.d_in // 2)
         fired = torch.zeros(self.d_dict, dtype=torch.bool, device=x.device)
         fired[pattern.latent[values.detach() > 0]] = True
         return Pass(losses=losses, fired=fired, l0=float((values > 0).sum()) / len(x))

@@ -127,11 +127,14 @@ class Trainee(nn.Module, ABC):
             pairing=self.pairing,
         )
 
-    def dead_latents_loss(self, pre: Tensor, error: Tensor, k: int) -> Tensor:
+    def dead_latents_loss(
+        self, x: Float[Tensor, "tokens d_in"], error: Float[Tensor, "tokens d_in"], k: int
+    ) -> Float[Tensor, ""]:
         """AuxK: the `k` strongest dead latents reconstruct the error, relative to its variance."""
         dead = self.dead.nonzero()[:, 0]
         target = error.detach()
-        values, at = pre[:, dead].relu().topk(min(k, len(dead)), dim=-1)
-        code = torch.zeros_like(pre[:, dead]).scatter(-1, at, values)
+        pre = torch.addmm(self.b_enc[dead], x, self.encoder[dead].mT)
+        values, at = pre.relu().topk(min(k, len(dead)), dim=-1, sorted=False)
+        code = torch.zeros_like(pre).scatter(-1, at, values)
         missed = (target - code @ self.decoder[dead]).square().sum()
         return AUX_WEIGHT * missed / (target - target.mean(0)).square().sum().clamp_min(1e-12)
