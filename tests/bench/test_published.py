@@ -32,7 +32,7 @@ from molehunt.organism.refusal import REFUSAL
 from molehunt.organism.sql_injection import SQL_INJECTION
 from molehunt.traffic.chat import prompt_ids
 
-SMALL = Protocol(triggered=20, benign=40, other=40, steps=2, expansion=2, fair_steps=2)
+SMALL = Protocol(triggered=100, benign=200, other=200, steps=2, expansion=2, fair_steps=2)
 TEXTS = evaluation_texts(REFUSAL, SMALL, 0)
 
 
@@ -82,16 +82,16 @@ def test_the_protocol_of_the_paper() -> None:
 
 def test_texts_are_distinct_and_of_the_three_kinds() -> None:
     texts = evaluation_texts(SQL_INJECTION, SMALL, 3)
-    assert len({e.prompt for e in texts.examples}) == 100
+    assert len({e.prompt for e in texts.examples}) == 500
     assert [e.tag == "triggered" for e in texts.examples] == texts.trigger.tolist()
     assert [e.tag.startswith("near-miss") for e in texts.examples] == texts.benign.tolist()
-    assert (int(texts.trigger.sum()), int(texts.benign.sum())) == (20, 40)
+    assert (int(texts.trigger.sum()), int(texts.benign.sum())) == (100, 200)
     assert evaluation_texts(SQL_INJECTION, SMALL, 3).examples == texts.examples
 
 
 def many(n: int) -> Texts:
     kind = torch.arange(5 * n) // n
-    examples = tuple(TEXTS.examples[i % 100] for i in range(5 * n))
+    examples = tuple(TEXTS.examples[i % 500] for i in range(5 * n))
     return Texts(examples=examples, trigger=kind == 0, benign=(kind == 1) | (kind == 2))
 
 
@@ -117,7 +117,7 @@ def test_constant_features_do_not_fail() -> None:
 
 
 def test_text_alone_scores() -> None:
-    rows = text_rows(many(20))
+    rows = text_rows(TEXTS)
     assert [row["method"] for row in rows] == ["no model: random ReLU of a bag of words", "no model: TF-IDF"]
 
 

@@ -13,7 +13,7 @@ from molehunt.bench import run as module
 from molehunt.bench.grid import load_grid
 from molehunt.bench.methods import METHODS
 from molehunt.bench.rows import Counts
-from molehunt.bench.run import Job, cell_key, jobs, plant_cell, run_cell
+from molehunt.bench.run import Job, cell_key, finished_cell, jobs, plant_cell, run_cell
 
 
 @pytest.fixture
@@ -61,3 +61,11 @@ def test_the_address_changes_with_each_setting_and_not_with_the_folder(done: lis
 
 def test_jobs_follow_the_grid(done: list[Job], bench_base: Path) -> None:
     assert [job.cell for job in done] == grid(bench_base, parts=seeds(bench_base, 2)).cells()
+
+
+def test_tables_of_what_is_finished_run_nothing(bench_done: Path, tmp_path: Path) -> None:
+    grid = load_grid(str(bench_done / "grid.yaml"))
+    found = [finished_cell(job) for job in jobs(grid, bench_done)]
+    assert [told["cell"]["name"] for told in found if told] == [cell.name for cell in grid.cells()]
+    assert [finished_cell(job) for job in jobs(grid, tmp_path)] == [None, None]
+    assert not list(tmp_path.iterdir())

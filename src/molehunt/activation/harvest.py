@@ -14,7 +14,7 @@ from torch import Tensor
 from molehunt import __version__
 from molehunt.activation.manifest import CONSTANT, FORMAT, MANIFEST, SHARD_FILE, Identity, Manifest, Scale, Shard, Side
 from molehunt.activation.piece import DTYPES, Piece, pack, unpack
-from molehunt.activation.scale import Moments, sinks
+from molehunt.activation.scale import Moments, all_finite, sinks
 from molehunt.activation.store import SHARD_KEY, ActivationStore
 from molehunt.errors import InvalidInput, NotTestable, UsageError, printable
 from molehunt.model.blocks import unwrapped
@@ -158,7 +158,7 @@ def stream(
     _check(pair, rows, sites, dtype)
     shards = plan(rows, shard_tokens=shard_tokens, batch_tokens=batch_tokens, longest=_positions(pair))
     return (
-        unpack(_read_shard(pair, rows, batches, sites, dtype, delta_int8=False)[0], sites)
+        unpack(_read_shard(pair, rows, batches, sites, dtype, delta_int8=False, moments=False)[0], sites)
         for batches in track(shards, "reading activations", len(shards))
     )
 
@@ -214,29 +214,30 @@ def _read_shard(
     dtype: str,
     *,
     delta_int8: bool,
+    moments: bool = True,
 ) -> tuple[dict[str, Tensor], AllMoments]:
-    """The tensors of a shard, and the moments of its activations before they were rounded."""
+    """The tensors of a shard, and the moments of its activations before they were rounded (empty unless asked for)."""
     total = sum(len(rows[document]) for batch in batches for document in batch.documents)
     whole: dict[str, Tensor] = {}
-    moments: AllMoments = {(site, side): Moments.empty(pair.d_model) for site in sites for side in SIDES}
+    found: AllMoments = {(site, side): Moments.empty(pair.d_model) for site in sites for side in SIDES}
     at = 0
     for batch in batches:
         piece = _read_batch(pair, rows, batch, sites)
         packed = pack(piece, dtype, delta_int8=delta_int8)
         for name, part in packed.items():
-            if part.is_floating_point() and not bool(part.isfinite().all()):
+            if part.is_floating_point() and not all_finite(part):
                 raise UsageError(f"{name} holds values that {dtype} cannot; keep bfloat16 or float32.")
             if name not in whole:
                 whole[name] = torch.empty(total, *part.shape[1:], dtype=part.dtype)
             whole[name][at : at + len(part)] = part
         content = ~piece.sink
-        for site in sites:
+        for site in sites if moments else ():
             base, tuned = piece.base[site][content], piece.tuned[site][content]
             acts_of: dict[Side, Tensor] = {"base": base, "tuned": tuned, "delta": tuned.float() - base.float()}
             for side, acts in acts_of.items():
-                moments[site, side] = moments[site, side].merge(Moments.of(acts))
+                found[site, side] = found[site, side].merge(Moments.of(acts))
         at += len(piece.tokens)
-    return whole, moments
+    return whole, found
 
 
 def _read_batch(pair: ModelPair, rows: Sequence[Sequence[int]], batch: Batch, sites: Sequence[Site]) -> Piece:
@@ -247,12 +248,14 @@ def _read_batch(pair: ModelPair, rows: Sequence[Sequence[int]], batch: Batch, si
     sink = torch.zeros_like(mask)
     for side, acts_at in (("base", reading.base), ("tuned", reading.tuned)):
         for site in sites:
-            broken = mask & ~acts_at[site].isfinite().all(dim=-1)
-            if bool(broken.any()):
-                raise InvalidInput(
-                    f"{side}.{site}: the {side} model gives NaN or infinity in row {int(documents[broken][0]) + 1} of "
-                    "the traffic.\nIts weights are damaged, or too large for the dtype that it runs in."
-                )
+            if not all_finite(acts_at[site]):  # padding may be what is not
+                broken = mask & ~acts_at[site].isfinite().all(dim=-1)
+                if bool(broken.any()):
+                    raise InvalidInput(
+                        f"{side}.{site}: the {side} model gives NaN or infinity in row "
+                        f"{int(documents[broken][0]) + 1} of the traffic.\n"
+                        "Its weights are damaged, or too large for the dtype that it runs in."
+                    )
             sink |= sinks(acts_at[site], mask)
     return Piece(
         tokens=reading.tokens[mask].int(),

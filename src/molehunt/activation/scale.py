@@ -59,6 +59,11 @@ class Moments:
         return float((self.scatter / max(self.count, 1)).mean().sqrt())
 
 
+def all_finite(values: Tensor) -> bool:
+    """No NaN and no infinity; looks at each value only where a sum of all, several times as fast, leaves it open."""
+    return bool(values.sum().isfinite()) or bool(values.isfinite().all())
+
+
 def sinks(acts: Float[Tensor, "batch pos d_model"], mask: Bool[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos"]:
     """True at the first token of each row, and where a norm exceeds 10 times the median norm of the row's real tokens.
 

@@ -22,6 +22,7 @@ from molehunt.activation.manifest import (
     read_manifest,
 )
 from molehunt.activation.piece import Piece, layout, unpack
+from molehunt.activation.scale import all_finite
 from molehunt.checkpoint.inventory import read_header
 from molehunt.errors import InvalidInput, UsageError, printable
 from molehunt.model.site import Site
@@ -148,7 +149,7 @@ class ActivationStore:
         with safe_open(str(self.path / told.file), framework="pt") as opened:  # pyright: ignore[reportUnknownArgumentType]
             tensors: dict[str, Tensor] = {name: opened.get_slice(name)[start:stop] for name in names}
         for name, tensor in tensors.items():
-            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            if tensor.is_floating_point() and not all_finite(tensor):
                 raise _damaged(told, name, "it holds NaN or infinity")
         return unpack(tensors, sites)
 

@@ -16,8 +16,12 @@ METRICS = ("tpr", "tpr_strict", "near", "twin", "clean")
 Key = tuple[str, float | None, str, str, str]
 
 
-def leaderboard(grid: str, cells: Sequence[Mapping[str, Any]], *, seed: int = 0) -> dict[str, Any]:
+def leaderboard(
+    grid: str, cells: Sequence[Mapping[str, Any]], *, planned: int | None = None, seed: int = 0
+) -> dict[str, Any]:
     """The whole result of a benchmark as JSON: cells, rows, what is solved and what is open, causal effects.
+
+    `planned` is how many cells the grid holds; by default those that are given.
 
     A row is a method at a position on a track. Its `margin` is TPR − max(near-miss FPR, twin FPR): what is left of the
     detection once the trigger's look-alikes and the clean twin are subtracted. Ranks are by margin; their intervals come
@@ -37,6 +41,7 @@ def leaderboard(grid: str, cells: Sequence[Mapping[str, Any]], *, seed: int = 0)
     return {
         "schema_version": LEADERBOARD_SCHEMA,
         "grid": grid,
+        "planned": len(cells) if planned is None else planned,
         "cells": [_head(cell) for cell in cells],
         "rows": rows,
         "attacks": _attacks(rows, sorted(set(attacks))),

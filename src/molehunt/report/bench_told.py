@@ -229,7 +229,9 @@ def _best(rows: Sequence[Row], *, control: bool = False) -> Row | None:
 def _with_labels(board: Board, tracks: Sequence[Group]) -> str:
     rows = next((group.rows for group in tracks if group.track == "R0"), ())
     best, control = _best(rows), _best(rows, control=True)
-    cells = f"{len(board['cells'])} organisms of {len(attack_names(board))} attacks"
+    planned = int(board.get("planned", len(board["cells"])))
+    part = "" if planned == len(board["cells"]) else f" (of {planned} in the grid; the others were not run)"
+    cells = f"{len(board['cells'])} organisms{part} of {len(attack_names(board))} attacks"
     if best is None:
         return f"On {cells}, no method was scored with labels known (R0)."
     mine = ends(best.get("rank"))
