@@ -6,6 +6,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before any hub library reads it
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import contextlib
+import io
 from pathlib import Path
 
 import pytest
@@ -38,7 +39,7 @@ def bench_done(bench_base: Path) -> Path:
     out = bench_base.parent / "done"
     out.mkdir()
     name = written(out / "grid.yaml", told(bench_base, parts=seeds(bench_base, 2)))
-    with contextlib.redirect_stdout(None), pytest.raises(SystemExit) as left:
+    with contextlib.redirect_stdout(io.StringIO()), pytest.raises(SystemExit) as left:
         main(["bench", "--grid", name, "--out", str(out)])
     assert left.value.code == 0
     return out

@@ -1,10 +1,12 @@
+import os
+import signal
 from collections.abc import Iterable
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from molehunt.errors import UsageError
+from molehunt.errors import NotTestable, ShapeMismatch, UsageError
 from molehunt.run.local import LocalExecutor, Shard
 
 SHARDS = st.integers(1, 50).flatmap(lambda count: st.builds(Shard, st.integers(1, count), st.just(count)))
@@ -54,3 +56,35 @@ def test_the_first_exception_ends_the_map() -> None:
     with pytest.raises(RuntimeError, match="two"):
         LocalExecutor().map(work, [1, 2, 3], "working")
     assert seen == [1, 2]
+
+
+def worked(n: int) -> tuple[int, int]:
+    """A unit that other processes can be given; some fail in their own way."""
+    if n == 13:
+        raise ShapeMismatch("wq", (1, 2), (n,))
+    if n == 14:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return n, n * n
+
+
+def test_workers_return_what_one_process_returns_in_order() -> None:
+    told: list[object] = []
+
+    def track(items: Iterable[int], what: str, total: int | None = None) -> Iterable[int]:
+        told.append((what, total))
+        yield from items
+
+    units = [3, 1, 2, 0, 5, 4]
+    alone = LocalExecutor().map(worked, units, "squaring")
+    assert LocalExecutor(track=track, workers=2).map(worked, units, "squaring") == alone
+    assert told == [("squaring", 6)]
+
+
+def test_an_error_in_a_worker_arrives_as_itself() -> None:
+    with pytest.raises(ShapeMismatch, match=r"wq is \[1, 2\] in the base and \[13\]"):
+        LocalExecutor(workers=2).map(worked, [1, 13], "working")
+
+
+def test_a_killed_worker_is_no_fault_of_ours() -> None:
+    with pytest.raises(NotTestable, match=r"working: a worker process was killed.*\n.*fewer --workers"):
+        LocalExecutor(workers=2).map(worked, [1, 14], "working")
