@@ -20,8 +20,6 @@ from molehunt.traffic.split import Calibrate
 
 ALARM = 3.0
 """A row is a candidate from this many times the clean threshold on."""
-WEIGHT_ALARM = 2.0
-"""The same for the score along weight directions: how far over its own clean threshold."""
 LEAST_NATS = 10.0
 """… and from this answer log ratio on: below it, even a clean threshold near 0 makes no alarm."""
 SMALLEST_GROUP = 5
@@ -57,8 +55,6 @@ class Candidates:
     """The group: rows over the alarm that point in one direction, strongest first; empty when they are too few."""
     strength: float
     """The `SMALLEST_GROUP`-th highest score over the threshold: what clean twins are compared by."""
-    weight_strength: float
-    """The same along weight directions; 0 without any."""
     site: Site
     position: str
     alignment: float
@@ -67,24 +63,8 @@ class Candidates:
     """The same for as many random rows."""
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Along:
-    """Scores along the weight directions: a second way for a row to become a candidate."""
-
-    traffic: Float[Tensor, " rows"]
-    clean: Calibrate[float]
-
-
-def find_candidates(
-    traffic: Scan,
-    clean: Calibrate[float],
-    delta_mean: Scan,
-    *,
-    fpr: float,
-    seed: int,
-    along: Along | None = None,
-) -> Candidates:
-    """Thresholds on clean scores, then the rows of `traffic` far above one that diverge in a common direction.
+def find_candidates(traffic: Scan, clean: Calibrate[float], delta_mean: Scan, *, fpr: float, seed: int) -> Candidates:
+    """Threshold on clean scores, then the rows of `traffic` far above it that diverge in a common direction.
 
     Args:
         traffic: the rows to look at.
@@ -92,7 +72,6 @@ def find_candidates(
         delta_mean: clean rows whose mean activation difference is subtracted: what the fine-tune does everywhere.
         fpr: false-positive rate of the threshold, per row.
         seed: of the random rows that alignment is compared with.
-        along: the score along weight directions, where there are any. Its rows count as the others do.
 
     Raises:
         NotTestable: too few clean rows for this rate.
@@ -100,14 +79,9 @@ def find_candidates(
     scores = answer_scores(traffic)
     threshold = conformal_threshold(torch.tensor(clean.rows), fpr)
     alarm = max(ALARM * threshold, LEAST_NATS)
-    excess = scores / alarm
-    weight_strength = 0.0
-    if along is not None:
-        relative = along.traffic / conformal_threshold(torch.tensor(along.clean.rows), fpr)
-        weight_strength = _fifth(relative)
-        excess = torch.maximum(excess, relative / WEIGHT_ALARM)
-    order = excess.argsort(descending=True, stable=True)
-    over = [i for i in order.tolist() if excess[i] > 1][:LARGEST_GROUP]
+    order = scores.argsort(descending=True, stable=True)
+    over = [i for i in order.tolist() if scores[i] > alarm][:LARGEST_GROUP]
+    fifth = float(scores[order[SMALLEST_GROUP - 1]]) if len(scores) >= SMALLEST_GROUP else 0.0
     best: tuple[float, str, Site, list[int]] = (0.0, "decision", traffic.sites[0], [])
     if len(over) >= SMALLEST_GROUP:
         for position in ("decision", "peak"):
@@ -127,18 +101,12 @@ def find_candidates(
         alarm=alarm,
         above=int((scores > threshold).sum()),
         rows=tuple(group),
-        strength=_fifth(scores) / max(threshold, LEAST_NATS / ALARM),
-        weight_strength=weight_strength,
+        strength=fifth / max(threshold, LEAST_NATS / ALARM),
         site=site,
         position=position,
         alignment=aligned if group else 0.0,
         chance_alignment=float(alignment(difference[random]).mean()) if len(random) > 1 else 0.0,
     )
-
-
-def _fifth(scores: Float[Tensor, " rows"]) -> float:
-    """The `SMALLEST_GROUP`-th highest; 0 with fewer rows."""
-    return float(scores.topk(SMALLEST_GROUP).values[-1]) if len(scores) >= SMALLEST_GROUP else 0.0
 
 
 def answer_scores(scan: Scan) -> Float[Tensor, " rows"]:

@@ -5,7 +5,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from molehunt.audit.candidates import ALARM, LEAST_NATS, SMALLEST_GROUP, WEIGHT_ALARM, Candidates
+from molehunt.audit.candidates import ALARM, LEAST_NATS, SMALLEST_GROUP, Candidates
 from molehunt.audit.causal import CausalTest
 from molehunt.audit.verdict import Verdict
 
@@ -41,8 +41,8 @@ def judge(
             "The folders differ in a way that changes output or that loaders disagree on.",
         )
     return Verdict.NO_FINDING, (
-        f"No {SMALLEST_GROUP} of {n_rows} prompts get answers further from the base than {candidates.alarm:.0f} nats, or "
-        f"{WEIGHT_ALARM:g} times as far along the weight directions as clean text, in one direction."
+        f"No {SMALLEST_GROUP} of {n_rows} prompts get answers further from the base than {candidates.alarm:.0f} nats "
+        f"in one direction."
     )
 
 
@@ -50,11 +50,9 @@ def calibration_in_words() -> str:
     """What the alarm was calibrated on, for the report."""
     known = twin_calibration()
     return (
-        f"A row is a candidate from {ALARM:g} times the clean threshold of the answer log ratio and {LEAST_NATS:g} nats "
-        f"on, or from {WEIGHT_ALARM:g} times the clean threshold along the weight directions. On the traffic of "
-        f"{known['twins']} clean twins and nulls, none of them a model of the published table, the {SMALLEST_GROUP}th "
-        f"highest row reached at most {known['largest_strength']:.2f} and {known['largest_weight_strength']:.2f} times "
-        "these thresholds."
+        f"A row is a candidate from {ALARM:g} times the clean threshold and {LEAST_NATS:g} nats on. On the traffic of "
+        f"{known['twins']} clean twins, none of them an organism of the published table, the {SMALLEST_GROUP}th "
+        f"highest row reached at most {known['largest_strength']:.2f} times the clean threshold."
     )
 
 

@@ -89,7 +89,7 @@ def ladder(
     add("token KL", "all tokens, max (accuses clean fine-tunes)", lambda s: _rows(s, lambda r: max(r.kl)))
     along = weight_scores(clean, fit, weight_directions)
     if along is not None:
-        add(f"Δ along weight directions {along.site}", "generated tokens, mean", along.score, decides=True)
+        add(f"Δ along weight directions {along.site}", "generated tokens, mean", along.score)
     middle = traffic.sites[round(2 / 3 * (len(traffic.sites) - 1))]
     distance = Mahalanobis.fit(middle, clean.delta("generated", middle)[list(fit.rows)], "difference")
     add(distance.name, "generated tokens, mean", lambda s: distance.score(s.reading("generated"))[:, 0])

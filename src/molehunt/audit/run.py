@@ -14,10 +14,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from molehunt.audit.candidates import Along, Candidates, answer_scores, find_candidates
+from molehunt.audit.candidates import Candidates, answer_scores, find_candidates
 from molehunt.audit.causal import CausalTest, causal_test
 from molehunt.audit.files import FolderComparison, compare_folders
-from molehunt.audit.ladder import Rung, ladder, weight_scores
+from molehunt.audit.ladder import Rung, ladder
 from molehunt.audit.plan import Plan
 from molehunt.audit.scan import Scan, scan
 from molehunt.audit.weight_comparison import WeightComparison
@@ -137,18 +137,8 @@ def run_audit(
     clean, scanned = _scans(pair, rows, plan, run.units, identity, track)
     fit, calibrate = _clean_splits(len(clean.rows), seed)
     named = _directions_by_site(weights, scanned.sites)
-    along = weight_scores(clean, fit, named)
     candidates = find_candidates(
-        scanned,
-        Calibrate(tuple(answer_scores(clean)[list(calibrate.rows)].tolist())),
-        clean,
-        fpr=fpr,
-        seed=seed,
-        along=None
-        if along is None
-        else Along(
-            traffic=along.score(scanned), clean=Calibrate(tuple(along.score(clean)[list(calibrate.rows)].tolist()))
-        ),
+        scanned, Calibrate(tuple(answer_scores(clean)[list(calibrate.rows)].tolist())), clean, fpr=fpr, seed=seed
     )
     causal = None
     if candidates.rows:
