@@ -1,4 +1,7 @@
-"""Peak resident memory of `compare_weights` on a synthetic sharded pair that is larger than what it may use."""
+"""Peak resident memory of `compare_weights` on a synthetic sharded pair that is larger than what it may use.
+
+As a script it is the comparison itself, in a process of its own.
+"""
 
 import json
 import subprocess
@@ -12,22 +15,16 @@ from safetensors.torch import save_file
 
 D_MODEL, D_MLP = 4096, 11008
 MATRICES_IN_SHARD = 6
-CHILD = """
-import json, re, resource, sys
-from pathlib import Path
-from molehunt.audit.weights import compare_weights
-import torch
-torch.linalg.svd(torch.randn(600, 600)); torch.linalg.qr(torch.randn(600, 60))  # load the solvers
-def peak():
-    # a child inherits its parent's ru_maxrss on Linux, but not its VmHWM
-    status = Path("/proc/self/status")
+
+
+def peak() -> int:
+    """Peak resident memory of this process in KiB."""
+    status = Path("/proc/self/status")  # a child inherits its parent's ru_maxrss on Linux, but not its VmHWM
     if status.exists():
-        return int(re.search(r"VmHWM:\\s+(\\d+)", status.read_text())[1])
+        return int(status.read_text().split("VmHWM:")[1].split()[0])
+    import resource
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-before = peak()
-found = compare_weights(sys.argv[1], sys.argv[2])
-print(json.dumps({"before": before, "after": peak(), "outcome": found.outcome}))
-"""
 
 
 def peak_rss(gigabytes: float, scratch: Path | None) -> list[Row]:
@@ -36,7 +33,7 @@ def peak_rss(gigabytes: float, scratch: Path | None) -> list[Row]:
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         size = _write_pair(Path(folder), gigabytes)
         told = subprocess.run(
-            [sys.executable, "-c", CHILD, f"{folder}/base", f"{folder}/tuned"],
+            [sys.executable, __file__, f"{folder}/base", f"{folder}/tuned"],
             check=True,
             capture_output=True,
             text=True,
@@ -87,3 +84,13 @@ def _write_pair(folder: Path, gigabytes: float) -> int:
     for side in ("base", "tuned"):
         (folder / side / "model.safetensors.index.json").write_text(index)
     return total
+
+
+if __name__ == "__main__":
+    from molehunt.audit.weights import compare_weights
+
+    torch.linalg.svd(torch.randn(600, 600))  # load the solvers
+    torch.linalg.qr(torch.randn(600, 60))
+    start = peak()
+    outcome = compare_weights(sys.argv[1], sys.argv[2]).outcome
+    print(json.dumps({"before": start, "after": peak(), "outcome": outcome}))
