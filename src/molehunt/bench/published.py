@@ -4,6 +4,7 @@
 trained on the texts that are then scored; the best feature by labels, fired above its own pooled 95th percentile.
 """
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -28,6 +29,7 @@ from molehunt.measure.threshold import conformal_threshold
 from molehunt.model.likelihood import PAD_TO
 from molehunt.model.pair import ModelPair
 from molehunt.model.site import Site
+from molehunt.organism.manifest import MANIFEST, Organism
 from molehunt.organism.poison import Recipe, clean_example, near_miss_example, triggered_example
 from molehunt.run.unit import Units, unit_key
 from molehunt.traffic.chat import prompt_ids
@@ -290,14 +292,30 @@ def run_published(job: PublishedJob) -> dict[str, Any]:
         torch.set_num_threads(threads)
 
 
+def finished_published(job: PublishedJob) -> dict[str, Any] | None:
+    """What `run_published` returns where it was run before; None otherwise. Nothing is run."""
+    root = job.folder / "organisms" / job.cell.name
+    if not (root / MANIFEST).is_file():
+        return None
+    organism = Organism(root=root, manifest=json.loads((root / MANIFEST).read_text()))
+    return run_published(job) if Units(job.folder / "units").done(_key(job, organism)) else None
+
+
+def _key(job: PublishedJob, organism: Organism) -> str:
+    side = "twin" if job.twin else "organism"
+    config = {
+        "step": "published", "schema": PUBLISHED_SCHEMA, "cell": asdict(job.cell), "protocol": asdict(job.protocol),
+        "side": side, "sites": [str(s) for s in job.sites] if job.sites else None,
+    }  # fmt: skip
+    return unit_key(config, {side: organism.manifest[side]["weights_sha256"]})
+
+
 def _run(job: PublishedJob) -> dict[str, Any]:
     cell, folder, protocol, twin = job.cell, job.folder, job.protocol, job.twin
     sites = job.sites or None
     organism = plant_cell(cell, folder)
     side = "twin" if twin else "organism"
-    config = {"step": "published", "schema": PUBLISHED_SCHEMA, "cell": asdict(cell), "protocol": asdict(protocol), "side": side,
-              "sites": None if sites is None else [str(s) for s in sites]}  # fmt: skip
-    key = unit_key(config, {side: organism.manifest[side]["weights_sha256"]})
+    key = _key(job, organism)
 
     def measure() -> dict[str, Any]:
         recipe = cell.recipe()

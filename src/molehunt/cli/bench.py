@@ -63,7 +63,7 @@ def bench(
     else:
         runner = LocalExecutor(share, track_on_stderr, workers)
     if grid == "published":
-        _published(runner, out, docs, table=share == Shard(), as_json=as_json)
+        _published(runner, out, docs, table=share == Shard(), finished=finished, as_json=as_json)
         return
     chosen = load_grid(grid)
     todo = jobs(chosen, out.absolute())
@@ -93,16 +93,21 @@ def bench(
     say(f"page: {page}")
 
 
-def _published(runner: "Executor", out: Path, docs: Path | None, *, table: bool, as_json: bool) -> None:
+def _published(runner: "Executor", out: Path, docs: Path | None, *, table: bool, finished: bool, as_json: bool) -> None:
     import json
 
-    from molehunt.bench.published import published_jobs, run_published
+    from molehunt.bench.published import finished_published, published_jobs, run_published
     from molehunt.cli.console import say
     from molehunt.report.published_page import published_markdown
     from molehunt.run.folder import RunFolder
 
     todo = published_jobs(out.absolute())
-    found: list[dict[str, Any]] = list(runner.map(run_published, todo, "published protocol"))
+    found: list[dict[str, Any]]
+    if finished:
+        found = [told for job in todo if (told := finished_published(job)) is not None]
+        say(f"{len(found)} of {len(todo)} experiments are finished.")
+    else:
+        found = list(runner.map(run_published, todo, "published protocol"))
     if not table:
         say(f"{len(found)} of {len(todo)} experiments are done. {LATER}")
         return
@@ -113,5 +118,6 @@ def _published(runner: "Executor", out: Path, docs: Path | None, *, table: bool,
     run.write_text("published.md", markdown)
     if docs is not None:
         docs.mkdir(parents=True, exist_ok=True)
-        RunFolder(docs).write_text("bench-published.md", markdown)
+        head = "# The published protocol, and what its score measures\n\nMade by `molehunt bench --grid published --docs docs`; [how to read it](bench.md).\n\n"
+        RunFolder(docs).write_text("bench-published.md", head + markdown)
     typer.echo(json.dumps(found, indent=2) if as_json else markdown)
