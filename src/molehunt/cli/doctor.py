@@ -15,6 +15,8 @@ from molehunt.cli.options import AsJson
 
 EXTRAS = {
     "parquet": ("pyarrow", "pip install 'molehunt[parquet]'"),
+    "ray": ("ray", "pip install 'molehunt[ray]'"),
+    "peers": ("sae_lens", "pip install 'molehunt[peers]'"),
     "dev": ("pytest", "pip install 'molehunt[dev]'"),
 }
 """Extra → the module that shows it is there, and the line that installs it."""
