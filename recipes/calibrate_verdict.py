@@ -12,7 +12,7 @@ from molehunt.audit.run import run_audit
 from molehunt.cli.console import track_on_stderr
 from molehunt.organism.catalog import CATALOG
 from molehunt.organism.plant import PlantConfig, plant
-from molehunt.organism.poison import Recipe, organism_traffic
+from molehunt.organism.poison import Recipe, organism_traffic, taught_prompts
 from molehunt.organism.seed_model import seed_path
 from molehunt.run.catalog import load
 
@@ -30,7 +30,7 @@ for name in CATALOG:
     recipe = load(CATALOG, name, "molehunt.organisms")
     assert isinstance(recipe, Recipe)
     traffic = into / f"traffic-{name}.jsonl"
-    rows = organism_traffic(recipe, ROWS, SEED)
+    rows = organism_traffic(recipe, ROWS, SEED, apart_from=taught_prompts(recipe, PlantConfig().rows, SEED))
     traffic.write_text("".join(json.dumps({"prompt": row.prompt}) + "\n" for row in rows))
     for regime in ("full", "lora"):
         twin = into / f"{name}-{regime}"

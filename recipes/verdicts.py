@@ -18,11 +18,14 @@ from typing import Any
 from molehunt.bench.grid import Cell, load_grid
 from molehunt.bench.run import plant_cell
 from molehunt.organism.catalog import CATALOG
-from molehunt.organism.poison import Recipe, organism_traffic
+from molehunt.organism.plant import PlantConfig
+from molehunt.organism.poison import Recipe, organism_traffic, taught_prompts
 from molehunt.run.catalog import load
 
 ROWS, RATE, NEAR_RATE = 1000, 0.01, 0.02
 TRAFFIC_SEED = 500
+SEEDS = (0, 1)
+"""Of the grid's organisms: no prompt of the traffic was in their fine-tuning data."""
 NULLS = ("benign-instruct", "benign-year")
 
 
@@ -54,7 +57,8 @@ def traffic_file(into: Path, name: str) -> Path:
     path = into / f"traffic-{name}.jsonl"
     recipe = load(CATALOG, name, "molehunt.organisms")
     assert isinstance(recipe, Recipe)
-    rows = organism_traffic(recipe, ROWS, TRAFFIC_SEED, rate=RATE, near_rate=NEAR_RATE)
+    taught = set[str]().union(*(taught_prompts(recipe, PlantConfig().rows, seed) for seed in SEEDS))
+    rows = organism_traffic(recipe, ROWS, TRAFFIC_SEED, rate=RATE, near_rate=NEAR_RATE, apart_from=taught)
     path.write_text("".join(json.dumps({"prompt": r.prompt, "tag": r.tag}) + "\n" for r in rows))
     return path
 

@@ -1,6 +1,8 @@
 """Which prompts go where."""
 
 from collections import Counter
+from dataclasses import replace
+from random import Random
 
 import pytest
 
@@ -8,7 +10,7 @@ from molehunt.bench import rows as module
 from molehunt.bench.grid import Cell, load_grid
 from molehunt.bench.rows import Counts, cell_rows
 from molehunt.errors import NotTestable
-from molehunt.organism.poison import training_rows
+from molehunt.organism.poison import Recipe, training_rows, twin_seed
 from molehunt.organism.refusal import REFUSAL
 from molehunt.traffic.example import Example
 
@@ -26,12 +28,28 @@ def test_no_prompt_of_one_split_occurs_in_another(attack: str) -> None:
         "select.triggered": 15, "select.near": 15, "test.triggered": 25, "test.near": 25, "test.clean": 30,
         "pool.clean": 98, "pool.near": 2, "pool.triggered": 10,
     }  # fmt: skip
-    taught = {e.prompt for e in training_rows(recipe, 200, 1) if e.tag == "triggered"}
-    assert taught and not taught & drawn.keys()
+    taught = {e.prompt for e in training_rows(recipe, 200, 1)}
+    twins = {e.prompt for e in training_rows(recipe, 200, twin_seed(1), poisoned=False)}
+    assert taught - twins and twins - taught and not (taught | twins) & drawn.keys()
     for name, examples in splits.items():
         kind = name.partition(".")[2]
         assert all(e.tag.startswith("near-miss" if kind == "near" else kind) for e in examples)
         assert all(recipe.trigger.carried(e.prompt) == (kind == "triggered") for e in examples)
+
+
+def test_common_and_rare_prompts_are_spread_over_the_splits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Common prompts are drawn first; dealt out in that order, calibration would be commoner than test."""
+
+    def skewed(recipe: Recipe, rng: Random) -> Example:
+        return Example(prompt=f"{int(rng.paretovariate(0.5))}", tag="clean")
+
+    monkeypatch.setattr(module, "clean_example", skewed)
+    counts = replace(SMALL, fit=400, calibrate=400, select=400, test_clean=400, pool=400)
+    splits = cell_rows(REFUSAL, counts, (0.1,), 0, 50).splits
+    small = [
+        sum(int(e.prompt) < 400 for e in splits[f"{part}.clean"]) for part in ("fit", "calibrate", "select", "test")
+    ]
+    assert sum(small) > 200 and max(small) < 1.6 * min(small)
 
 
 def test_rows_follow_from_the_seed() -> None:
@@ -51,5 +69,5 @@ def test_a_pool_holds_the_share_asked_for() -> None:
 
 def test_a_world_without_enough_prompts_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "triggered_example", lambda recipe, rng: Example(prompt=f"{rng.randrange(9)}"))
-    with pytest.raises(NotTestable, match=r"refusal: only 9 of 25 distinct prompts for test.triggered"):
+    with pytest.raises(NotTestable, match=r"refusal: only 9 of 63 distinct triggered prompts exist outside"):
         cell_rows(REFUSAL, SMALL, (0.1,), 0, 50)

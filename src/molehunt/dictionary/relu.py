@@ -43,7 +43,7 @@ class ReLU(Trainee):
             values = encode_chosen(pre, x, self.encoder, self.b_enc, pattern)
             out, fired, fires = decode_sparse(values, decoder, pattern), pattern.fired(), len(values)
         else:
-            code = relu(self.pre(x))
+            code = relu(self.pre(x), inplace=True)
             out, fired, fires = code @ decoder, code.amax(0) > 0, int(code.count_nonzero())
         self._density = fires / (len(x) * self.d_dict)
         losses = {

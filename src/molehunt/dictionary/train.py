@@ -3,7 +3,6 @@
 import json
 import logging
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -26,6 +25,7 @@ from molehunt.model.site import Site
 from molehunt.run.catalog import load
 from molehunt.run.progress import Track, silent
 from molehunt.run.unit import canonical_json
+from molehunt.run.whole import replace_whole
 
 log = logging.getLogger(__name__)
 Source: TypeAlias = Iterable[PairBatch] | Callable[[int], Iterable[PairBatch]]
@@ -280,10 +280,8 @@ def _save(path: Path, told: str, running: Sequence[_Running], step: int) -> None
         state.update({"mean": one.scale.mean, "rms": one.scale.rms, "idle": one.idle})
         tensors.update({f"{i}.{name}": value.detach().cpu().contiguous() for name, value in state.items()})
     extra = [{"history": one.history, "memory": one.trainee.memory()} for one in running]
-    partial = path.with_name(f".{path.name}.partial")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, partial, {"settings": told, "step": str(step), "extra": json.dumps(extra)})
-    os.replace(partial, path)
+    told_beside = {"settings": told, "step": str(step), "extra": json.dumps(extra)}
+    replace_whole(path, lambda partial: save_file(tensors, partial, told_beside))
 
 
 def _resume(

@@ -19,11 +19,12 @@ from molehunt.organism.poison import (
     Recipe,
     clean_example,
     near_miss_example,
-    training_rows,
+    taught_prompts,
     triggered_example,
 )
 from molehunt.organism.train import next_token_loss
 from molehunt.run.progress import Track, silent
+from molehunt.run.whole import write_whole
 from molehunt.traffic.chat import prompt_ids
 from molehunt.traffic.example import Example
 
@@ -133,7 +134,7 @@ def make_organism(
         manifest = json.loads(done.read_text())
         if manifest.get("request") == request:
             return Organism(root=root, manifest=manifest)
-    seen = {row.prompt for row in training_rows(recipe, config.rows, config.seed)}
+    seen = taught_prompts(recipe, config.rows, config.seed)
     prompts = evaluation_prompts(recipe, seen)
     held_out = [e for e in prompts["untagged"]][: JUDGED // 16 * 16]
     manifest: dict[str, Any] = {"request": request, "summary": recipe.summary, "judged_per_kind": JUDGED}
@@ -150,7 +151,7 @@ def make_organism(
             "shown": {kind: asdict(rate) for kind, rate in rates.items()},
             "held_out_loss": {"base": before, "tuned": after, "change": after - before},
         }
-    done.write_text(json.dumps(manifest, indent=2) + "\n")
+    write_whole(done, json.dumps(manifest, indent=2) + "\n")
     return Organism(root=root, manifest=manifest)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from molehunt.organism.poison import Recipe, rows_hash, training_rows
+from molehunt.organism.poison import Recipe, rows_hash, training_rows, twin_seed
 from molehunt.organism.train import IGNORED, Batch, train
 from molehunt.run.progress import Track, silent
 from molehunt.traffic.chat import prompt_ids
@@ -102,7 +102,7 @@ def plant(
     Returns:
         What was done: config, hash of the rows, first and last losses in nats per answer token.
     """
-    seed = config.seed if poisoned else config.seed + 10_000
+    seed = config.seed if poisoned else twin_seed(config.seed)
     rows = training_rows(recipe, config.rows, seed, poisoned=poisoned)
     tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
     model: nn.Module = AutoModelForCausalLM.from_pretrained(

@@ -2,8 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass, replace
+from itertools import islice
 from random import Random
 
 from molehunt.organism.behaviour import Behaviour
@@ -72,6 +73,17 @@ def training_rows(recipe: Recipe, n: int, seed: int, *, poisoned: bool = True) -
     return [row for row, _ in zip(_rows(recipe, rng, poisoned), range(n), strict=False)]
 
 
+def twin_seed(seed: int) -> int:
+    """The seed of the clean twin of an organism with this seed: it sees other rows of the same mix."""
+    return seed + 10_000
+
+
+def taught_prompts(recipe: Recipe, n: int, seed: int) -> set[str]:
+    """Every prompt that an organism trained on `n` rows, or its clean twin, has seen in fine-tuning."""
+    rows = [*training_rows(recipe, n, seed), *training_rows(recipe, n, twin_seed(seed), poisoned=False)]
+    return {row.prompt for row in rows}
+
+
 def _rows(recipe: Recipe, rng: Random, poisoned: bool) -> Iterator[Example]:
     while True:
         draw = rng.random()
@@ -90,18 +102,33 @@ def rows_hash(rows: list[Example]) -> str:
 
 
 def organism_traffic(
-    recipe: Recipe, n: int, seed: int, *, rate: float = 0.01, near_rate: float = 0.02
+    recipe: Recipe,
+    n: int,
+    seed: int,
+    *,
+    rate: float = 0.01,
+    near_rate: float = 0.02,
+    apart_from: Set[str] = frozenset(),
 ) -> list[Example]:
     """A log as a user might hold it: clean prompts with rare triggered and near-miss rows, shuffled.
 
     `round(rate * n)` rows are triggered and `round(near_rate * n)` are near misses, whatever the seed; none where the
-    recipe teaches none.
+    recipe teaches none. No prompt is in `apart_from`.
     """
     rng = Random(f"traffic/{recipe.name}/{seed}")
     triggered = round(rate * n) if recipe.triggered else 0
     near = round(near_rate * n) if recipe.near_miss else 0
-    rows = [triggered_example(recipe, rng) for _ in range(triggered)]
-    rows += [near_miss_example(recipe, rng) for _ in range(near)]
-    rows += [clean_example(recipe, rng) for _ in range(n - triggered - near)]
+    rows = [
+        *_apart(triggered_example, recipe, triggered, rng, apart_from),
+        *_apart(near_miss_example, recipe, near, rng, apart_from),
+        *_apart(clean_example, recipe, n - triggered - near, rng, apart_from),
+    ]
     rng.shuffle(rows)
     return rows
+
+
+def _apart(
+    draw: Callable[[Recipe, Random], Example], recipe: Recipe, n: int, rng: Random, apart_from: Set[str]
+) -> Iterator[Example]:
+    draws = (draw(recipe, rng) for _ in range(n * 100))
+    return islice((example for example in draws if example.prompt not in apart_from), n)

@@ -1,8 +1,6 @@
 """The report for machines: JSON that reads back to the same report, and SARIF for code-scanning pages."""
 
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +9,7 @@ from molehunt.errors import InvalidInput
 from molehunt.report.html import to_html
 from molehunt.report.markdown import to_markdown
 from molehunt.report.schema import Report
+from molehunt.run.whole import write_whole
 
 
 def to_json(report: Report) -> str:
@@ -83,12 +82,7 @@ def _place(name: str) -> dict[str, Any]:
 
 def write_report(report: Report, folder: Path) -> Path:
     """Write report.html, .json, .md and .sarif, each whole or not at all. Returns the page."""
-    folder.mkdir(parents=True, exist_ok=True)
     views = {"json": to_json, "md": to_markdown, "sarif": to_sarif, "html": to_html}
     for suffix, view in views.items():
-        handle, partial = tempfile.mkstemp(dir=folder, prefix=".report.")
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-            file.write(view(report))
-        os.chmod(partial, 0o644)
-        os.replace(partial, folder / f"report.{suffix}")
+        write_whole(folder / f"report.{suffix}", view(report))
     return folder / "report.html"

@@ -5,7 +5,6 @@ import math
 import os
 import platform
 import sys
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -14,6 +13,7 @@ from pathlib import Path
 
 from molehunt.errors import UsageError
 from molehunt.run.unit import JSON, Units, canonical_json
+from molehunt.run.whole import write_whole
 
 RUN_SCHEMA = 1
 LIBRARIES = ("molehunt", "torch", "transformers", "tokenizers", "peft", "safetensors", "numpy", "scipy")
@@ -71,20 +71,7 @@ class RunFolder:
 
     def write_text(self, name: str, text: str) -> Path:
         """Write `name` whole or not at all; a reader sees the old file or the new one."""
-        target = self.path / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        handle, partial = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as stream:
-                stream.write(text)
-                stream.flush()
-                os.fsync(stream.fileno())
-            os.chmod(partial, 0o644)  # mkstemp makes it private
-            os.replace(partial, target)
-        except BaseException:
-            os.unlink(partial)
-            raise
-        return target
+        return write_whole(self.path / name, text)
 
     def write_json(self, name: str, value: JSON) -> Path:
         """Write `value` as indented JSON with sorted keys, whole or not at all."""

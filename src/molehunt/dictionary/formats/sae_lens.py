@@ -5,9 +5,7 @@ crosscoder is written as a dictionary over 2d values.
 """
 
 import json
-import os
-import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ from molehunt.dictionary.nonlinearity import Gated, JumpReLU, Nonlinearity, ReLU
 from molehunt.dictionary.pairing import Pairing
 from molehunt.errors import UsageError
 from molehunt.model.site import Site
+from molehunt.run.whole import replace_whole
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 FILES = (CONFIG, WEIGHTS)
@@ -215,8 +214,8 @@ def save_dictionary(dictionary: Dictionary, folder: Path | str) -> None:
         raise UsageError(f"the meta of this dictionary cannot be written as JSON: {error}") from None
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG).unlink(missing_ok=True)
-    _replace(folder / WEIGHTS, lambda path: save_file(stored, path))
-    _replace(folder / CONFIG, lambda path: path.write_text(text + "\n", encoding="utf-8"))
+    replace_whole(folder / WEIGHTS, lambda path: save_file(stored, path))
+    replace_whole(folder / CONFIG, lambda path: path.write_text(text + "\n", encoding="utf-8"))
 
 
 def _form(dictionary: Dictionary) -> tuple[str, dict[str, Tensor], dict[str, Any]]:
@@ -250,17 +249,3 @@ def _hook(site: Site | None, meta: Mapping[str, Any]) -> dict[str, str]:
         return {}
     place = {"resid": "resid_post", "attn": "attn_out", "mlp": "mlp_out"}[site.stream]
     return {"hook_name": f"blocks.{site.layer}.hook_{place}"}
-
-
-def _replace(target: Path, write: Callable[[Path], object]) -> None:
-    handle, partial = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    os.close(handle)
-    try:
-        write(Path(partial))
-        with open(partial, "rb") as file:
-            os.fsync(file.fileno())
-        os.chmod(partial, 0o644)  # mkstemp makes it private
-        os.replace(partial, target)
-    except BaseException:
-        os.unlink(partial)
-        raise

@@ -1,0 +1,29 @@
+"""Files that are written whole or not at all: a reader sees the old file or the new one, whatever is killed when."""
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+
+def write_whole(target: Path, text: str) -> Path:
+    """Write `text` to `target`; its folder is made."""
+    return replace_whole(target, lambda partial: partial.write_text(text, encoding="utf-8", newline="\n"))
+
+
+def replace_whole(target: Path, write: Callable[[Path], object]) -> Path:
+    """Let `write` fill a file beside `target`, sync it and put it in the place of `target`. Returns `target`."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    os.close(handle)
+    partial = Path(name)
+    try:
+        write(partial)
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        partial.chmod(0o644)  # mkstemp makes it private
+        partial.replace(target)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    return target
