@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from molehunt.bench.grid import Cell, load_grid
-from molehunt.bench.run import plant_cell
+from molehunt.bench.run import plant_cell, planted_cell
 from molehunt.organism.catalog import CATALOG
 from molehunt.organism.plant import PlantConfig
 from molehunt.organism.poison import Recipe, organism_traffic, taught_prompts
@@ -88,7 +88,9 @@ def row(bench: Path, into: Path, one: Audited) -> dict[str, Any] | None:
     woken = [s for s in scores if s["tag"] in ("triggered", "marked")]
     near = [s for s in scores if s["tag"].startswith("near-miss")]
     found = report["findings"]
-    told = json.loads((bench / "organisms" / one.cell.name / "manifest.json").read_text())["organism"]["shown"]
+    organism = planted_cell(one.cell, bench)
+    assert organism is not None, "it was audited"
+    told = organism.manifest["organism"]["shown"]
     shown = told.get("triggered") or told.get("marked")
     return {
         "one": one,

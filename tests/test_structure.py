@@ -135,6 +135,7 @@ def test_every_class_of_a_contract_has_a_row(folder: str, method: str, argument:
         for member in node.body
         if isinstance(member, ast.FunctionDef) and member.name == method
         if argument in {a.arg for a in member.args.args}
+        if member.returns is None or "Bool" not in ast.unparse(member.returns)  # a gate says where, and edits nothing
     ]
     assert written, "the search itself works"
     assert sorted(written) == sorted(rows)

@@ -4,7 +4,6 @@
 trained on the texts that are then scored; the best feature by labels, fired above its own pooled 95th percentile.
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from molehunt.activation.shuffle import PairBatch
 from molehunt.bench.grid import Cell
-from molehunt.bench.run import plant_cell
+from molehunt.bench.run import plant_cell, planted_cell
 from molehunt.dictionary.dictionary import Dictionary
 from molehunt.dictionary.pairing import Pairing
 from molehunt.dictionary.published import STEPS, train_published
@@ -29,7 +28,7 @@ from molehunt.measure.threshold import conformal_threshold
 from molehunt.model.likelihood import PAD_TO
 from molehunt.model.pair import ModelPair
 from molehunt.model.site import Site
-from molehunt.organism.manifest import MANIFEST, Organism
+from molehunt.organism.manifest import Organism
 from molehunt.organism.poison import Recipe, clean_example, near_miss_example, triggered_example
 from molehunt.run.unit import Units, unit_key
 from molehunt.traffic.chat import prompt_ids
@@ -294,10 +293,9 @@ def run_published(job: PublishedJob) -> dict[str, Any]:
 
 def finished_published(job: PublishedJob) -> dict[str, Any] | None:
     """What `run_published` returns where it was run before; None otherwise. Nothing is run."""
-    root = job.folder / "organisms" / job.cell.name
-    if not (root / MANIFEST).is_file():
+    organism = planted_cell(job.cell, job.folder)
+    if organism is None:
         return None
-    organism = Organism(root=root, manifest=json.loads((root / MANIFEST).read_text()))
     return run_published(job) if Units(job.folder / "units").done(_key(job, organism)) else None
 
 
