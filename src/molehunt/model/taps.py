@@ -5,7 +5,7 @@ counted against forward passes, and a model that runs where hooks cannot see is 
 """
 
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -86,6 +86,31 @@ def read_sites(
     except _AllSitesRead as raised:
         if raised is not stop:
             raise
+
+
+@contextmanager
+def observe_sites(
+    model: nn.Module, observers: Mapping[Site, Callable[[Tensor], None]], *, layers_path: str | None = None
+) -> Generator[None, None, None]:
+    """Show each observer the activations [batch pos d_model] at its site in every forward pass; nothing is copied.
+
+    An observer must not keep or change what it sees: later blocks may write into it.
+
+    Raises:
+        CannotTap: see `read_sites`.
+    """
+    firings: Counter[Site] = Counter(dict.fromkeys(observers, 0))
+    modules = _modules_at(model, observers, layers_path)
+
+    def hook_at(site: Site) -> Callable[[nn.Module, Any, Any], None]:
+        def observe(module: nn.Module, args: Any, output: Any) -> None:
+            firings[site] += 1
+            observers[site](_acts_of(output))
+
+        return observe
+
+    with _hooked(model, [(modules[site], hook_at(site)) for site in observers], firings):
+        yield
 
 
 @contextmanager

@@ -1,0 +1,171 @@
+"""`molehunt watch`: judge every row of a log at a chosen false-alarm rate."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from molehunt.cli.options import AsJson, Base, Seed, Tuned
+
+if TYPE_CHECKING:
+    from molehunt.watch.alert import Alert
+
+OUT = Path("watch")
+
+
+def watch(
+    base: Base,
+    tuned: Tuned,
+    traffic: Annotated[
+        Path, typer.Option(help="Log to watch: JSONL, JSONL.gz or parquet, of any size.", show_default=False)
+    ],
+    clean: Annotated[
+        Path | None,
+        typer.Option(
+            help="Clean rows of the same kind, to calibrate on: half fit, half set the rate.",
+            show_default="bundled benign prompts",
+        ),
+    ] = None,
+    clean_rows: Annotated[int, typer.Option(min=100, help="Clean rows to read at most.")] = 2000,
+    fpr: Annotated[float, typer.Option(min=1e-5, max=0.2, help="Share of clean rows that may be flagged.")] = 0.01,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens to generate for a row whose answer was not logged.")
+    ] = 32,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Skip and count rows that cannot be read.")] = False,
+    no_text: Annotated[bool, typer.Option("--no-text", help="Keep no text of any row on disk.")] = False,
+    shard: Annotated[str, typer.Option("--shard", help="This machine's share of the rows, such as 3/64.")] = "1/1",
+    adapter: Annotated[
+        bool | None,
+        typer.Option("--adapter/--no-adapter", help="For a folder with weights and an adapter: apply it or not."),
+    ] = None,
+    device: Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1 …")] = "cpu",
+    out: Annotated[
+        Path, typer.Option("--out", help="Folder for state, verdicts and alerts; a watch resumes there.")
+    ] = OUT,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Watch a log along the weight directions of a fine-tune, at a false-alarm rate that you choose.
+
+    Calibrates on clean rows first. Flagged rows are quarantined in alerts.sqlite; verdicts.jsonl has a line for every row.
+    Exit code 1: something was flagged. A log of n clean rows will have about n times the rate of those.
+    """
+    import json
+    from dataclasses import asdict
+
+    from molehunt.audit.weights import compare_weights
+    from molehunt.checkpoint.reader import Checkpoint
+    from molehunt.cli.console import say, track_on_stderr
+    from molehunt.errors import UsageError
+    from molehunt.measure.interval import proportion
+    from molehunt.model.loading import local_folder
+    from molehunt.model.pair import ModelPair
+    from molehunt.run.local import Shard
+    from molehunt.traffic.benign import benign_prompts
+    from molehunt.traffic.roles import Turn
+    from molehunt.traffic.stream import BadLines, Conversation, Place, read_conversations
+    from molehunt.watch.bank import Bank
+    from molehunt.watch.ledger import Ledger
+    from molehunt.watch.log import calibrated, watch_log
+    from molehunt.watch.state import WatchState, identify
+
+    share = Shard.parse(shard)
+    if not traffic.is_file():
+        raise UsageError(f"{traffic} is not a file; --traffic takes a JSONL, JSONL.gz or parquet log.")
+    folders = local_folder(base), local_folder(tuned)
+    before = Checkpoint.open(folders[0])
+    after = Checkpoint.open(folders[1], adapter="refuse" if adapter is None else "use" if adapter else "ignore")
+    weights = compare_weights(before, after, track=track_on_stderr)
+    bank = Bank.of((row.directions for row in weights.matrices if row.directions is not None), before.model_type)
+    pair = ModelPair.load(*folders, device=device, adapter=adapter)
+    calm = (
+        [
+            Conversation(turns=(Turn("user", e.prompt),), response=None, tag="clean", line=i, end=Place())
+            for i, e in enumerate(benign_prompts(clean_rows, seed=seed), 1)
+        ]
+        if clean is None
+        else [row for row, _ in zip(read_conversations(clean), range(clean_rows), strict=False)]
+    )
+    identity = identify(before, after, pair.tokenizer, bank, fpr=fpr, max_new_tokens=max_new_tokens, clean=calm)
+    out.mkdir(parents=True, exist_ok=True)
+    kept = out / "state.safetensors"
+    if kept.exists():
+        state = WatchState.load(kept, identity)
+        say(f"Going on at line {state.place.line + 1}: {state.seen} rows were judged before.")
+    else:
+        state = calibrated(
+            pair,
+            bank,
+            calm,
+            fpr=fpr,
+            identity=identity,
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+            track=track_on_stderr,
+        )
+        state.save(kept)
+    bad = BadLines()
+    with Ledger(f"sqlite:///{(out / 'alerts.sqlite').absolute()}", no_text=no_text) as ledger:
+        watch_log(
+            pair,
+            bank,
+            state,
+            read_conversations(
+                traffic,
+                on_bad="skip" if skip_bad else "stop",
+                bad=bad,
+                start_at=state.place,
+                shard=share,
+                track=track_on_stderr,
+            ),
+            fpr=fpr,
+            max_new_tokens=max_new_tokens,
+            into=out,
+            ledger=ledger,
+            track=track_on_stderr,
+        )
+        alerts = ledger.recent(10)
+    share_flagged = proportion(state.flagged, state.seen) if state.seen else None
+    told = {
+        "verdict": "FLAGGED" if state.flagged else "NO FINDING",
+        "rows": state.seen,
+        "flagged": state.flagged,
+        "share_flagged": None if share_flagged is None else asdict(share_flagged),
+        "fpr": fpr,
+        "calibration_rows": len(state.monitor.calibration),
+        "directions": bank.written,
+        "drift_alarm": state.drift.alarm,
+        "skipped": bad.count,
+        "out": str(out),
+        "exit_code": int(bool(state.flagged)),
+    }
+    typer.echo(json.dumps(told, indent=2) if as_json else _told(told, alerts, bad.first))
+    raise typer.Exit(int(bool(state.flagged)))
+
+
+def _told(told: dict[str, Any], alerts: Sequence["Alert"], bad: Sequence[str]) -> str:
+    from molehunt.errors import printable
+
+    expected = told["fpr"] * told["rows"]
+    lines = [
+        f"{told['verdict']}: {told['flagged']} of {told['rows']} rows; clean traffic alone would give about {expected:.0f}.",
+        f"{told['directions']} directions watched, {told['calibration_rows']} clean rows set the rate of {told['fpr']:g}.",
+    ]
+    if told["share_flagged"] is not None:
+        share = told["share_flagged"]
+        lines.append(f"Share flagged {share['estimate']:.4f} [{share['low']:.4f}, {share['high']:.4f}].")
+    if told["drift_alarm"]:
+        lines.append("The traffic has drifted from what was calibrated on: the rate no longer holds. Calibrate anew.")
+    if bad:
+        lines += [f"{told['skipped']} rows could not be read, the first:", *(f"  {printable(one)}" for one in bad)]
+    if alerts:
+        lines += ["", f"{'where':<12}{'p':>9}  {'direction':<14}{'token':>6}  the answer, and without the direction"]
+    for alert in alerts:
+        lines.append(
+            f"{alert.request:<12}{alert.p_value:>9.2g}  {alert.direction:<14}{alert.span[0]:>6}  "
+            f"{printable(alert.answer or '', 60)!r}"
+        )
+        lines.append(f"{'':<45}{printable(alert.answer_without or '', 60)!r}")
+    lines += ["", f"verdicts and alerts: {told['out']}"]
+    return "\n".join(lines)

@@ -1,0 +1,100 @@
+"""Profiles of many logged answers in one teacher-forced pass each, whatever their lengths."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from molehunt.model.blocks import decoder
+from molehunt.run.progress import Track, silent
+from molehunt.watch.bank import Bank
+from molehunt.watch.columns import watched
+from molehunt.watch.profile import Profile, profiles
+
+BATCH_TOKENS = 8192
+"""Tokens of one pass, padding included."""
+PAD_TO = 32
+"""Rows are padded to a multiple of this: a CPU compiles a kernel for every new shape."""
+
+
+@torch.inference_mode()
+def answer_profiles(
+    model: nn.Module,
+    bank: Bank,
+    prompts: Sequence[Sequence[int]],
+    answers: Sequence[Sequence[int]],
+    *,
+    layers_path: str | None = None,
+    track: Track = silent,
+    what: str = "scoring answers",
+) -> list[Profile]:
+    """What each answer looks like along the directions of `bank`, in the order given.
+
+    The positions that count are those whose output is the answer: from the last prompt token (the decision) to the last
+    but one of the answer. An empty answer is judged by the decision alone. No logits are computed.
+
+    Args:
+        model: the tuned model.
+        bank: what is watched.
+        prompts: token ids, at least one each.
+        answers: token ids that follow.
+        layers_path: see `decoder_blocks`.
+        track: shown batches.
+        what: what progress calls this.
+
+    Raises:
+        ValueError: an empty prompt, or NaN among the activations.
+        NotTestable, CannotTap: the model cannot be watched (see `watched`).
+    """
+    if not all(prompts):
+        raise ValueError("a prompt without tokens has no decision position")
+    rows = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    found: list[Profile | None] = [None] * len(rows)
+    device = next(model.parameters()).device
+    inner: Any = decoder(model)
+    with watched(model, bank, layers_path=layers_path) as columns:
+        groups = _groups([len(rows[i]) for i in order])
+        for group in track([[order[i] for i in group] for group in groups], what, len(groups)):
+            width = _padded(len(rows[group[-1]]))
+            tokens = torch.zeros(len(group), width, dtype=torch.long)
+            mask = torch.zeros(len(group), width, dtype=torch.bool)
+            answer = torch.zeros(len(group), width, dtype=torch.bool)
+            for r, i in enumerate(group):
+                tokens[r, : len(rows[i])] = torch.tensor(rows[i])
+                mask[r, : len(rows[i])] = True
+                decision = len(prompts[i]) - 1
+                answer[r, decision : max(decision + 1, len(rows[i]) - 1)] = True
+            inner(input_ids=tokens.to(device), attention_mask=mask.long().to(device), use_cache=False)
+            for i, profile in zip(group, profiles(columns.take(), answer.to(device)), strict=True):
+                found[i] = profile
+    return [profile for profile in found if profile is not None]
+
+
+@torch.inference_mode()
+def token_columns(
+    model: nn.Module, bank: Bank, ids: Sequence[int], *, layers_path: str | None = None
+) -> Float[Tensor, "pos columns"]:
+    """Every column at every token of one row, on the CPU: for looking at what was flagged. Raises as `answer_profiles`."""
+    tokens = torch.tensor([list(ids)], device=next(model.parameters()).device)
+    inner: Any = decoder(model)
+    with watched(model, bank, layers_path=layers_path) as columns:
+        inner(input_ids=tokens, use_cache=False)
+        return columns.take()[0].cpu()
+
+
+def _padded(n: int) -> int:
+    return -(-n // PAD_TO) * PAD_TO
+
+
+def _groups(lengths: Sequence[int]) -> list[list[int]]:
+    """Indices of ascending `lengths` in groups of at most `BATCH_TOKENS` padded tokens."""
+    groups: list[list[int]] = []
+    for i, length in enumerate(lengths):
+        if groups and (len(groups[-1]) + 1) * _padded(length) <= BATCH_TOKENS:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    return groups

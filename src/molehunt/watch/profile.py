@@ -1,0 +1,100 @@
+"""What an answer looked like along the watched directions: the extremes of every column, as the answer grows.
+
+Extremes grow with length, so an answer is looked at when it has 1, 2, 4, 8, … tokens and when it ends, and each look is
+compared with clean answers of that length. Position 0 of an answer is the decision: the last prompt token, whose output
+is the first token of the answer.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+def look_of(n: int) -> int:
+    """The look that judges an answer of `n` tokens: the first one with 2^look ≥ n. Raises ValueError for n < 1."""
+    if n < 1:
+        raise ValueError("an answer without tokens cannot be looked at")
+    return (n - 1).bit_length()
+
+
+@dataclass(frozen=True, eq=False)
+class Profile:
+    """One answer. Columns are doubled: each column's highest value, then the negative of its lowest."""
+
+    looks: Float[Tensor, "looks twice_columns"]
+    """Row j: over the answer's first 2^j tokens, or all of them where there are fewer."""
+    peaks: Int[Tensor, " twice_columns"]
+    """Which token of the answer the last look's extreme lies at."""
+    tokens: int
+
+    def __post_init__(self) -> None:
+        if len(self.looks) != look_of(self.tokens) + 1:
+            raise ValueError(f"an answer of {self.tokens} tokens has {look_of(self.tokens) + 1} looks")
+
+
+def profiles(columns: Float[Tensor, "batch pos columns"], answer: Bool[Tensor, "batch pos"]) -> list[Profile]:
+    """Profiles of teacher-forced rows, on the CPU.
+
+    Args:
+        columns: of every token.
+        answer: True at an answer's positions, which lie side by side: see `detect.pooling.positions`, "generated".
+
+    Raises:
+        ValueError: a row without an answer, or NaN among its columns.
+    """
+    found: list[Profile] = []
+    for row, at in zip(columns, answer, strict=True):
+        running = RunningProfile(1, row.shape[-1], row.device)
+        values = row[at]
+        if not len(values):
+            raise ValueError("a row without an answer position has no profile")
+        running.extend(values[None])
+        found.append(running.profile(0))
+    return found
+
+
+class RunningProfile:
+    """Extremes of a batch of answers while they are generated. Values stay on the device until a profile is asked for."""
+
+    def __init__(self, batch: int, columns: int, device: torch.device | str = "cpu") -> None:
+        shape = (batch, 2 * columns)
+        self._extremes = torch.full(shape, -torch.inf, device=device)
+        self._peaks = torch.zeros(shape, dtype=torch.long, device=device)
+        self._looks: list[list[Tensor]] = [[] for _ in range(batch)]
+        self.tokens = 0
+        """Answer tokens seen of each row: all rows of a batch begin to answer together."""
+
+    def extend(self, columns: Float[Tensor, "batch pos columns"]) -> None:
+        """Take the next tokens of every row: one in cached decoding, many in a teacher-forced pass."""
+        both = torch.cat([columns, -columns], dim=-1)
+        start = 0
+        while start < both.shape[1]:  # up to the next look, at 2^j tokens
+            stop = min(both.shape[1], start + (1 << look_of(self.tokens + 1)) - self.tokens)
+            self._advance(both[:, start:stop])
+            start = stop
+
+    def _advance(self, both: Tensor) -> None:
+        highest, at = both.max(dim=1)
+        self._peaks = torch.where(highest > self._extremes, at + self.tokens, self._peaks)
+        self._extremes = self._extremes.maximum(highest)
+        self.tokens += both.shape[1]
+        if self.tokens == 1 << look_of(self.tokens):
+            for row, extremes in enumerate(self._extremes):
+                self._looks[row].append(extremes.clone())
+
+    def keep(self, rows: Int[Tensor, " kept"]) -> None:
+        """Go on with these rows alone: the others have ended."""
+        self._extremes, self._peaks = self._extremes[rows], self._peaks[rows]
+        self._looks = [self._looks[row] for row in rows.tolist()]
+
+    def profile(self, row: int) -> Profile:
+        """The answer so far. Raises ValueError for NaN: such a token was not scored."""
+        looks = list(self._looks[row])
+        if self.tokens != 1 << look_of(self.tokens):
+            looks.append(self._extremes[row])
+        stacked = torch.stack(looks).cpu()
+        if stacked.isnan().any():
+            raise ValueError("NaN among the activations: this answer cannot be scored")
+        return Profile(looks=stacked, peaks=self._peaks[row].cpu(), tokens=self.tokens)

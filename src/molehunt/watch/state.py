@@ -1,0 +1,143 @@
+"""A monitor and what it has seen, on disk: whole or not at all, and never another model's."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from molehunt.activation.identity import tokenizer_hash
+from molehunt.checkpoint.reader import Checkpoint
+from molehunt.errors import InvalidInput, UsageError, printable
+from molehunt.run.whole import replace_whole
+from molehunt.traffic.stream import START, Conversation, Place
+from molehunt.watch.bank import Bank
+from molehunt.watch.drift import DriftMartingale
+from molehunt.watch.monitor import Look, Monitor
+from molehunt.watch.scores import TailSum
+from molehunt.watch.sketch import ScoreSketch
+
+SCHEMA = 1
+
+
+def identify(
+    base: Checkpoint,
+    tuned: Checkpoint,
+    tokenizer: PreTrainedTokenizerBase,
+    bank: Bank,
+    *,
+    fpr: float,
+    max_new_tokens: int,
+    clean: Sequence[Conversation],
+) -> dict[str, str]:
+    """Everything that a calibration depends on, by the name that an error gives it."""
+    rows = [[[(turn.role, turn.text) for turn in row.turns], row.response] for row in clean]
+    return {
+        "base model": base.content_hash(),
+        "tuned model": tuned.content_hash(),
+        "tokenizer": tokenizer_hash(tokenizer),
+        "set of directions": bank.sha256(),
+        "false-alarm rate": f"{fpr:g}",
+        "answer length": str(max_new_tokens),
+        "set of clean rows": hashlib.sha256(json.dumps(rows).encode()).hexdigest(),
+    }
+
+
+@dataclass(eq=False, kw_only=True)
+class WatchState:
+    """Everything that a restart needs to go on as if nothing had happened."""
+
+    identity: Mapping[str, str]
+    """Hashes of both models, the tokenizer and the directions, and the rate: a state of another is refused."""
+    monitor: Monitor
+    scores: ScoreSketch = field(default_factory=lambda: ScoreSketch.empty(1))
+    """Of clean traffic since calibration. Flagged rows are quarantined and never enter."""
+    drift: DriftMartingale
+    rng: np.random.Generator
+    """Places ties among p-values."""
+    place: Place = START
+    """Where in the log to go on."""
+    written: int = 0
+    """Bytes of the verdicts written up to there."""
+    seen: int = 0
+    flagged: int = 0
+
+    def save(self, path: Path) -> None:
+        """Replace the file at `path`, synced."""
+        looks = self.monitor.looks
+        scores = [look.score for look in looks]
+        tail_sums = [score for score in scores if isinstance(score, TailSum)]
+        if len(tail_sums) < len(scores):
+            raise TypeError("only a monitor of tail sums can be kept on disk")
+        tensors: dict[str, Tensor] = {
+            "start": torch.stack([score.start for score in tail_sums]),
+            "scale": torch.stack([score.scale for score in tail_sums]),
+            "own": torch.tensor([[look.start, look.scale] for look in looks], dtype=torch.float64),
+            "calibration": self.monitor.calibration,
+            "scores": torch.frombuffer(bytearray(self.scores.to_bytes()), dtype=torch.uint8),
+        }
+        told = {
+            "schema": SCHEMA,
+            "identity": dict(self.identity),
+            "summed": tail_sums[0].summed,
+            "drift": self.drift.to_dict(),
+            "rng": self.rng.bit_generator.state,
+            "place": list(self.place),
+            "written": self.written,
+            "seen": self.seen,
+            "flagged": self.flagged,
+        }
+        replace_whole(path, lambda partial: save_file(tensors, partial, {"molehunt_watch": json.dumps(told)}))
+
+    @classmethod
+    def load(cls, path: Path, identity: Mapping[str, str]) -> "WatchState":
+        """Read what `save` wrote.
+
+        Raises:
+            UsageError: the state is of another model, tokenizer, set of directions or rate; names which.
+            InvalidInput: the file is broken or of another version.
+        """
+        try:
+            with safe_open(path, "pt") as file:
+                told = json.loads((file.metadata() or {})["molehunt_watch"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, KeyError, ValueError, OSError) as error:
+            raise InvalidInput(
+                f"{printable(path.name)} is no state of a watch: {printable(str(error))}.\nRemove it to calibrate anew."
+            ) from None
+        if told.get("schema") != SCHEMA:
+            raise InvalidInput(
+                f"{printable(path.name)} is of schema {printable(str(told.get('schema')))}; this version reads "
+                f"{SCHEMA}.\nRemove it to calibrate anew."
+            )
+        other = [name for name, value in identity.items() if told["identity"].get(name) != value]
+        if other:
+            raise UsageError(
+                f"{printable(path.name)} was calibrated for another {', '.join(other)}.\nGive another --out folder, or "
+                "remove the state to calibrate anew."
+            )
+        own = tensors["own"].tolist()
+        looks = tuple(
+            Look(TailSum(start, scale, told["summed"]), own_start, own_scale)
+            for start, scale, (own_start, own_scale) in zip(tensors["start"], tensors["scale"], own, strict=True)
+        )
+        rng = np.random.default_rng()
+        rng.bit_generator.state = told["rng"]
+        return cls(
+            identity=identity,
+            monitor=Monitor(looks, tensors["calibration"]),
+            scores=ScoreSketch.from_bytes(tensors["scores"].numpy().tobytes()),
+            drift=DriftMartingale.from_dict(told["drift"]),
+            rng=rng,
+            place=Place(*told["place"]),
+            written=told["written"],
+            seen=told["seen"],
+            flagged=told["flagged"],
+        )

@@ -1,0 +1,91 @@
+"""`molehunt watch` on tiny folders: text, JSON, what it leaves, resuming, exit codes."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from folders import good_folder, lora_folder
+from molehunt.cli.main import main
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    root = tmp_path_factory.mktemp("pair")
+    return good_folder(root / "base"), lora_folder(root / "tuned")
+
+
+def log(path: Path, n: int, *, first: int = 0, letters: str = "abcdefgh") -> Path:
+    rows = []
+    for i in range(first, first + n):
+        text = "".join(letters[(i * 7 + j * j * 3 + i * i) % len(letters)] for j in range(5))
+        rows.append({"prompt": text, "response": text[::-1] + letters[i % len(letters)]})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def run(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as left:
+        main(["watch", *map(str, args)])
+    told = capsys.readouterr()
+    assert isinstance(left.value.code, int)
+    return left.value.code, told.out, told.err
+
+
+def test_a_log_is_watched_told_and_resumed(capsys, folders: tuple[Path, Path], tmp_path: Path) -> None:
+    clean = log(tmp_path / "clean.jsonl", 300)
+    traffic = log(tmp_path / "log.jsonl", 40, first=300)
+    asked = (*folders, "--clean", clean, "--fpr", "0.1", "--max-new-tokens", "3", "--out", tmp_path / "out")
+    code, told, _ = run(capsys, *asked, "--traffic", traffic, "--json")
+    found = json.loads(told)
+    assert found["rows"] == 40 and found["calibration_rows"] == 150 and found["fpr"] == 0.1
+    assert code == found["exit_code"] == int(found["flagged"] > 0)
+    lines = [json.loads(line) for line in (tmp_path / "out" / "verdicts.jsonl").read_text().splitlines()]
+    assert len(lines) == 40 and sum(line["flagged"] for line in lines) == found["flagged"]
+    with traffic.open("a") as file:  # the log grew
+        file.write(log(tmp_path / "more.jsonl", 10, letters="!#$%&*()").read_text())
+    code, told, err = run(capsys, *asked, "--traffic", traffic)
+    assert "Going on at line 41: 40 rows were judged before." in err
+    assert code == 1 and " of 50 rows; clean traffic alone would give about 5." in told
+    assert "and without the direction" in told and "line 4" in told
+
+
+def test_bad_rows_stop_or_are_skipped_and_no_text_is_kept(capsys, folders: tuple[Path, Path], tmp_path: Path) -> None:
+    clean = log(tmp_path / "clean.jsonl", 300)
+    traffic = log(tmp_path / "log.jsonl", 10, letters="!#$%&*()")
+    traffic.write_text(traffic.read_text() + '{"nothing": 1}\n')
+    asked = (*folders, "--clean", clean, "--fpr", "0.1", "--max-new-tokens", "3", "--traffic", traffic)
+    code, _, err = run(capsys, *asked, "--out", tmp_path / "stopped")
+    assert code == 4 and "line 11" in err and "Traceback" not in err
+    code, told, _ = run(capsys, *asked, "--out", tmp_path / "skipped", "--skip-bad", "--no-text")
+    assert "1 rows could not be read" in told and "line 11" in told
+    secret = json.loads(traffic.read_text().splitlines()[0])["response"]
+    kept = [path for path in (tmp_path / "skipped").rglob("*") if path.is_file()]
+    assert kept and not any(secret.encode() in path.read_bytes() for path in kept)
+
+
+def test_shards_split_the_rows(capsys, folders: tuple[Path, Path], tmp_path: Path) -> None:
+    clean, traffic = log(tmp_path / "clean.jsonl", 300), log(tmp_path / "log.jsonl", 9, first=7)
+    asked = (*folders, "--clean", clean, "--fpr", "0.1", "--max-new-tokens", "3", "--traffic", traffic)
+    seen = []
+    for i in (1, 2):
+        run(capsys, *asked, "--out", tmp_path / f"{i}", "--shard", f"{i}/2")
+        seen += [json.loads(line)["line"] for line in (tmp_path / f"{i}" / "verdicts.jsonl").read_text().splitlines()]
+    assert sorted(seen) == list(range(1, 10))
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "said"),
+    [
+        (("--fpr", "0.0001"), 3, "cannot hold a false-positive rate of 0.0001"),
+        (("--shard", "5/2"), 2, "counted from 1 to its total"),
+        (("--traffic", "nowhere.jsonl"), 2, "nowhere.jsonl is not a file"),
+    ],
+)
+def test_what_cannot_be_done_is_said(
+    capsys, folders: tuple[Path, Path], tmp_path: Path, change: tuple[str, str], code: int, said: str
+) -> None:
+    clean, traffic = log(tmp_path / "clean.jsonl", 200), log(tmp_path / "log.jsonl", 5)
+    asked = [*folders, "--clean", clean, "--max-new-tokens", "3", "--traffic", traffic, "--out", tmp_path / "o", *change]
+    got, _, err = run(capsys, *asked)
+    assert got == code and said in err and "Traceback" not in err

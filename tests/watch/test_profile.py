@@ -1,0 +1,75 @@
+"""Extremes of growing answers."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from molehunt.watch.profile import Profile, RunningProfile, look_of, profiles
+
+
+def columns(rows: int, tokens: int, n: int, seed: int) -> torch.Tensor:
+    return torch.randn(rows, tokens, n, generator=torch.Generator().manual_seed(seed))
+
+
+@given(st.integers(1, 70), st.integers(1, 4), st.integers(0, 99))
+def test_looks_are_the_extremes_over_the_first_tokens(tokens: int, n: int, seed: int) -> None:
+    values = columns(1, tokens, n, seed)
+    (found,) = profiles(values, torch.ones(1, tokens, dtype=torch.bool))
+    assert found.tokens == tokens and len(found.looks) == look_of(tokens) + 1
+    for j, look in enumerate(found.looks):
+        first = values[0, : 2**j]
+        assert look.equal(torch.cat([first.amax(0), -first.amin(0)]))
+    whole = torch.cat([values[0], -values[0]], dim=1)
+    assert whole.gather(0, found.peaks[None])[0].equal(found.looks[-1])
+
+
+@given(st.integers(1, 40), st.integers(0, 99), st.lists(st.integers(1, 9), max_size=9))
+def test_token_by_token_or_in_pieces_is_the_same(tokens: int, seed: int, cuts: list[int]) -> None:
+    values = columns(3, tokens, 2, seed)
+    expected = profiles(values, torch.ones(3, tokens, dtype=torch.bool))
+    running = RunningProfile(3, 2)
+    at = 0
+    for size in [*cuts, *[1] * tokens]:
+        if at < tokens:
+            running.extend(values[:, at : at + size])
+            at = min(tokens, at + size)
+    for row, one in enumerate(expected):
+        got = running.profile(row)
+        assert got.looks.equal(one.looks) and got.peaks.equal(one.peaks) and got.tokens == one.tokens
+
+
+def test_other_positions_of_a_row_change_nothing() -> None:
+    values = columns(2, 9, 3, 0)
+    answer = torch.zeros(2, 9, dtype=torch.bool)
+    answer[0, 4:9] = True
+    answer[1, 2:4] = True
+    first = profiles(values, answer)
+    values[~answer] = 99.0
+    again = profiles(values, answer)
+    assert all(a.looks.equal(b.looks) for a, b in zip(first, again, strict=True))
+    assert [p.tokens for p in first] == [5, 2]
+
+
+def test_rows_that_ended_leave_the_batch() -> None:
+    values = columns(3, 6, 2, 1)
+    running = RunningProfile(3, 2)
+    running.extend(values[:, :4])
+    running.keep(torch.tensor([2, 0]))
+    running.extend(values[[2, 0], 4:])
+    expected = profiles(values, torch.ones(3, 6, dtype=torch.bool))
+    assert running.profile(0).looks.equal(expected[2].looks)
+    assert running.profile(1).looks.equal(expected[0].looks)
+
+
+def test_nan_and_empty_answers_are_refused() -> None:
+    values = columns(1, 4, 2, 0)
+    with pytest.raises(ValueError, match="no profile"):
+        profiles(values, torch.zeros(1, 4, dtype=torch.bool))
+    values[0, 2, 1] = torch.nan
+    with pytest.raises(ValueError, match="NaN"):
+        profiles(values, torch.ones(1, 4, dtype=torch.bool))
+    with pytest.raises(ValueError, match="without tokens"):
+        look_of(0)
+    with pytest.raises(ValueError, match="has 3 looks"):
+        Profile(torch.zeros(2, 4), torch.zeros(4, dtype=torch.long), 4)

@@ -1,0 +1,158 @@
+"""A log watched from calibration to alerts, with tiny random models."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import molehunt.watch.log as module
+from molehunt.errors import InvalidInput, NotTestable, UsageError
+from molehunt.model.pair import ModelPair
+from molehunt.traffic.roles import Turn
+from molehunt.traffic.stream import Conversation, Place
+from molehunt.watch.bank import Bank
+from molehunt.watch.drift import DriftMartingale
+from molehunt.watch.ledger import Ledger
+from molehunt.watch.log import calibrated, read_answers, watch_log
+from molehunt.watch.monitor import Look, Monitor
+from molehunt.watch.scores import RangeExceedance
+from molehunt.watch.state import WatchState
+from tiny_models import tiny_model, tiny_tokenizer
+from watched_banks import bank_of
+
+IDENTITY = {"tuned model": "a", "tokenizer": "b"}
+FPR = 0.05
+
+
+def rows(n: int, seed: int, *, start: int = 1, odd: bool = False) -> list[Conversation]:
+    """Prompts of letters; odd ones are of other characters, which the calibration never saw."""
+    rng = np.random.default_rng(seed)
+    letters = "!@#$%&*()" if odd else "abcdefgh "
+    made = []
+    for i in range(n):
+        text = "".join(rng.choice(list(letters), 6))
+        answer = "".join(rng.choice(list(letters), int(rng.integers(1, 12))))
+        end = Place((start + i) * 10, start + i)
+        made.append(
+            Conversation(
+                turns=(Turn("user", text),), response=answer, tag="odd" if odd else "clean", line=start + i, end=end
+            )
+        )
+    return made
+
+
+@pytest.fixture(scope="module")
+def pair() -> ModelPair:
+    return ModelPair(tiny_model("llama", 0), tiny_model("llama", 1), tiny_tokenizer())
+
+
+@pytest.fixture(scope="module")
+def bank() -> Bank:
+    return bank_of("llama")
+
+
+@pytest.fixture
+def state(pair: ModelPair, bank: Bank) -> WatchState:
+    return calibrated(pair, bank, rows(400, 0), fpr=FPR, identity=IDENTITY, max_new_tokens=4, seed=0)
+
+
+def watch(pair: ModelPair, bank: Bank, state: WatchState, log: list[Conversation], into: Path) -> list[dict]:
+    with Ledger(f"sqlite:///{into / 'alerts.sqlite'}") as ledger:
+        watch_log(pair, bank, state, log, fpr=FPR, max_new_tokens=4, into=into, ledger=ledger)
+    return [json.loads(line) for line in (into / "verdicts.jsonl").read_text().splitlines()]
+
+
+def test_every_row_is_judged_and_flagged_rows_are_quarantined_not_absorbed(
+    pair: ModelPair, bank: Bank, state: WatchState, tmp_path: Path
+) -> None:
+    log = [*rows(150, 1), *rows(30, 2, start=151, odd=True)]
+    told = watch(pair, bank, state, log, tmp_path)
+    assert [t["line"] for t in told] == list(range(1, 181)) and state.seen == 180
+    flagged = [t for t in told if t["flagged"]]
+    assert state.flagged == len(flagged) and state.scores.n == state.drift.n == 180 - len(flagged)
+    assert sum(t["flagged"] for t in told[:150]) <= 22  # .05 of 150, with room for two random draws
+    assert sum(t["flagged"] for t in told[150:]) > 8
+    assert all((t["p_value"] <= FPR) == t["flagged"] for t in told)
+    with Ledger(f"sqlite:///{tmp_path / 'alerts.sqlite'}") as ledger:
+        alerts = ledger.recent(1000)
+    assert {a.request for a in alerts} == {f"line {t['line']}" for t in flagged}
+    for alert in alerts:
+        told_of = next(t for t in flagged if f"line {t['line']}" == alert.request)
+        assert alert.direction in told_of["direction"] and alert.span[0] == told_of["token"]
+        assert len(alert.tokens) == len(alert.token_scores) > 0
+        assert alert.answer is not None and alert.answer_without is not None
+        assert "".join(alert.tokens).endswith(alert.answer)
+
+
+def test_a_killed_watch_goes_on_to_the_same_bytes(
+    pair: ModelPair, bank: Bank, state: WatchState, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "CHUNK", 32)
+    log = [*rows(60, 1), *rows(40, 2, start=61, odd=True)]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    whole.mkdir()
+    parts.mkdir()
+    state.save(tmp_path / "start.safetensors")
+    expected = watch(pair, bank, state, log, whole)
+
+    class Killed(BaseException):
+        pass
+
+    def fail_after(n: int):
+        real, count = WatchState.save, [0]
+
+        def save(self: WatchState, path: Path) -> None:
+            count[0] += 1
+            if count[0] == n:
+                raise Killed  # the verdicts of this chunk are written, its state is not
+            real(self, path)
+
+        return save
+
+    again = WatchState.load(tmp_path / "start.safetensors", IDENTITY)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(WatchState, "save", fail_after(3))
+        watch(pair, bank, again, log, parts)
+    resumed = WatchState.load(parts / "state.safetensors", IDENTITY)
+    assert resumed.seen == 64 and resumed.place == Place(640, 64)
+    assert watch(pair, bank, resumed, log[64:], parts) == expected
+    assert (whole / "verdicts.jsonl").read_bytes() == (parts / "verdicts.jsonl").read_bytes()
+    assert resumed.drift.to_dict() == state.drift.to_dict() and resumed.flagged == state.flagged
+    for folder in (whole, parts):
+        with Ledger(f"sqlite:///{folder / 'alerts.sqlite'}") as ledger:
+            assert len(ledger.recent(1000)) == state.flagged
+
+
+def test_answers_that_were_not_logged_are_generated(pair: ModelPair, bank: Bank) -> None:
+    asked = [Conversation(turns=r.turns, response=None, tag="", line=r.line, end=r.end) for r in rows(5, 3)]
+    found = read_answers(pair, bank, [*asked, *rows(2, 4)], max_new_tokens=6, what="x")
+    assert all(1 <= len(answer) <= 6 for _, answer, _ in found[:5])
+    assert [profile.tokens for _, _, profile in found] == [max(1, len(answer)) for _, answer, _ in found]
+
+
+def test_a_state_comes_back_and_another_models_is_refused(state: WatchState, tmp_path: Path) -> None:
+    path = tmp_path / "state.safetensors"
+    state.save(path)
+    again = WatchState.load(path, IDENTITY)
+    assert again.monitor.calibration.equal(state.monitor.calibration)
+    assert again.monitor.threshold(FPR) == state.monitor.threshold(FPR)
+    assert again.rng.random() == state.rng.random() and again.place == state.place
+    with pytest.raises(UsageError, match=r"calibrated for another tokenizer\."):
+        WatchState.load(path, {**IDENTITY, "tokenizer": "c"})
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(InvalidInput, match="is no state of a watch"):
+        WatchState.load(path, IDENTITY)
+    save_file({"a": torch.zeros(1)}, path, {"molehunt_watch": json.dumps({"schema": 99})})
+    with pytest.raises(InvalidInput, match="is of schema 99"):
+        WatchState.load(path, IDENTITY)
+    odd = Monitor((Look(RangeExceedance(torch.zeros(2)), 0.0, 1.0),), state.monitor.calibration)
+    with pytest.raises(TypeError, match="tail sums"):
+        WatchState(identity=IDENTITY, monitor=odd, drift=DriftMartingale(), rng=np.random.default_rng(0)).save(path)
+
+
+def test_a_rate_that_the_clean_rows_cannot_hold_abstains(pair: ModelPair, bank: Bank) -> None:
+    with pytest.raises(NotTestable, match=r"cannot hold a false-positive rate of 0\.001"):
+        calibrated(pair, bank, rows(300, 0), fpr=0.001, identity=IDENTITY, max_new_tokens=4, seed=0)
