@@ -30,7 +30,7 @@ EXPANSION, K, L1, LR, BATCH = 16, 32, 0.05, 1e-3, 2048
 HELD_OUT = 16_384
 PARTS = 20
 """Stretches of a training; the time of each is its median step times its steps."""
-SIZES = ((128, 600), (512, 60))
+SIZES = ((128, 300), (256, 100))
 """d_model and steps."""
 QUICK = ((64, 60),)
 AIM = 1.5

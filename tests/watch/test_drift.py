@@ -215,7 +215,7 @@ def test_what_was_flagged_is_refused() -> None:
 
 def test_without_the_rescaling_the_removal_of_flagged_rows_is_taken_for_drift() -> None:
     rng = np.random.default_rng(5)
-    streams = [[p for p in row if p > 0.2] for row in rng.random((300, 400)).tolist()]
+    streams = [[p for p in row if p > 0.2] for row in rng.random((150, 300)).tolist()]
     k, n = alarms(streams, level=LEVEL)
     assert proportion(k, n).low > LEVEL
     k, n = alarms([[p_value_if_unflagged(p, 0.2) for p in stream] for stream in streams], level=LEVEL)
@@ -229,15 +229,15 @@ def test_a_fixed_reference_needs_its_margin() -> None:
     rng = np.random.default_rng(7)
     size, level = 40, LEVEL
     streams = []
-    for _ in range(200):
+    for _ in range(120):
         reference = np.sort(rng.random(size))
-        rank = size - np.searchsorted(reference, rng.random(1_500))
-        streams.append(((rank + rng.random(1_500)) / (size + 1)).tolist())
+        rank = size - np.searchsorted(reference, rng.random(1_000))
+        streams.append(((rank + rng.random(1_000)) / (size + 1)).tolist())
     k, n = alarms(streams, level=level)
     assert proportion(k, n).low > 2 * level, "the shared error of the reference is found out"
     k, n = alarms(streams, level=level, margin=reference_margin(size, level))
     assert proportion(k, n).low <= 2 * level
-    shifted = np.random.default_rng(8).beta(1, 4, (100, 400)).tolist()
+    shifted = np.random.default_rng(8).beta(1, 4, (50, 300)).tolist()
     k, n = alarms(shifted, level=level, margin=reference_margin(size, level))
     assert proportion(k, n).low > 0.9, "and a real shift is still seen"
 

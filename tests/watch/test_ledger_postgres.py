@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
+from sqlalchemy import event
 from test_alert import alert
 from test_ledger import LedgerSuite, fill
 
@@ -221,14 +222,14 @@ class TestPostgres(LedgerSuite):
         seen: list[dict[str, str]] = []
 
         def look(connection: Any, _: object) -> None:
-            seen.append(connection.driver_connection.info.get_parameters())
+            seen.append(connection.info.get_parameters())
 
-        sa.event.listen(sa.Engine, "connect", look)
+        event.listen(sa.Engine, "connect", look)
         try:
             Ledger(url).close()
             Ledger(f"{url}?tcp_user_timeout=5000").close()
         finally:
-            sa.event.remove(sa.Engine, "connect", look)
+            event.remove(sa.Engine, "connect", look)
         assert [told["tcp_user_timeout"] for told in seen] == ["10000", "5000"]
         assert {told["connect_timeout"] for told in seen} == {"10"}
 

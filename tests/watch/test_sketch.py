@@ -74,10 +74,7 @@ def test_a_quantile_is_the_smallest_value_that_enough_rows_do_not_exceed(rows: T
     n = len(rows)
     percent = round(100 * q)
     rank = max(1, -(-percent * n // 100))  # in whole numbers
-    if rank <= kept or rank > n - kept:
-        assert torch.equal(found, rows.sort(0).values[rank - 1])
-    else:  # fewer rows than the middle compacts at: exact, too
-        assert torch.equal(found, rows.sort(0).values[rank - 1])
+    assert torch.equal(found, rows.sort(0).values[rank - 1])  # these are so few that the middle is exact, too
 
 
 @given(ROWS, KEPT, arrays(np.float32, COLUMNS, elements=VALUE).map(torch.from_numpy))
@@ -312,7 +309,7 @@ def test_levels_that_do_not_add_up_are_refused() -> None:
         ScoreSketch.from_bytes(altered(middle=header_field("<I", 24, offsets[1] - 1)))
 
 
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(st.lists(st.tuples(st.integers(0, 60), st.integers(0, 255)), min_size=1, max_size=3))
 def test_no_altered_header_of_the_middle_brings_the_process_down(changes: list[tuple[int, int]]) -> None:
     """Without the check, one such header in fifty is a segmentation fault."""

@@ -4,7 +4,6 @@ import math
 from dataclasses import dataclass
 from fractions import Fraction
 
-import torch
 from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
@@ -126,5 +125,5 @@ class RunningRange:
             raise ValueError(
                 f"maxima {list(maxima.shape)} and minima {list(minima.shape)} for a range of {self.maxima.columns} columns"
             )
-        if not (torch.as_tensor(minima <= maxima)).all():
+        if not bool((minima <= maxima).all()):
             raise ValueError("NaN among the cosines, or a minimum above its maximum: were the two swapped?")
