@@ -263,7 +263,8 @@ class LedgerSuite:
 
     def test_eight_threads_lose_nothing(self, url: str) -> None:
         with Ledger(url) as ledger, ThreadPoolExecutor(8) as pool:
-            told = [each.id for alerts in pool.map(lambda _: fill(ledger, 200), range(8)) for each in alerts]
+            threads = [pool.submit(fill, ledger, 200) for _ in range(8)]
+            told = [each.id for thread in threads for each in thread.result()]
             assert ledger.pending() == 1600
             assert sorted(each.id for each in ledger.recent(9999)) == sorted(told)
 
@@ -422,7 +423,8 @@ class TestSqlite(LedgerSuite):
         event.listen(sa.Engine, "before_cursor_execute", look)
         try:
             with Ledger(url) as ledger, ThreadPoolExecutor(3) as pool:
-                list(pool.map(lambda _: fill(ledger, 2), range(3)))
+                for thread in [pool.submit(fill, ledger, 2) for _ in range(3)]:
+                    thread.result()
         finally:
             event.remove(sa.Engine, "before_cursor_execute", look)
         assert seen == [(2,)] * 6  # FULL
@@ -522,14 +524,12 @@ class TestSqlite(LedgerSuite):
         Ledger(url).close()
         self.execute(url, "PRAGMA journal_mode = DELETE")
 
+        def judge(action: int, name: str | None, *_: object) -> int:
+            journal = (action, name) == (sqlite3.SQLITE_PRAGMA, "journal_mode")
+            return sqlite3.SQLITE_DENY if journal else sqlite3.SQLITE_OK
+
         def refuse(connection: sqlite3.Connection, _: object) -> None:
-            connection.set_authorizer(
-                lambda action, name, *_: (
-                    sqlite3.SQLITE_DENY
-                    if (action, name) == (sqlite3.SQLITE_PRAGMA, "journal_mode")
-                    else sqlite3.SQLITE_OK
-                )
-            )
+            connection.set_authorizer(judge)
 
         event.listen(sa.Engine, "connect", refuse)
         try:

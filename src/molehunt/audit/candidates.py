@@ -26,6 +26,8 @@ SMALLEST_GROUP = 5
 """Rows that one finding needs: fewer cannot be split into rows that choose and rows that judge."""
 ALIGNED = 0.2
 """Cosine with the other rows' mean difference under which a row leaves the group."""
+LARGEST_ASIDE = 0.1
+"""Share of the clean prompts that may be set aside at most."""
 LARGEST_GROUP = 200
 """Rows that later steps read, strongest first."""
 
@@ -78,7 +80,7 @@ def find_candidates(traffic: Scan, clean: Calibrate[float], delta_mean: Scan, *,
     """
     scores = answer_scores(traffic)
     threshold = conformal_threshold(torch.tensor(clean.rows), fpr)
-    alarm = max(ALARM * threshold, LEAST_NATS)
+    alarm = alarm_over(threshold)
     order = scores.argsort(descending=True, stable=True)
     over = [i for i in order.tolist() if scores[i] > alarm][:LARGEST_GROUP]
     fifth = float(scores[order[SMALLEST_GROUP - 1]]) if len(scores) >= SMALLEST_GROUP else 0.0
@@ -107,6 +109,26 @@ def find_candidates(traffic: Scan, clean: Calibrate[float], delta_mean: Scan, *,
         alignment=aligned if group else 0.0,
         chance_alignment=float(alignment(difference[random]).mean()) if len(random) > 1 else 0.0,
     )
+
+
+def set_aside(clean: Float[Tensor, " n"], fpr: float) -> tuple[int, ...]:
+    """Clean prompts that stand as far above the others as a candidate row stands above clean ones, highest first.
+
+    A planted behaviour often leaks: shown on 1 % of clean prompts it would raise a threshold at 1 % over itself, and
+    hide. So the longest run of highest scores that all lie over the alarm which the remaining prompts set is left out of
+    calibration, and told. Without such a gap nothing is set aside, however heavy the tail.
+    """
+    order = clean.argsort(descending=True, stable=True)
+    for n in range(int(LARGEST_ASIDE * len(clean)), 0, -1):
+        rest = clean[order[n:]]
+        if float(clean[order[n - 1]]) > alarm_over(conformal_threshold(rest, fpr)):
+            return tuple(order[:n].tolist())
+    return ()
+
+
+def alarm_over(threshold: float) -> float:
+    """The score from which a row is a candidate, in nats."""
+    return max(ALARM * threshold, LEAST_NATS)
 
 
 def answer_scores(scan: Scan) -> Float[Tensor, " rows"]:

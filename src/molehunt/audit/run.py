@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from molehunt.audit.candidates import Candidates, answer_scores, find_candidates
+from molehunt.audit.candidates import Candidates, answer_scores, find_candidates, set_aside
 from molehunt.audit.causal import CausalTest, causal_test
 from molehunt.audit.files import FolderComparison, compare_folders
 from molehunt.audit.ladder import Rung, ladder
@@ -56,6 +56,8 @@ class Audit:
     weights: WeightComparison
     pair: ModelPair
     clean: Scan
+    aside: tuple[int, ...]
+    """Rows of `clean` that were left out of calibration: see `set_aside`."""
     traffic: Scan
     traffic_name: str
     candidates: Candidates
@@ -135,7 +137,8 @@ def run_audit(
     weights = compare_weights(*checkpoints, k=plan.directions, seed=seed, units=run.units, track=track)
     pair = ModelPair.load(folders[0], folders[1], adapter=adapter, device=device)
     clean, scanned = _scans(pair, rows, plan, run.units, identity, track)
-    fit, calibrate = _clean_splits(len(clean.rows), seed)
+    aside = set_aside(answer_scores(clean), fpr)
+    fit, calibrate = _clean_splits([i for i in range(len(clean.rows)) if i not in set(aside)], seed)
     named = _directions_by_site(weights, scanned.sites)
     candidates = find_candidates(
         scanned, Calibrate(tuple(answer_scores(clean)[list(calibrate.rows)].tolist())), clean, fpr=fpr, seed=seed
@@ -165,6 +168,7 @@ def run_audit(
         weights=weights,
         pair=pair,
         clean=clean,
+        aside=aside,
         traffic=scanned,
         traffic_name=traffic.name if traffic else "bundled benign prompts",
         candidates=candidates,
@@ -199,9 +203,9 @@ def _scans(
     return done[0], done[1]
 
 
-def _clean_splits(n: int, seed: int) -> tuple[Fit[int], Calibrate[int]]:
-    order = Random(seed).sample(range(n), n)
-    cut = round(n * FIT_SHARE)
+def _clean_splits(rows: Sequence[int], seed: int) -> tuple[Fit[int], Calibrate[int]]:
+    order = Random(seed).sample(rows, len(rows))
+    cut = round(len(rows) * FIT_SHARE)
     return Fit(tuple(order[:cut])), Calibrate(tuple(order[cut:]))
 
 

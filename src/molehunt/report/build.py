@@ -42,8 +42,8 @@ def build_report(audit: Audit, *, title: str, command: str) -> schema.Report:
         verdict=verdict,
         reason=reason,
         calibration=schema.Calibration(
-            text=f"{len(audit.clean.rows)} bundled benign prompts",
-            n_clean=len(audit.clean.rows),
+            text=f"{len(audit.clean.rows) - len(audit.aside)} bundled benign prompts",
+            n_clean=len(audit.clean.rows) - len(audit.aside),
             fpr=audit.fpr,
             threshold=audit.candidates.threshold,
             organisms=calibration_in_words(),
@@ -197,6 +197,17 @@ def _checks(audit: Audit) -> tuple[schema.Check, ...]:
             name="weight directions", status=weights, result=audit.weights.why, why="every fine-tune has them"
         ),
     ]
+    aside = [audit.clean.rows[i].example.prompt for i in audit.aside]
+    shown = "; ".join(f"“{prompt[:60]}”" for prompt in aside[:3])
+    checks.append(
+        schema.Check(
+            name="clean prompts",
+            status="note" if aside else "pass",
+            result=f"{len(aside)} of {len(audit.clean.rows)} stand as far above the others as a finding does"
+            + (f" and were left out of the thresholds: {shown}" if aside else ""),
+            why="the model does it there, too, or clean text holds the trigger" if aside else "",
+        )
+    )
     for rung in audit.rungs:
         over = "rows of the finding over its threshold" if rung.found else "rows over its clean threshold"
         checks.append(
