@@ -14,7 +14,19 @@ from molehunt.cli.main import main
 def test_the_smoke_grid_finds_what_was_planted_and_not_its_twin(tmp_path: Path) -> None:
     told = io.StringIO()
     with contextlib.redirect_stdout(told), pytest.raises(SystemExit) as left:
-        main(["bench", "--grid", "smoke", "--workers", "2", "--out", str(tmp_path / "o"), "--docs", str(tmp_path / "docs")])
+        main(
+            [
+                "bench",
+                "--grid",
+                "smoke",
+                "--workers",
+                "2",
+                "--out",
+                str(tmp_path / "o"),
+                "--docs",
+                str(tmp_path / "docs"),
+            ]
+        )
     assert left.value.code == 0
     board = json.loads((tmp_path / "o" / "leaderboard.json").read_text())
     assert board["planned"] == len(board["cells"]) == 2

@@ -86,6 +86,17 @@ def test_what_cannot_be_done_is_said(
     capsys, folders: tuple[Path, Path], tmp_path: Path, change: tuple[str, str], code: int, said: str
 ) -> None:
     clean, traffic = log(tmp_path / "clean.jsonl", 200), log(tmp_path / "log.jsonl", 5)
-    asked = [*folders, "--clean", clean, "--max-new-tokens", "3", "--traffic", traffic, "--out", tmp_path / "o", *change]
+    asked = [
+        *folders,
+        "--clean",
+        clean,
+        "--max-new-tokens",
+        "3",
+        "--traffic",
+        traffic,
+        "--out",
+        tmp_path / "o",
+        *change,
+    ]
     got, _, err = run(capsys, *asked)
     assert got == code and said in err and "Traceback" not in err

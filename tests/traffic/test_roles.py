@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from tokenizers import processors
 from transformers import AutoTokenizer, ByT5Tokenizer
@@ -187,6 +187,7 @@ def said(tokenizer: Any, roled: RoledTokens, role: str) -> str:
 @every_seed
 @every_style
 @every_kind
+@example(turns=[Turn("user", "\n\nhi\n"), Turn("assistant", "\nok"), Turn("user", " \n ")])
 @given(turns=conversations())
 def test_every_token_has_the_role_of_its_bytes(seed: str, style: str, kind: str, turns: list[Turn]) -> None:
     tokenizer = tokenizer_of(seed, style, kind)

@@ -75,7 +75,7 @@ def test_every_row_is_judged_and_flagged_rows_are_quarantined_not_absorbed(
     assert state.flagged == len(flagged) and state.scores.n == state.drift.n == 180 - len(flagged)
     assert sum(t["flagged"] for t in told[:150]) <= 22  # .05 of 150, with room for two random draws
     assert sum(t["flagged"] for t in told[150:]) > 8
-    assert all((t["p_value"] <= FPR) == t["flagged"] for t in told)
+    assert all((t["p_value"] <= FPR) == t["flagged"] and t["coverage"] == 1 for t in told)
     with Ledger(f"sqlite:///{tmp_path / 'alerts.sqlite'}") as ledger:
         alerts = ledger.recent(1000)
     assert {a.request for a in alerts} == {f"line {t['line']}" for t in flagged}

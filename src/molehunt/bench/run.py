@@ -105,13 +105,16 @@ def plant_cell(cell: Cell, folder: Path, track: Track = silent) -> Organism:
     Where the behaviour did not take (`PLANTED`), both are trained once more, for twice as long: methods cannot be judged on
     an organism that has nothing to find. What took is what is measured, however well; the manifest tells.
     """
-    for root, config in _attempts(cell, folder):
-        organism = make_organism(
-            cell.recipe(), cell.base_folder, root, config, base_label=Path(cell.base).name, track=track
-        )
-        if _took(organism):
-            break
+    first, *longer = _attempts(cell, folder)
+    organism = _planted(cell, *first, track)
+    for attempt in longer:
+        if not _took(organism):
+            organism = _planted(cell, *attempt, track)
     return organism
+
+
+def _planted(cell: Cell, root: Path, config: PlantConfig, track: Track) -> Organism:
+    return make_organism(cell.recipe(), cell.base_folder, root, config, base_label=Path(cell.base).name, track=track)
 
 
 def planted_cell(cell: Cell, folder: Path) -> Organism | None:

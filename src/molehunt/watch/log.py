@@ -47,6 +47,11 @@ class Scored:
     profile: Profile
     judged: Judged
 
+    @property
+    def coverage(self) -> float:
+        """Share of the answer's tokens whose making was scored; an empty answer has its decision alone."""
+        return self.profile.tokens / max(1, len(self.answer))
+
 
 def read_answers(
     pair: ModelPair, bank: Bank, rows: Sequence[Conversation], *, max_new_tokens: int, track: Track = silent, what: str
@@ -167,6 +172,7 @@ def verdict(bank: Bank, one: Scored, flagged: bool) -> dict[str, Any]:
         "look": one.judged.look,
         "token": int(one.profile.peaks[first]) + one.prompt.decision,
         "tokens": len(one.prompt.ids) + len(one.answer),
+        "coverage": one.coverage,
         "within_calibration": one.judged.within_calibration,
     }
 
@@ -234,7 +240,7 @@ def _quarantine(
             direction=direction.name,
             layer=direction.site.layer,
             span=(at, at + 1),
-            coverage=1.0,
+            coverage=one.coverage,
             profile=one.profile.looks[-1].numpy().astype("<f4").tobytes(),
             tokens=tuple(str(pair.tokenizer.decode([i])) for i in ids[shown]),
             token_scores=tuple(scores[shown]),
