@@ -224,6 +224,15 @@ def test_l0_is_what_was_asked_for_in_training_and_at_inference(name: str) -> Non
     assert float((code > 0).sum(1).float().mean()) == pytest.approx(3, rel=0.2)
 
 
+@pytest.mark.parametrize("name", ["batch-topk", "matryoshka"])
+@pytest.mark.parametrize("steps", [40, 120])
+def test_the_inference_threshold_follows_a_short_training_too(name: str, steps: int) -> None:
+    config = TrainingConfig(steps=steps, batch=256)
+    (one,) = train_dictionaries([spec(name)], {SITE: PLANTED.batches(steps)}, config, d_model=D)
+    code = one.dictionary.encode(inputs(n=2048, seed=98))
+    assert float((code > 0).sum(1).float().mean()) == pytest.approx(3, rel=0.2)
+
+
 @pytest.mark.parametrize("name", ["relu", "gated"])
 def test_l1_makes_codes_sparse(name: str) -> None:
     assert 1 < trained()[name].history[-1]["l0"] < 6

@@ -32,7 +32,7 @@ from molehunt.run.unit import Units, unit_key
 
 WEIGHT_DIRECTIONS = 8
 """Singular directions kept per matrix."""
-CELL_SCHEMA = 2
+CELL_SCHEMA = 3
 """Part of every cell's address: raise it when cells come to mean something else."""
 PLANTED = 0.9
 """Attack success rate under which a behaviour counts as not planted."""

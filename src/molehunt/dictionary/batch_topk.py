@@ -1,5 +1,6 @@
 """BatchTopK dictionaries: k latents a token on average, chosen over the whole batch. Source: arXiv 2412.06410."""
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -14,7 +15,8 @@ from molehunt.errors import UsageError
 
 THRESHOLD_FROM = 0.5
 """Part of the training after which the inference threshold is tracked: before it, k and weights still move fast."""
-THRESHOLD_DECAY = 0.99
+THRESHOLD_SPAN = 0.05
+"""Part of the training over which the inference threshold is averaged: fewer batches where all of it takes few."""
 
 
 class BatchTopK(Trainee):
@@ -34,13 +36,13 @@ class BatchTopK(Trainee):
             raise UsageError(f"k must lie in 1..d_dict={d_dict}, got {k}")
         self.k, self.start_k = k, min(2 * k if start_k is None else start_k, d_dict)
         self.register_buffer("threshold", torch.zeros(()))
-        self._floor, self._tracked = 0.0, False
+        self._floor, self._tracked = 0.0, 0.0
 
     def memory(self) -> dict[str, float]:
-        return {"floor": self._floor, "tracked": float(self._tracked)}
+        return {"floor": self._floor, "tracked": self._tracked}
 
     def recall(self, memory: Mapping[str, float]) -> None:
-        self._floor, self._tracked = memory["floor"], bool(memory["tracked"])
+        self._floor, self._tracked = memory["floor"], memory["tracked"]
 
     def k_at(self, progress: float) -> float:
         """Latents a token at this point of the training."""
@@ -53,9 +55,9 @@ class BatchTopK(Trainee):
             n = round(self.k_at(progress) * len(x))
             fires, cut = largest_in_batch(pre * self.decoder_norms(), n, self._floor)
             self._floor = 0.8 * cut  # cuts of neighbouring batches are alike
-            decay = THRESHOLD_DECAY if progress >= THRESHOLD_FROM and self._tracked else 0.0
+            decay = math.exp((self._tracked - progress) / THRESHOLD_SPAN) if self._tracked else 0.0
             self.threshold.mul_(decay).add_((1 - decay) * cut)
-            self._tracked = progress >= THRESHOLD_FROM
+            self._tracked = progress if progress >= THRESHOLD_FROM else 0.0
         pattern = Pattern.of_mask(fires)
         return pattern, encode_chosen(pre, x, self.encoder, self.b_enc, pattern)
 
