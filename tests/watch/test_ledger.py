@@ -486,6 +486,28 @@ class TestSqlite(LedgerSuite):
             other.close()
             fill(ledger, 1)
 
+    def test_all_who_queue_for_a_locked_ledger_are_told(self, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(module, "WAIT_S", 1)
+        start = threading.Barrier(8)
+
+        def record() -> str:
+            start.wait()
+            with pytest.raises(LedgerUnavailable) as error:
+                ledger.record(alert())
+            return str(error.value)
+
+        with Ledger(url) as ledger, ThreadPoolExecutor(8) as pool:
+            other = sqlite3.connect(url.removeprefix("sqlite:///"), isolation_level=None)
+            other.execute("BEGIN IMMEDIATE")
+            threads = [pool.submit(record) for _ in range(8)]
+            told = [thread.result() for thread in threads]
+            other.close()
+            assert any("database is locked" in each for each in told)
+            assert any("others have written for 1 s" in each for each in told)
+            assert ledger.pending() == 0
+            fill(ledger, 1)
+            assert ledger.pending() == 1
+
     @pytest.mark.parametrize("left", [b"no database" * 999, None], ids=["foreign", "cut short"])
     def test_a_broken_file_is_told(self, file: Path, url: str, left: bytes | None) -> None:
         with Ledger(url) as ledger:

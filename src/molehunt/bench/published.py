@@ -37,7 +37,7 @@ from molehunt.traffic.example import Example
 Q = 0.05
 SWEEP = (0.01, 0.02, 0.05, 0.1, 0.2)
 FPR = 0.01
-PUBLISHED_SCHEMA = 1
+PUBLISHED_SCHEMA = 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
