@@ -86,8 +86,8 @@ def read_conversations(
     """Yield the conversations of a log (.jsonl, .jsonl.gz, .parquet) in order, holding one line at a time.
 
     A row is a string, or an object with `messages` of the roles system, user, assistant and tool, or with a prompt, text,
-    instruction or input, which becomes one user turn. A last assistant message is the logged answer, else a response,
-    completion or answer is. Content in parts is joined by newlines; a part that is no text makes the row a bad one. The
+    instruction or input, which becomes one user turn. A response, completion or answer is the logged answer, else a last
+    assistant message is. Content in parts is joined by newlines; a part that is no text makes the row a bad one. The
     calls of tools are not read. Half of a surrogate pair becomes U+FFFD.
 
     Args:
