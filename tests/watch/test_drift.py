@@ -248,6 +248,7 @@ def test_the_margin_is_hoeffding_s() -> None:
         off = np.abs(rng.integers(0, 2, (20_000, n)).mean(1) - 0.5)  # coins spread widest
         k = int((off > reference_margin(n, level)).sum())
         assert proportion(k, 20_000).low <= level and k > 0
+    assert math.isclose(reference_margin(50, 0.02), math.sqrt(math.log(100) / 100))
     assert reference_margin(1, 0.01) == 0.5
     for n, level in ((0, 0.1), (5, 0.0), (5, 1.0)):
         with pytest.raises(ValueError, match="margin"):

@@ -118,6 +118,7 @@ def test_half_precision_costs_at_most_its_epsilon(architecture, dtype):
     with both_ways(model, given) as (fold, tap):
         assert model(IDS).logits.equal(logits)
     for site, rows in given.items():
+        assert fold[site].dtype == torch.float32  # of which rounding is the norm's alone
         off = (fold[site] - plain(tap[site], rows)).abs()
         assert off.max() <= torch.finfo(dtype).eps
         assert off.mean() <= torch.finfo(dtype).eps / D_MODEL**0.5

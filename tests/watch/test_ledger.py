@@ -216,6 +216,11 @@ class LedgerSuite:
             ledger.record(alert(id=kept.id, score=99.0))
         assert ledger.recent(9) == [kept]
 
+    def test_what_was_reviewed_elsewhere_is_not_recorded(self, ledger: Ledger) -> None:
+        with pytest.raises(UsageError, match="confirmed"):
+            ledger.record(alert(status="confirmed"))
+        assert ledger.recent(9) == []
+
     def test_half_a_surrogate_pair_is_not_stored(self, ledger: Ledger) -> None:
         with pytest.raises(InvalidInput, match="not Unicode"):
             ledger.record(alert(answer="\udc80"))
@@ -363,7 +368,7 @@ class LedgerSuite:
         with Ledger(url) as ledger:
             self.execute(url, "DROP TABLE molehunt_alerts")
             with pytest.raises(LedgerUnavailable, match="molehunt_alerts") as error:
-                ledger.record(alert(answer="confidential"))
+                ledger.record(alert(request="confidential"))
         assert "confidential" not in str(error.value) + str(error.value.__context__)
 
     def test_a_full_pool_of_readers_is_told(self, url: str, monkeypatch: pytest.MonkeyPatch) -> None:

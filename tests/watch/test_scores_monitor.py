@@ -1,11 +1,13 @@
 """From extremes to a p-value."""
 
 import math
+from functools import cache
 
 import pytest
 import torch
 
 from molehunt.errors import NotTestable
+from molehunt.measure.threshold import conformal_p_values
 from molehunt.traffic.split import Calibrate, Fit
 from molehunt.watch.monitor import LEAST, Monitor
 from molehunt.watch.profile import Profile, profiles
@@ -14,6 +16,7 @@ from molehunt.watch.scores import Mahalanobis, RangeExceedance, RobustMax, TailS
 SCORES = [RangeExceedance.fit, RobustMax.fit, Mahalanobis.fit, TailSum.fit]
 
 
+@cache
 def answers(n: int, seed: int, *, shift: float = 0.0, columns: int = 12, at: int | None = None) -> list[Profile]:
     """Answers of 1 to 20 tokens with columns of unlike scales and heavy tails; `shift` moves half of the columns."""
     rng = torch.Generator().manual_seed(seed)
@@ -71,11 +74,19 @@ def test_the_joint_false_alarm_rate_is_what_was_asked_for(fit, fpr: float) -> No
     """Over all columns, looks and lengths; a plain range over 12 columns would flag far more."""
     monitor = Monitor.fit(Fit(tuple(answers(300, 0))), Calibrate(tuple(answers(1000, 1))), fit)
     fresh = answers(1500, 2)
-    flagged = sum(monitor.judge(row).p_value <= fpr for row in fresh)
+    scores = monitor.scores(fresh)
+    p_values = conformal_p_values(monitor.calibration, scores)
+    flagged = int((p_values <= fpr).sum())
+    for row, score, p in zip(fresh[:40], scores, p_values, strict=False):
+        judged = monitor.judge(row)
+        assert judged.score == pytest.approx(
+            float(score), rel=1e-3, abs=1e-4
+        )  # one row or many: products round otherwise
+        assert abs(judged.p_value - float(p)) <= 2 / 1000
     # a threshold from 1,000 rows has an error of its own, about as large as that of 1,500 fresh rows
     spread = 4 * math.sqrt(fpr * (1 - fpr) * (1 / 1000 + 1 / len(fresh)))
     assert abs(flagged / len(fresh) - fpr) <= spread
-    assert flagged == int((monitor.scores(fresh) > monitor.threshold(fpr)).sum())
+    assert flagged == int((scores > monitor.threshold(fpr)).sum())
 
 
 def test_a_shift_of_many_columns_is_caught_at_the_first_look_and_named() -> None:

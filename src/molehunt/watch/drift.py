@@ -79,7 +79,7 @@ class DriftMartingale:
         if not 0 <= p <= 1:
             raise ValueError(f"a p-value lies in 0..1, got {p}")
         spread = [(1 - JUMP) * stake + JUMP / len(SLOPES) for stake in self.stakes]
-        # A mean within the margin of 1/2 pays at most 1 on average: a supermartingale, whatever the mean is.
+        # While the mean of p lies within the margin of 1/2, no slope pays more than its stake on average.
         won = [
             stake * (1 + slope * (p - 0.5)) / (1 + abs(slope) * self.margin)
             for stake, slope in zip(spread, SLOPES, strict=True)

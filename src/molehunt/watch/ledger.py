@@ -5,6 +5,7 @@ Nothing is swallowed here: a caller that cannot record an alert hears of it, and
 
 import sqlite3
 import threading
+import time
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -38,7 +39,6 @@ ALERTS = sa.Table(
     sa.Column("absorbed", sa.Boolean, nullable=False),
     sa.Column("alert", sa.LargeBinary, nullable=False),  # UTF-8 JSON as bytes: a server may be set to another encoding
     sa.Index("molehunt_alerts_by_status", "status", "seq"),
-    sqlite_autoincrement=True,  # no number is given twice, so pages stay in order
 )
 META = sa.Table(
     "molehunt_meta", _TABLES, sa.Column("key", sa.String(32), primary_key=True), sa.Column("value", sa.String(32))
@@ -123,10 +123,12 @@ class Ledger:
         Raises:
             LedgerUnavailable: it is not stored. Whoever judged the request must fail closed.
             InvalidInput: it holds text that is not Unicode.
-            UsageError: an alert of this id is stored already.
+            UsageError: an alert of this id is stored already, or this one was reviewed elsewhere.
         """
+        if alert.status != "pending":
+            raise UsageError(f"alert {alert.id} is {alert.status}: what is recorded waits for its review here")
         kept = alert.without_text() if self._no_text else alert
-        row = {"id": kept.id, "status": kept.status, "absorbed": False, "alert": kept.to_json()}
+        row = {"id": kept.id, "status": "pending", "absorbed": False, "alert": kept.to_json()}
         with self._transaction(write=True) as connection:
             try:
                 connection.execute(sa.insert(ALERTS).values(row))
@@ -255,9 +257,19 @@ class Ledger:
         )
 
     def _write_ahead(self) -> None:
+        """Kept in the file; not possible in a transaction, and SQLite does not wait for others who open it now."""
         raw = self._writes.raw_connection()
+        until = time.monotonic() + WAIT_S
         try:
-            raw.cursor().execute("PRAGMA journal_mode = WAL")  # kept in the file; not possible in a transaction
+            while True:
+                try:
+                    raw.cursor().execute("PRAGMA journal_mode = WAL")
+                    return
+                except sqlite3.OperationalError as error:
+                    busy = error.sqlite_errorcode & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+                    if not busy or time.monotonic() > until:
+                        raise
+                time.sleep(0.01)
         except sqlite3.Error as error:
             raise self._explained(error) from None
         finally:
@@ -325,7 +337,7 @@ def _sqlite(location: URL) -> tuple[Engine, Engine]:
             + SQLITE_ADVICE[sqlite3.SQLITE_CANTOPEN]
         ) from None
     by_hand: dict[str, Any] = {"timeout": WAIT_S, "isolation_level": None}  # sqlite3 itself would begin too late
-    shared: dict[str, Any] = {"hide_parameters": True, "pool_timeout": WAIT_S, "connect_args": by_hand}
+    shared: dict[str, Any] = {"pool_timeout": WAIT_S, "connect_args": by_hand}
     reads = sa.create_engine(location, **shared)
     writes = sa.create_engine(location, pool_size=1, max_overflow=0, **shared)
     event.listen(writes, "begin", _begin_on_sqlite)
