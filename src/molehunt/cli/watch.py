@@ -54,61 +54,38 @@ def watch(
     import json
     from dataclasses import asdict
 
-    from molehunt.audit.weights import compare_weights
-    from molehunt.checkpoint.reader import Checkpoint
     from molehunt.cli.console import say, track_on_stderr
+    from molehunt.cli.watching import begin
     from molehunt.errors import UsageError
     from molehunt.measure.interval import proportion
-    from molehunt.model.loading import local_folder
-    from molehunt.model.pair import ModelPair
     from molehunt.run.local import Shard
-    from molehunt.traffic.benign import benign_prompts
-    from molehunt.traffic.roles import Turn
-    from molehunt.traffic.stream import BadLines, Conversation, Place, read_conversations
-    from molehunt.watch.bank import Bank
+    from molehunt.traffic.stream import BadLines, read_conversations
     from molehunt.watch.ledger import Ledger
-    from molehunt.watch.log import calibrated, watch_log
-    from molehunt.watch.state import WatchState, identify
+    from molehunt.watch.log import watch_log
 
     share = Shard.parse(shard)
     if not traffic.is_file():
         raise UsageError(f"{traffic} is not a file; --traffic takes a JSONL, JSONL.gz or parquet log.")
-    folders = local_folder(base), local_folder(tuned)
-    before = Checkpoint.open(folders[0])
-    after = Checkpoint.open(folders[1], adapter="refuse" if adapter is None else "use" if adapter else "ignore")
-    weights = compare_weights(before, after, track=track_on_stderr)
-    bank = Bank.of((row.directions for row in weights.matrices if row.directions is not None), before.model_type)
-    pair = ModelPair.load(*folders, device=device, adapter=adapter)
-    calm = (
-        [
-            Conversation(turns=(Turn("user", e.prompt),), response=None, tag="clean", line=i, end=Place())
-            for i, e in enumerate(benign_prompts(clean_rows, seed=seed), 1)
-        ]
-        if clean is None
-        else [row for row, _ in zip(read_conversations(clean), range(clean_rows), strict=False)]
+    watching = begin(
+        base,
+        tuned,
+        clean=clean,
+        clean_rows=clean_rows,
+        fpr=fpr,
+        max_new_tokens=max_new_tokens,
+        adapter=adapter,
+        device=device,
+        out=out,
+        seed=seed,
+        no_text=no_text,
     )
-    identity = identify(before, after, pair.tokenizer, bank, fpr=fpr, max_new_tokens=max_new_tokens, clean=calm)
-    out.mkdir(parents=True, exist_ok=True)
-    kept = out / "state.safetensors"
-    if kept.exists():
-        state = WatchState.load(kept, identity)
+    bank, state = watching.bank, watching.state
+    if state.seen:
         say(f"Going on at line {state.place.line + 1}: {state.seen} rows were judged before.")
-    else:
-        state = calibrated(
-            pair,
-            bank,
-            calm,
-            fpr=fpr,
-            identity=identity,
-            max_new_tokens=max_new_tokens,
-            seed=seed,
-            track=track_on_stderr,
-        )
-        state.save(kept)
     bad = BadLines()
     with Ledger(f"sqlite:///{(out / 'alerts.sqlite').absolute()}", no_text=no_text) as ledger:
         watch_log(
-            pair,
+            watching.pair,
             bank,
             state,
             read_conversations(

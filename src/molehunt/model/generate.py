@@ -52,7 +52,7 @@ def generate(
     """
     if not all(prompts):
         raise ValueError("a prompt without tokens has nothing to continue")
-    stops = _stops(model, tokenizer) if stop is None else frozenset(stop)
+    stops = stop_ids(model, tokenizer) if stop is None else frozenset(stop)
     order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
     groups = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     completions: list[list[int]] = [[] for _ in prompts]
@@ -73,8 +73,8 @@ def _decode(
     padded = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=device)
     lengths = torch.tensor([len(p) for p in prompts], device=device)[:, None]
     mask = (torch.arange(width, device=device) >= width - lengths).long()
-    stop_ids = torch.tensor(sorted(stops), device=device)
-    last_only: dict[str, Any] = {"logits_to_keep": 1} if _keeps_logits(model) else {}
+    ends = torch.tensor(sorted(stops), device=device)
+    last_only: dict[str, Any] = {"logits_to_keep": 1} if keeps_last_logits(model) else {}
 
     completions: list[list[int]] = [[] for _ in prompts]
     live = list(range(len(prompts)))
@@ -93,7 +93,7 @@ def _decode(
         tokens = cast("torch.Tensor", out.logits[:, -1].argmax(-1, keepdim=True))
         for row, token in zip(live, tokens[:, 0].tolist(), strict=True):
             completions[row].append(token)
-        going = ~torch.isin(tokens[:, 0], stop_ids)
+        going = ~torch.isin(tokens[:, 0], ends)
         if not bool(going.all()):
             kept = going.nonzero()[:, 0]
             if not len(kept):
@@ -106,7 +106,8 @@ def _decode(
     return completions
 
 
-def _stops(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+def stop_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Token ids that end an answer: the generation config's, else the tokenizer's end of text."""
     config = getattr(unwrapped(model), "generation_config", None)
     ids: int | list[int] | None = getattr(config, "eos_token_id", None)
     if ids is None:
@@ -114,5 +115,6 @@ def _stops(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> frozenset[in
     return frozenset([] if ids is None else [ids] if isinstance(ids, int) else ids)
 
 
-def _keeps_logits(model: nn.Module) -> bool:
+def keeps_last_logits(model: nn.Module) -> bool:
+    """Whether `forward` can leave out the logits of all but the last positions."""
     return "logits_to_keep" in inspect.signature(unwrapped(model).forward).parameters

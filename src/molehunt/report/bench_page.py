@@ -6,13 +6,12 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from molehunt.report import bench_told
 from molehunt.report.bench_figures import bar, figures
 from molehunt.report.bench_told import Board, Group, Row, name, num, position, ranks, short, told
-from molehunt.report.html import TEMPLATES
+from molehunt.report.html import TEMPLATES, escaping
 from molehunt.report.markdown import cell
 
 
@@ -23,13 +22,7 @@ def render_board(board: Mapping[str, Any]) -> str:
         board: from `bench.leaderboard.leaderboard`; `published`, where it is there, holds results of
             `bench.published.run_published`, which are drawn under the ceiling of their score.
     """
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = escaping(TEMPLATES)
     attacks = bench_told.attack_names(board)
 
     def by(row: Row) -> str:

@@ -25,13 +25,7 @@ CELL_W, CELL_H = 30, 22
 
 def to_html(report: Report) -> str:
     """The page, in the order: verdict, evidence, where, contexts, before and after, cost, limits, appendix."""
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = escaping(TEMPLATES)
     filters: dict[str, Any] = {
         "visible": visible,
         "lines": _lines,
@@ -50,6 +44,12 @@ def to_html(report: Report) -> str:
         icon=ICONS[report.verdict.value],
         heat=heat_map(report.heat) if report.heat is not None else None,
     )
+
+
+def escaping(folder: Path) -> Environment:
+    """Templates of a folder: all that is put in is escaped, and a name that was not given is an error."""
+    loader = FileSystemLoader(folder)
+    return Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
 
 
 def _lines(text: str) -> str:

@@ -136,6 +136,18 @@ class Ledger:
                 raise UsageError(f"alert {kept.id} is in the ledger already") from None
             self._drop_oldest(connection)
 
+    def amend(self, alert: Alert) -> None:
+        """Replace what a recorded alert tells, such as its answer without the direction; its review stays as it is.
+
+        Raises:
+            UsageError: no alert of this id is stored (any more).
+            InvalidInput: it holds text that is not Unicode.
+        """
+        kept = alert.without_text() if self._no_text else alert
+        with self._transaction(write=True) as connection:
+            _known(connection, kept.id)
+            connection.execute(sa.update(ALERTS).where(ALERTS.c.id == kept.id).values(alert=kept.to_json()))
+
     def get(self, id: str) -> Alert | None:
         """The alert of that id, or None."""
         with self._transaction() as connection:

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from random import Random
@@ -16,41 +16,27 @@ import torch
 from molehunt.model.generate import generate
 from molehunt.model.pair import ModelPair
 from molehunt.run.progress import Track, silent
-from molehunt.steer.ablate import Ablate
 from molehunt.traffic.roles import RoledTokens, roled_prompt
 from molehunt.traffic.split import Calibrate, Fit
 from molehunt.traffic.stream import Conversation
-from molehunt.watch.alert import Alert
-from molehunt.watch.answers import answer_profiles, token_columns
+from molehunt.watch.alert import Extreme
+from molehunt.watch.answers import answer_profiles
 from molehunt.watch.bank import Bank
 from molehunt.watch.drift import DriftMartingale, reference_margin, smoothed_p_value
 from molehunt.watch.ledger import Ledger
 from molehunt.watch.monitor import Judged, Monitor
 from molehunt.watch.profile import Profile
+from molehunt.watch.quarantine import Answered, alert_of, explained, look_alikes
 from molehunt.watch.state import WatchState
 
 CHUNK = 256
 """Rows that are read, judged and written together; a killed run repeats at most one chunk."""
 DRIFT_LEVEL = 0.01
 """Chance of ever calling unchanged traffic changed."""
-SHOWN = 48
-"""Tokens of an alert that are kept around its span."""
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Scored:
-    """One conversation, the answer that was judged, and what the monitor says."""
-
-    conversation: Conversation
-    prompt: RoledTokens
-    answer: tuple[int, ...]
-    profile: Profile
-    judged: Judged
-
-    @property
-    def coverage(self) -> float:
-        """Share of the answer's tokens whose making was scored; an empty answer has its decision alone."""
-        return self.profile.tokens / max(1, len(self.answer))
+ALIKE_AMONG = 64
+"""Newest alerts that a new one is compared with."""
+EXTREMES = 16
+"""Highest calibration rows that are remembered, so that an alert can be held against them."""
 
 
 def read_answers(
@@ -95,9 +81,12 @@ def calibrated(
     identity: Mapping[str, str],
     max_new_tokens: int,
     seed: int,
+    no_text: bool = False,
     track: Track = silent,
 ) -> WatchState:
     """Fit a monitor on half of the clean rows and set its rate on the other half.
+
+    With `no_text` the state remembers nothing of what the rows say.
 
     Raises:
         NotTestable: too few clean rows for `fpr`: the monitor abstains rather than guess.
@@ -107,11 +96,16 @@ def calibrated(
     found = [p for _, _, p in read_answers(pair, bank, rows, max_new_tokens=max_new_tokens, track=track, what="clean")]
     half = len(found) // 2
     monitor = Monitor.fit(Fit(tuple(found[:half])), Calibrate(tuple(found[half:])))
+    highest = monitor.calibration.argsort(descending=True)[:EXTREMES].tolist()
     monitor.threshold(fpr)  # abstain now, not after hours
     unflagged = int((monitor.calibration <= monitor.threshold(fpr)).sum())
     return WatchState(
         identity=identity,
         monitor=monitor,
+        extremes=tuple(
+            Extreme(score=float(monitor.calibration[i]), text="" if no_text else rows[half + i].turns[-1].text)
+            for i in highest
+        ),
         drift=DriftMartingale(level=DRIFT_LEVEL / 2, margin=reference_margin(unflagged, DRIFT_LEVEL / 2)),
         rng=np.random.default_rng(seed),
     )
@@ -141,15 +135,15 @@ def watch_log(
         file.truncate(state.written)  # a chunk that was written, and not finished, is written again
         for chunk in _chunks(rows):
             scored = _judge(pair, bank, state.monitor, chunk, max_new_tokens, track)
-            for one in scored:
+            for row, one in zip(chunk, scored, strict=True):
                 flagged = one.judged.p_value <= fpr
                 state.seen += 1
                 state.flagged += flagged
                 if flagged:
-                    _quarantine(ledger, pair, bank, state, one, fpr, max_new_tokens)
+                    _quarantine(ledger, pair, bank, state, row, one, fpr, max_new_tokens)
                 else:
-                    _absorb(state, one.judged, fpr)
-                file.write((json.dumps(verdict(bank, one, flagged)) + "\n").encode())
+                    absorb(state, one.judged, fpr)
+                file.write((json.dumps(verdict(bank, row, one, flagged)) + "\n").encode())
             file.flush()
             os.fsync(file.fileno())
             state.written = file.tell()
@@ -157,21 +151,21 @@ def watch_log(
             state.save(into / "state.safetensors")
 
 
-def verdict(bank: Bank, one: Scored, flagged: bool) -> dict[str, Any]:
+def verdict(bank: Bank, row: Conversation, one: Answered, flagged: bool) -> dict[str, Any]:
     """The line of `verdicts.jsonl` for one row; no text of it."""
     first = one.judged.columns[0]
     names = bank.names
     return {
-        "line": one.conversation.line,
-        "tag": one.conversation.tag,
+        "line": row.line,
+        "tag": row.tag,
         "flagged": flagged,
         "score": round(one.judged.score, 4),
         "p_value": one.judged.p_value,
         "direction": names[first % len(names)],
         "side": "high" if first < len(names) else "low",
         "look": one.judged.look,
-        "token": int(one.profile.peaks[first]) + one.prompt.decision,
-        "tokens": len(one.prompt.ids) + len(one.answer),
+        "token": one.token,
+        "tokens": len(one.prompt) + len(one.answer),
         "coverage": one.coverage,
         "within_calibration": one.judged.within_calibration,
     }
@@ -185,15 +179,22 @@ def _chunks(rows: Iterable[Conversation]) -> Iterator[Sequence[Conversation]]:
 
 def _judge(
     pair: ModelPair, bank: Bank, monitor: Monitor, rows: Sequence[Conversation], max_new_tokens: int, track: Track
-) -> list[Scored]:
+) -> list[Answered]:
     read = read_answers(pair, bank, rows, max_new_tokens=max_new_tokens, track=track, what=f"from line {rows[0].line}")
     return [
-        Scored(conversation=row, prompt=prompt, answer=answer, profile=profile, judged=monitor.judge(profile))
-        for row, (prompt, answer, profile) in zip(rows, read, strict=True)
+        Answered(
+            prompt=prompt.ids,
+            answer=answer,
+            profile=profile,
+            judged=monitor.judge(profile),
+            # an empty answer has its decision alone
+            coverage=profile.tokens / max(1, len(answer)),
+        )
+        for prompt, answer, profile in read
     ]
 
 
-def _absorb(state: WatchState, judged: Judged, fpr: float) -> None:
+def absorb(state: WatchState, judged: Judged, fpr: float) -> None:
     """A row that was not flagged widens what is known of clean traffic, and is one more bet on drift."""
     state.scores.add(torch.tensor([[judged.score]]))
     calm = state.monitor.calibration[state.monitor.calibration <= state.monitor.threshold(fpr)]
@@ -202,54 +203,40 @@ def _absorb(state: WatchState, judged: Judged, fpr: float) -> None:
 
 
 def _quarantine(
-    ledger: Ledger, pair: ModelPair, bank: Bank, state: WatchState, one: Scored, fpr: float, max_new_tokens: int
+    ledger: Ledger,
+    pair: ModelPair,
+    bank: Bank,
+    state: WatchState,
+    row: Conversation,
+    one: Answered,
+    fpr: float,
+    max_new_tokens: int,
 ) -> None:
     """Record an alert, once: a chunk that is repeated after a kill meets its own alerts."""
-    ids = (*one.prompt.ids, *one.answer)
     # the same row of the same log under the same state is the same alert
-    name = json.dumps([dict(state.identity), one.conversation.line, ids])
+    name = json.dumps([dict(state.identity), row.line, one.prompt, one.answer])
     id = hashlib.sha256(name.encode()).hexdigest()[:32]
     if ledger.get(id) is not None:
         return
-    told = verdict(bank, one, True)
-    direction = bank.direction(one.judged.columns[0])
+    alert = alert_of(
+        bank,
+        pair.tokenizer,
+        one,
+        request=f"line {row.line}",
+        action="flag",
+        fpr=fpr,
+        extremes=state.extremes,
+        look_alikes=look_alikes(state.monitor, one, ledger.recent(ALIKE_AMONG)),
+    )
     with pair.tuned_model() as model:
-        scores = state.monitor.by_token(
-            one.judged.look, token_columns(model, bank, ids, layers_path=pair.layers_path)
-        ).tolist()
-        without = generate(
+        whole = explained(
+            replace(alert, id=id),
             model,
             pair.tokenizer,
-            [one.prompt.ids],
+            bank,
+            state.monitor,
+            one,
             max_new_tokens=max_new_tokens,
-            interventions=[Ablate(direction.site, direction.vector[None])],
             layers_path=pair.layers_path,
-        )[0]
-    at = told["token"]
-    start = max(0, at - SHOWN // 2)
-    shown = slice(start, start + SHOWN)
-    ledger.record(
-        Alert(
-            id=id,
-            request=f"line {one.conversation.line}",
-            action="flag",
-            score=one.judged.score,
-            p_value=one.judged.p_value,
-            fpr=fpr,
-            region="decision" if one.judged.look == 0 else "answer",
-            direction=direction.name,
-            layer=direction.site.layer,
-            span=(at, at + 1),
-            coverage=one.coverage,
-            profile=one.profile.looks[-1].numpy().astype("<f4").tobytes(),
-            tokens=tuple(str(pair.tokenizer.decode([i])) for i in ids[shown]),
-            token_scores=tuple(scores[shown]),
-            tokens_from=start,
-            answer=_text(pair, one.answer),
-            answer_without=_text(pair, without),
         )
-    )
-
-
-def _text(pair: ModelPair, ids: Sequence[int]) -> str:
-    return str(pair.tokenizer.decode(list(ids), skip_special_tokens=True))
+    ledger.record(whole)

@@ -6,7 +6,8 @@ prediction, as in `measure.threshold`; the published alternative is `watch.range
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -15,7 +16,7 @@ from torch import Tensor
 from molehunt.errors import NotTestable
 from molehunt.measure.threshold import conformal_p_values, conformal_threshold
 from molehunt.traffic.split import Calibrate, Fit, expect
-from molehunt.watch.profile import Profile
+from molehunt.watch.profile import Profile, RunningProfile, look_of
 from molehunt.watch.scores import RowScore, TailSum, tail
 
 LEAST = 60
@@ -94,6 +95,23 @@ class Monitor:
             highest[at] = highest[at].maximum(surprise)
         return highest
 
+    def running(self, growing: RunningProfile) -> Float[Tensor, " batch"]:
+        """What answers that still grow score at the look each has begun: never more than that look will say in the end.
+
+        Values stay on the device of `growing`, where this monitor must be, too (see `to`). NaN is kept.
+        """
+        looks = [look_of(tokens) for tokens in growing.tokens]
+        found = growing.extremes.new_empty(len(looks))
+        for j in set(looks):
+            rows = [row for row, look in enumerate(looks) if look == j]
+            found[rows] = self._at(j).surprise(growing.extremes[rows])
+        return found
+
+    def to(self, device: torch.device | str) -> "Monitor":
+        """The same monitor with what it needs to score on a device; calibration stays on the CPU."""
+        looks = tuple(replace(look, score=_moved(look.score, device)) for look in self.looks)
+        return Monitor(looks, self.calibration)
+
     def threshold(self, fpr: float) -> float:
         """Flag above this. Raises NotTestable where calibration is too small for the rate: the monitor abstains."""
         return conformal_threshold(self.calibration, fpr)
@@ -122,3 +140,11 @@ class Monitor:
 
     def _surprises(self, row: Profile) -> Float[Tensor, " looks"]:
         return torch.cat([self._at(j).surprise(extremes[None]) for j, extremes in enumerate(row.looks)])
+
+
+def _moved(score: RowScore, device: torch.device | str) -> RowScore:
+    if not is_dataclass(score):
+        raise TypeError(f"{type(score).__name__} is no dataclass of tensors: it cannot be moved to {device}")
+    held = {field.name: getattr(score, field.name) for field in fields(score)}
+    moved = {name: value.to(device) for name, value in held.items() if isinstance(value, Tensor)}
+    return cast("RowScore", replace(cast("Any", score), **moved))

@@ -60,41 +60,58 @@ class RunningProfile:
 
     def __init__(self, batch: int, columns: int, device: torch.device | str = "cpu") -> None:
         shape = (batch, 2 * columns)
-        self._extremes = torch.full(shape, -torch.inf, device=device)
+        self.extremes: Float[Tensor, "batch twice_columns"] = torch.full(shape, -torch.inf, device=device)
+        """Of each answer so far."""
+        self.tokens = [0] * batch
+        """Answer tokens seen of each row."""
         self._peaks = torch.zeros(shape, dtype=torch.long, device=device)
         self._looks: list[list[Tensor]] = [[] for _ in range(batch)]
-        self.tokens = 0
-        """Answer tokens seen of each row: all rows of a batch begin to answer together."""
 
     def extend(self, columns: Float[Tensor, "batch pos columns"]) -> None:
-        """Take the next tokens of every row: one in cached decoding, many in a teacher-forced pass."""
+        """Take the next tokens of every row: one in cached decoding, many in a teacher-forced pass.
+
+        NaN is kept: a row with a token that could not be scored says so when its profile is asked for.
+        """
         both = torch.cat([columns, -columns], dim=-1)
         start = 0
-        while start < both.shape[1]:  # up to the next look, at 2^j tokens
-            stop = min(both.shape[1], start + (1 << look_of(self.tokens + 1)) - self.tokens)
+        while start < both.shape[1]:  # up to the next look of any row, at 2^j tokens
+            to_look = min((1 << look_of(seen + 1)) - seen for seen in self.tokens)
+            stop = min(both.shape[1], start + to_look)
             self._advance(both[:, start:stop])
             start = stop
 
     def _advance(self, both: Tensor) -> None:
         highest, at = both.max(dim=1)
-        self._peaks = torch.where(highest > self._extremes, at + self.tokens, self._peaks)
-        self._extremes = self._extremes.maximum(highest)
-        self.tokens += both.shape[1]
-        if self.tokens == 1 << look_of(self.tokens):
-            for row, extremes in enumerate(self._extremes):
-                self._looks[row].append(extremes.clone())
+        if len(set(self.tokens)) > 1:
+            at = at + torch.tensor(self.tokens, device=at.device)[:, None]
+        else:
+            at = at + self.tokens[0]
+        self._peaks = torch.where(highest > self.extremes, at, self._peaks)
+        self.extremes = self.extremes.maximum(highest)
+        for row in range(len(self.tokens)):
+            self.tokens[row] += both.shape[1]
+            if self.tokens[row] == 1 << look_of(self.tokens[row]):
+                self._looks[row].append(self.extremes[row].clone())
 
     def keep(self, rows: Int[Tensor, " kept"]) -> None:
         """Go on with these rows alone: the others have ended."""
-        self._extremes, self._peaks = self._extremes[rows], self._peaks[rows]
+        self.extremes, self._peaks = self.extremes[rows], self._peaks[rows]
         self._looks = [self._looks[row] for row in rows.tolist()]
+        self.tokens = [self.tokens[row] for row in rows.tolist()]
+
+    def join(self, others: "RunningProfile") -> None:
+        """Go on with these answers, too, behind those of this batch."""
+        self.extremes = torch.cat([self.extremes, others.extremes])
+        self._peaks = torch.cat([self._peaks, others._peaks])
+        self._looks += others._looks
+        self.tokens += others.tokens
 
     def profile(self, row: int) -> Profile:
         """The answer so far. Raises ValueError for NaN: such a token was not scored."""
         looks = list(self._looks[row])
-        if self.tokens != 1 << look_of(self.tokens):
-            looks.append(self._extremes[row])
+        if self.tokens[row] != 1 << look_of(self.tokens[row]):
+            looks.append(self.extremes[row])
         stacked = torch.stack(looks).cpu()
         if stacked.isnan().any():
             raise ValueError("NaN among the activations: this answer cannot be scored")
-        return Profile(looks=stacked, peaks=self._peaks[row].cpu(), tokens=self.tokens)
+        return Profile(looks=stacked, peaks=self._peaks[row].cpu(), tokens=self.tokens[row])

@@ -18,13 +18,14 @@ from molehunt.checkpoint.reader import Checkpoint
 from molehunt.errors import InvalidInput, UsageError, printable
 from molehunt.run.whole import replace_whole
 from molehunt.traffic.stream import START, Conversation, Place
+from molehunt.watch.alert import Extreme
 from molehunt.watch.bank import Bank
 from molehunt.watch.drift import DriftMartingale
 from molehunt.watch.monitor import Look, Monitor
 from molehunt.watch.scores import TailSum
 from molehunt.watch.sketch import ScoreSketch
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 def identify(
@@ -57,6 +58,8 @@ class WatchState:
     identity: Mapping[str, str]
     """Hashes of both models, the tokenizer and the directions, and the rate: a state of another is refused."""
     monitor: Monitor
+    extremes: tuple[Extreme, ...] = ()
+    """The clean rows that scored highest, to hold alerts against."""
     scores: ScoreSketch = field(default_factory=lambda: ScoreSketch.empty(1))
     """Of clean traffic since calibration. Flagged rows are quarantined and never enter."""
     drift: DriftMartingale
@@ -87,6 +90,7 @@ class WatchState:
             "schema": SCHEMA,
             "identity": dict(self.identity),
             "summed": tail_sums[0].summed,
+            "extremes": [[extreme.score, extreme.text] for extreme in self.extremes],
             "drift": self.drift.to_dict(),
             "rng": self.rng.bit_generator.state,
             "place": list(self.place),
@@ -133,6 +137,7 @@ class WatchState:
         return cls(
             identity=identity,
             monitor=Monitor(looks, tensors["calibration"]),
+            extremes=tuple(Extreme(score=score, text=text) for score, text in told["extremes"]),
             scores=ScoreSketch.from_bytes(tensors["scores"].numpy().tobytes()),
             drift=DriftMartingale.from_dict(told["drift"]),
             rng=rng,

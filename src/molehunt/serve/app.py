@@ -1,0 +1,194 @@
+"""The guarded server: OpenAI's routes, health, metrics and the live page, behind one key."""
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from starlette.exceptions import HTTPException
+
+from molehunt.model.blocks import unwrapped
+from molehunt.model.pair import ModelPair
+from molehunt.serve.completions import Completions
+from molehunt.serve.engine import Engine
+from molehunt.serve.feed import Feed
+from molehunt.serve.guard import Guard, Settled
+from molehunt.serve.keys import Doorkeeper, Keys
+from molehunt.serve.live_page import LivePage
+from molehunt.serve.metrics import CONTENT_TYPE, Counted, Metrics
+from molehunt.serve.request import Asked, Ended, Failed, Piece
+from molehunt.serve.sampling import Sampling
+from molehunt.serve.wire import Refused
+from molehunt.traffic.roles import Turn, roled_prompt
+from molehunt.watch.alert import Alert
+
+SELF_TEST = "Say hello."
+SELF_TEST_S = 120
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How a server is reached, and what it takes."""
+
+    model_name: str
+    hosts: frozenset[str] | None
+    """Names that a Host header may have; None takes any."""
+    default_new_tokens: int = 256
+    max_body: int = 1 << 20
+    max_batch: int = 16
+    max_waiting: int = 256
+    request_log: Path | None = None
+    """A JSON line for each answer, without its text unless `log_text`."""
+    log_text: bool = False
+
+
+def create_app(pair: ModelPair, guard: Guard, keys: Keys, settings: Settings) -> FastAPI:
+    """The application. Its engine starts with it, and ends, when it is told to, after every answer that was begun."""
+    with pair.tuned_model() as model:
+        engine = Engine(
+            model,
+            pair.tokenizer,
+            guard,
+            max_batch=settings.max_batch,
+            max_waiting=settings.max_waiting,
+            layers_path=pair.layers_path,
+        )
+    metrics, feed = Metrics(engine.load), Feed()
+    request_log = settings.request_log.open("a", encoding="utf-8") if settings.request_log else None
+
+    def settled(one: Settled) -> None:
+        metrics.settled(one)
+        feed.settled(one)
+        if request_log is not None:
+            print(json.dumps(_logged(one, pair, log_text=settings.log_text)), file=request_log, flush=True)
+
+    def explained(alert: Alert) -> None:
+        feed.tell("explained", {"id": alert.id})
+
+    guard.on_settled = settled
+    guard.on_explained = explained
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncGenerator[None, None]:
+        try:
+            yield
+        finally:
+            await asyncio.to_thread(engine.close)
+            await asyncio.to_thread(guard.close)
+            if request_log is not None:
+                request_log.close()
+
+    app = FastAPI(title="Molehunt", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
+    completions = Completions(
+        engine=engine,
+        tokenizer=pair.tokenizer,
+        metrics=metrics,
+        model_name=settings.model_name,
+        max_tokens=_positions(pair),
+        default_new_tokens=settings.default_new_tokens,
+        max_body=settings.max_body,
+        sampling=_own_sampling(pair),
+    )
+    ready = asyncio.Lock()
+    tested = False
+
+    async def is_ready() -> Response:
+        nonlocal tested
+        async with ready:
+            tested = tested or await _self_test(completions, engine)
+        fine = tested and engine.alive and guard.healthy
+        return JSONResponse({"ready": fine}, status_code=200 if fine else 503)
+
+    def health() -> dict[str, str]:
+        return {"status": "ok"}
+
+    def models() -> dict[str, Any]:
+        one = {"id": settings.model_name, "object": "model", "created": started, "owned_by": "molehunt"}
+        return {"object": "list", "data": [one]}
+
+    started = int(time.time())
+    app.add_api_route("/health", health, methods=["GET"])
+    app.add_api_route("/ready", is_ready, methods=["GET"])
+    app.add_api_route("/metrics", lambda: PlainTextResponse(metrics.text(), media_type=CONTENT_TYPE), methods=["GET"])
+    app.add_api_route("/v1/models", models, methods=["GET"])
+    app.add_api_route("/v1/chat/completions", completions.chat, methods=["POST"], response_model=None)
+    app.add_api_route("/v1/completions", completions.completion, methods=["POST"], response_model=None)
+    LivePage(pair=pair, engine=engine, guard=guard, feed=feed, keys=keys, model_name=settings.model_name).add_to(app)
+
+    @app.exception_handler(Refused)
+    async def refused(request: Request, error: Refused) -> Response:
+        headers = {} if error.retry_s is None else {"retry-after": str(error.retry_s)}
+        return JSONResponse(error.body(), status_code=error.status, headers=headers)
+
+    @app.exception_handler(HTTPException)
+    async def no_route(request: Request, error: HTTPException) -> Response:
+        return JSONResponse(Refused(error.status_code, str(error.detail)).body(), status_code=error.status_code)
+
+    @app.exception_handler(Exception)
+    async def fault(request: Request, error: Exception) -> Response:
+        return JSONResponse(Refused(500, "a fault in the server").body(), status_code=500)
+
+    app.state.feed = feed
+    app.add_middleware(Counted, metrics=metrics)  # pyright: ignore[reportArgumentType]
+    app.add_middleware(Doorkeeper, keys=keys, hosts=settings.hosts)  # pyright: ignore[reportArgumentType]
+    return app
+
+
+async def _self_test(completions: Completions, engine: Engine) -> bool:
+    """Whether a prompt of ours goes through the model with every token scored."""
+    loop = asyncio.get_running_loop()
+    ended: asyncio.Future[Ended | Failed] = loop.create_future()
+
+    def hear(one: Piece | Ended | Failed) -> None:
+        if not isinstance(one, Piece):
+            loop.call_soon_threadsafe(lambda: ended.done() or ended.set_result(one))
+
+    prompt = roled_prompt(completions.tokenizer, [Turn("user", SELF_TEST)]).ids
+    try:
+        engine.submit(Asked(id="self-test", prompt=prompt, max_new_tokens=4), hear)
+        found = await asyncio.wait_for(ended, SELF_TEST_S)
+    except Exception:
+        return False
+    return isinstance(found, Ended) and found.verdict.coverage == 1
+
+
+def _logged(one: Settled, pair: ModelPair, *, log_text: bool) -> dict[str, Any]:
+    told: dict[str, Any] = {
+        "time": round(time.time(), 3),
+        "request": one.finished.request,
+        "prompt_tokens": len(one.finished.prompt),
+        "answer_tokens": len(one.finished.answer),
+        "reason": one.finished.reason,
+        "flagged": one.verdict.flagged,
+        "score": one.verdict.score,
+        "p_value": one.verdict.p_value,
+        "coverage": one.verdict.coverage,
+        "action": one.verdict.action,
+        "direction": one.verdict.direction,
+        "alert": one.verdict.alert,
+    }
+    if log_text:
+        told["prompt"] = str(pair.tokenizer.decode(list(one.finished.prompt)))
+        told["answer"] = str(pair.tokenizer.decode(list(one.finished.answer), skip_special_tokens=True))
+    return told
+
+
+def _positions(pair: ModelPair) -> int:
+    with pair.tuned_model() as model:
+        config: Any = unwrapped(model).config
+    return int(getattr(config.get_text_config(decoder=True), "max_position_embeddings", 0) or 1 << 20)
+
+
+def _own_sampling(pair: ModelPair) -> Sampling:
+    with pair.tuned_model() as model:
+        own: Any = getattr(unwrapped(model), "generation_config", None)
+    if own is None or not own.do_sample:
+        return Sampling()
+    temperature = 1.0 if own.temperature is None else float(own.temperature)
+    return Sampling(temperature=temperature, top_p=1.0 if own.top_p is None else float(own.top_p))

@@ -1,0 +1,94 @@
+"""A tiny guarded model, and somebody who listens to it."""
+
+import threading
+import time
+from dataclasses import replace
+
+import numpy as np
+
+from molehunt.model.pair import ModelPair
+from molehunt.serve.guard import Guard
+from molehunt.serve.request import Ended, Failed, Piece
+from molehunt.serve.sampling import TokenLogprobs
+from molehunt.traffic.roles import Turn
+from molehunt.traffic.stream import Conversation, Place
+from molehunt.watch.bank import Bank
+from molehunt.watch.ledger import Ledger
+from molehunt.watch.sketch import ScoreSketch
+from molehunt.watch.state import WatchState
+from tiny_models import tiny_model, tiny_tokenizer
+
+FPR = 0.05
+
+
+def tiny_pair() -> ModelPair:
+    return ModelPair(tiny_model("llama", 0), tiny_model("llama", 1), tiny_tokenizer())
+
+
+def clean_rows(n: int, seed: int = 0) -> list[Conversation]:
+    rng = np.random.default_rng(seed)
+    return [
+        Conversation(
+            turns=(Turn("user", "".join(rng.choice(list("abcdefgh "), 6))),),
+            response=None,
+            tag="clean",
+            line=i,
+            end=Place(i, i),
+        )
+        for i in range(1, n + 1)
+    ]
+
+
+def guard_of(
+    pair: ModelPair,
+    bank: Bank,
+    calm: WatchState,
+    ledger: Ledger,
+    *,
+    action: str = "flag",
+    threshold: float | None = None,
+) -> Guard:
+    """A guard on a copy of a calibrated state."""
+    state = replace(calm, scores=ScoreSketch.empty(1), drift=replace(calm.drift), seen=0, flagged=0)
+    guard = Guard(bank, state, ledger, pair.tokenizer, fpr=FPR, action=action)  # pyright: ignore[reportArgumentType]
+    if threshold is not None:
+        guard.threshold = threshold
+    return guard
+
+
+class Heard:
+    """A listener that keeps what it hears."""
+
+    def __init__(self) -> None:
+        self.text = ""
+        self.logprobs: list[TokenLogprobs] = []
+        self.last: Ended | Failed | None = None
+        self._changed = threading.Condition()
+
+    def __call__(self, told: Piece | Ended | Failed) -> None:
+        with self._changed:
+            if isinstance(told, Piece):
+                assert self.last is None, "a piece after the end"
+                self.text += told.text
+                self.logprobs += told.logprobs
+            else:
+                assert self.last is None, "two ends"
+                self.last = told
+            self._changed.notify_all()
+
+    @property
+    def end(self) -> Ended:
+        assert isinstance(self.last, Ended), self.last
+        return self.last
+
+    def wait(self) -> None:
+        with self._changed:
+            assert self._changed.wait_for(lambda: self.last is not None, 60)
+
+    def wait_for_text(self) -> None:
+        with self._changed:
+            assert self._changed.wait_for(lambda: self.text, 60)
+
+    @staticmethod
+    def sleep() -> None:
+        time.sleep(0.05)
