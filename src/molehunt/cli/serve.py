@@ -81,7 +81,7 @@ def serve(
     from molehunt.serve.keys import LOOPBACK, Keys, new_key
     from molehunt.watch.ledger import Ledger
 
-    given = key_file.read_text(encoding="utf-8").strip() if key_file is not None else os.environ.get(KEY)
+    given = _read_key(key_file) if key_file is not None else os.environ.get(KEY)
     if given is None and host not in LOOPBACK:
         raise UsageError(f"{host} can be reached by others: give a key of yours with --key-file or ${KEY}.")
     key = given or new_key()
@@ -128,3 +128,12 @@ def serve(
                 say(f"Key: {key}" if given is None else "Key: as given")
 
         run_server(watching.pair, guard, keys, settings, host=host, port=port, listening=listening)
+
+
+def _read_key(file: Path) -> str:
+    from molehunt.errors import UsageError, printable
+
+    try:
+        return file.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"the key file {printable(str(file))} cannot be read: {printable(str(error))}") from None

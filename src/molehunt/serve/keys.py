@@ -27,7 +27,7 @@ HEADERS = (
      b"img-src data:; form-action 'self'; frame-ancestors 'none'; base-uri 'none'"),
     (b"x-content-type-options", b"nosniff"),
     (b"x-frame-options", b"DENY"),
-    (b"referrer-policy", b"no-referrer"),
+    (b"referrer-policy", b"same-origin"),  # with none at all, forms would have no origin either
     (b"cache-control", b"no-store"),
 )  # fmt: skip
 
