@@ -1,0 +1,151 @@
+"""What the guard costs: the same cached decoding with and without watched columns, running extremes and a judgement for
+every token of every row.
+"""
+
+import math
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from row import Row, now
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from molehunt.model.blocks import decoder_blocks, module_role
+from molehunt.model.site import Site
+from molehunt.organism.seed_model import seed_path
+from molehunt.serve.decoding import DecodingBatch
+from molehunt.watch.bank import Bank
+from molehunt.watch.columns import watched
+from molehunt.watch.monitor import Look, Monitor
+from molehunt.watch.profile import RunningProfile
+from molehunt.watch.scores import TailSum
+
+PER_LAYER = 24
+"""Directions: half of them of each matrix that writes."""
+PROMPT, LOOKS = 48, 8
+AIM = {"cpu": 0.97, "cuda": 0.99}
+
+
+def guarded_against_unguarded(*, quick: bool, device: str = "cpu") -> list[Row]:
+    """Tokens per second of a batch, prompt and all, guarded over unguarded, on the seeds and a model of 100M parameters."""
+    models: list[tuple[str, Callable[[], Any]]] = [
+        ("seed-s", lambda: _seed("seed-s")),
+        ("seed-m", lambda: _seed("seed-m")),
+    ]
+    models.append(("random Llama", _random))
+    rows: list[Row] = []
+    for name, load in models:
+        model = load().to(device)
+        size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+        for batch in (1, 16):
+            rows.append(
+                _compare(
+                    f"{name}, {size:.0f}M parameters", model, batch, 16 if quick else 48, 4 if quick else 10, device
+                )
+            )
+    return rows
+
+
+def _compare(name: str, model: Any, batch: int, steps: int, rounds: int, device: str) -> Row:
+    bank = _bank(model)
+    monitor = _monitor(len(bank.names)).to(device)
+    rng = torch.Generator().manual_seed(0)
+    prompts = torch.randint(3, model.config.vocab_size, (batch, PROMPT), generator=rng).tolist()
+    best = {True: math.inf, False: math.inf}
+    answers: dict[bool, list[list[int]]] = {}
+    for r in range(rounds):
+        for guarded in (r % 2 == 0, r % 2 == 1):
+            start = now(device)
+            answers[guarded] = _decode(model, bank, monitor, prompts, steps, guarded=guarded)
+            best[guarded] = min(best[guarded], now(device) - start)
+    assert answers[True] == answers[False], "watching changed an answer"
+    tokens = batch * (PROMPT + steps)
+    ratio = best[False] / best[True]
+    return Row(
+        work=f"guarded decoding, {name}, batch {batch}, {PER_LAYER} directions a layer",
+        against="the same, unguarded",
+        ours=f"{tokens / best[True]:.0f} tokens/s",
+        theirs=f"{tokens / best[False]:.0f} tokens/s",
+        ratio=ratio,
+        aim=f"≥ {AIM[device]}×",
+        met=ratio >= AIM[device],
+    )
+
+
+@torch.inference_mode()
+def _decode(
+    model: nn.Module, bank: Bank, monitor: Monitor, prompts: list[list[int]], steps: int, *, guarded: bool
+) -> list[list[int]]:
+    """What the engine does for a batch: judge before a token leaves."""
+    rows = DecodingBatch(model)
+    answers: list[list[int]] = [[] for _ in prompts]
+    growing: RunningProfile | None = None
+
+    def judged(found: Tensor) -> None:
+        nonlocal growing
+        growing = growing or RunningProfile(len(prompts), found.shape[-1], found.device)
+        growing.extend(found[:, -1:])
+        monitor.running(growing).tolist()
+
+    with watched(model, bank) if guarded else nullcontext() as columns:
+        logits = rows.begin(prompts)
+        for _ in range(steps):
+            if columns is not None:
+                judged(columns.take())
+            tokens = logits.argmax(-1)
+            for answer, token in zip(answers, tokens.tolist(), strict=True):
+                answer.append(token)
+            logits = rows.step(tokens)
+        if columns is not None:
+            judged(columns.take())
+    return answers
+
+
+def _bank(model: Any) -> Bank:
+    """Random directions where a fine-tune of every writing matrix would put its own."""
+    rng = torch.Generator().manual_seed(1)
+    write: dict[Site, Tensor] = {}
+    read: dict[str, Tensor] = {}
+    for name, weight in model.state_dict().items():
+        role = module_role(name, model.config.model_type)
+        if role is None or not role.writes:
+            continue
+        rows = normalize(torch.randn(PER_LAYER // 2, weight.shape[0], generator=rng), dim=-1)
+        site = Site(role.layer)
+        write[site] = torch.cat([write[site], rows]) if site in write else rows
+        read[name.removesuffix(".weight")] = torch.randn(PER_LAYER // 2, weight.shape[1], generator=rng)
+    assert len(write) == len(decoder_blocks(model))
+    return Bank(
+        write=write,
+        read=read,
+        write_names={site: tuple(map(str, range(len(rows)))) for site, rows in write.items()},
+        read_names={name: tuple(map(str, range(len(rows)))) for name, rows in read.items()},
+    )
+
+
+def _monitor(columns: int) -> Monitor:
+    looks = [Look(TailSum(torch.zeros(2 * columns), torch.ones(2 * columns)), 0.0, 1.0) for _ in range(LOOKS)]
+    return Monitor(tuple(looks), torch.zeros(1))
+
+
+def _seed(name: str) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(seed_path(name), trust_remote_code=False, dtype=torch.float32).eval()
+
+
+def _random() -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=768,
+        intermediate_size=2048,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        vocab_size=16384,
+        max_position_embeddings=1024,
+    )
+    return LlamaForCausalLM(config).eval().requires_grad_(False)
