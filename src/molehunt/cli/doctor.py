@@ -18,7 +18,6 @@ EXTRAS = {
     "ray": ("ray", "pip install 'molehunt[ray]'"),
     "serve": ("fastapi", "pip install 'molehunt[serve]'"),
     "postgres": ("psycopg", "pip install 'molehunt[postgres]'"),
-    "postgres": ("psycopg", "pip install 'molehunt[postgres]'"),
     "peers": ("sae_lens", "pip install 'molehunt[peers]'"),
     "dev": ("pytest", "pip install 'molehunt[dev]'"),
 }

@@ -86,6 +86,7 @@ class Engine:
         self._max_waiting = max_waiting
         self._waiting: deque[tuple[Asked, Listener]] = deque()
         self._jobs: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
+        self._taken: set[str] = set()
         self._cancelled: set[str] = set()
         self._changed = threading.Condition()
         self._closing = False
@@ -117,6 +118,7 @@ class Engine:
             if len(self._waiting) >= self._max_waiting:
                 raise Overloaded(f"{self._max_waiting} requests wait already")
             self._waiting.append((asked, listener))
+            self._taken.add(asked.id)
             self._changed.notify()
 
     def between(self, job: Callable[[], T]) -> "Future[T]":
@@ -138,8 +140,8 @@ class Engine:
     def cancel(self, id: str) -> None:
         """Stop a request whose client has gone; what was generated is still judged. Unknown ids do nothing."""
         with self._changed:
-            self._cancelled.add(id)
-            self._changed.notify()
+            if id in self._taken:
+                self._cancelled.add(id)
 
     def close(self) -> None:
         """Take no more requests, finish those that were taken, and return."""
@@ -192,7 +194,6 @@ class Engine:
         """Wait for something to do. False: closing, and nothing is left."""
         with self._changed:
             while not (self._waiting or self._rows or self._jobs):
-                self._cancelled.clear()
                 if self._closing:
                     return False
                 if self.guard.to_explain:
@@ -202,7 +203,7 @@ class Engine:
 
     def _admit(self, columns: Columns) -> None:
         """Prefill what waits and fits, judge its first token, and let it join."""
-        taken = self._taken()
+        taken = self._next_taken()
         if not taken:
             return
         rows = [
@@ -214,10 +215,11 @@ class Engine:
         except Exception:
             for row in rows:
                 if row not in self._rows:  # those that joined hear of it with all others
+                    self._forget(row.asked.id)
                     row.listener(Failed("the model could not run this request"))
             raise
 
-    def _taken(self) -> list[tuple[Asked, Listener]]:
+    def _next_taken(self) -> list[tuple[Asked, Listener]]:
         """The next requests that fit into one prefill and into the batch; those whose client has gone are dropped."""
         with self._changed:
             free = self._max_batch - len(self._rows) if not self._rows or self._batch.can_join else 0
@@ -230,7 +232,7 @@ class Engine:
                     break
                 self._waiting.popleft()
                 if asked.id in self._cancelled:
-                    self._cancelled.discard(asked.id)
+                    self._forget(asked.id)
                     continue
                 taken.append((asked, listener))
             return taken
@@ -321,7 +323,7 @@ class Engine:
             except ValueError:  # NaN
                 profile = None
             asked = row.asked
-            self._cancelled.discard(asked.id)
+            self._forget(asked.id)
             self.guard.settle(
                 Finished(
                     request=asked.id,
@@ -341,11 +343,16 @@ class Engine:
         self._batch.keep(left.to(self._device))
         growing.keep(left.to(self._device))
 
+    def _forget(self, id: str) -> None:
+        self._taken.discard(id)
+        self._cancelled.discard(id)
+
     def _reset(self) -> None:
         self._rows, self._growing, self._batch = [], None, DecodingBatch(self._model)
 
     def _fail_all(self) -> None:
         for row in self._rows:
+            self._forget(row.asked.id)
             row.listener(Failed("the model failed while it answered"))
         self._reset()
 
