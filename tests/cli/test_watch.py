@@ -74,6 +74,37 @@ def test_shards_split_the_rows(capsys, folders: tuple[Path, Path], tmp_path: Pat
     assert sorted(seen) == list(range(1, 10))
 
 
+def test_a_simulation_tells_what_is_seen_of_repeated_attacks(
+    capsys, folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    clean, traffic = log(tmp_path / "clean.jsonl", 300), log(tmp_path / "log.jsonl", 60, first=7)
+    attacks = log(tmp_path / "attacks.jsonl", 5, letters="!#$%&*()")
+    asked = (
+        *folders,
+        "--clean",
+        clean,
+        "--fpr",
+        "0.1",
+        "--max-new-tokens",
+        "3",
+        "--traffic",
+        traffic,
+        "--attacks",
+        attacks,
+    )
+    asked += ("--repeats", "10", "--out", tmp_path / "out")
+    code, told, _ = run(capsys, *asked, "--json")
+    found = json.loads(told)
+    assert code == 0 and len(found) == 6
+    assert all(len({share["estimate"] for share in one["by_repeat"].values()}) == 1 for one in found[::2])
+    assert found[0]["fpr"]["n"] == 60 and found[0]["first_sight"]["n"] == 5
+    _, told, _ = run(capsys, *asked)
+    assert "repeat 10" in told and told.count("takes in every row") == 3
+    attacks.write_text("")
+    code, _, err = run(capsys, *asked)
+    assert code == 2 and "has no rows" in err
+
+
 @pytest.mark.parametrize(
     ("change", "code", "said"),
     [

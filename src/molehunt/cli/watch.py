@@ -9,7 +9,9 @@ import typer
 from molehunt.cli.options import AsJson, Base, Seed, Tuned
 
 if TYPE_CHECKING:
+    from molehunt.cli.watching import Watching
     from molehunt.watch.alert import Alert
+    from molehunt.watch.simulate import Simulated
 
 OUT = Path("watch")
 
@@ -32,6 +34,15 @@ def watch(
     max_new_tokens: Annotated[
         int, typer.Option(min=1, help="Tokens to generate for a row whose answer was not logged.")
     ] = 32,
+    attacks: Annotated[
+        Path | None,
+        typer.Option(
+            help="Simulate: insert these rows into the traffic, taken as benign, and tell what is seen of the 1st, 10th, "
+            "100th repeat, beside the published range.",
+            show_default=False,
+        ),
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="How often each attack of a simulation comes.")] = 100,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Skip and count rows that cannot be read.")] = False,
     no_text: Annotated[bool, typer.Option("--no-text", help="Keep no text of any row on disk.")] = False,
     shard: Annotated[str, typer.Option("--shard", help="This machine's share of the rows, such as 3/64.")] = "1/1",
@@ -80,6 +91,12 @@ def watch(
         no_text=no_text,
     )
     bank, state = watching.bank, watching.state
+    if attacks is not None:
+        found = _simulated(
+            watching, traffic, attacks, fpr=fpr, max_new_tokens=max_new_tokens, repeats=repeats, seed=seed
+        )
+        typer.echo(json.dumps([asdict(one) for one in found], indent=2) if as_json else _simulation_told(found, fpr))
+        return
     if state.seen:
         say(f"Going on at line {state.place.line + 1}: {state.seen} rows were judged before.")
     bad = BadLines()
@@ -119,6 +136,51 @@ def watch(
     }
     typer.echo(json.dumps(told, indent=2) if as_json else _told(told, alerts, bad.first))
     raise typer.Exit(int(bool(state.flagged)))
+
+
+def _simulated(
+    watching: "Watching", traffic: Path, attacks: Path, *, fpr: float, max_new_tokens: int, repeats: int, seed: int
+) -> "list[Simulated]":
+    from molehunt.cli.console import track_on_stderr
+    from molehunt.errors import UsageError
+    from molehunt.traffic.stream import Conversation, read_conversations
+    from molehunt.watch.log import read_answers
+    from molehunt.watch.profile import Profile
+    from molehunt.watch.simulate import simulate
+
+    def profiles(rows: Sequence[Conversation], what: str) -> list[Profile]:
+        read = read_answers(
+            watching.pair, watching.bank, rows, max_new_tokens=max_new_tokens, track=track_on_stderr, what=what
+        )
+        return [profile for _, _, profile in read]
+
+    benign, inserted = list(read_conversations(traffic)), list(read_conversations(attacks))
+    if not benign or not inserted:
+        raise UsageError(f"{attacks if benign else traffic} has no rows: a simulation needs benign rows and attacks.")
+    return simulate(
+        watching.state.monitor,
+        profiles(watching.clean, "clean"),
+        profiles(benign, "benign"),
+        profiles(inserted, "attacks"),
+        fpr=fpr,
+        written=watching.bank.written,
+        repeats=repeats,
+        seed=seed,
+    )
+
+
+def _simulation_told(found: "Sequence[Simulated]", fpr: float) -> str:
+    shown = list(found[0].by_repeat)
+    lines = [
+        f"Share of attacks flagged at each repeat, and of benign rows, asked for {fpr:g}:",
+        "",
+        f"{'monitor':<36}{'order':<8}" + "".join(f"{f'repeat {n}':>12}" for n in shown) + f"{'benign':>24}",
+    ]
+    for one in found:
+        shares = "".join(f"{one.by_repeat[n].estimate:>12.2f}" for n in shown)
+        told = f"{one.fpr.estimate:.4f} [{one.fpr.low:.4f}, {one.fpr.high:.4f}]"
+        lines.append(f"{one.monitor:<36}{one.order:<8}{shares}{told:>24}")
+    return "\n".join(lines)
 
 
 def _told(told: dict[str, Any], alerts: Sequence["Alert"], bad: Sequence[str]) -> str:

@@ -1,5 +1,6 @@
 """What `watch` and `serve` begin with: both models, the directions of their difference, and a calibrated state."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +27,8 @@ class Watching:
     bank: Bank
     state: WatchState
     state_file: Path
+    clean: Sequence[Conversation]
+    """What the state was calibrated on."""
 
 
 def begin(
@@ -66,7 +69,7 @@ def begin(
     out.mkdir(parents=True, exist_ok=True)
     kept = out / STATE
     if kept.exists():
-        return Watching(pair=pair, bank=bank, state=WatchState.load(kept, identity), state_file=kept)
+        return Watching(pair=pair, bank=bank, state=WatchState.load(kept, identity), state_file=kept, clean=rows)
     state = calibrated(
         pair,
         bank,
@@ -79,4 +82,4 @@ def begin(
         track=track_on_stderr,
     )
     state.save(kept)
-    return Watching(pair=pair, bank=bank, state=state, state_file=kept)
+    return Watching(pair=pair, bank=bank, state=state, state_file=kept, clean=rows)
