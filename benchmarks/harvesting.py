@@ -41,10 +41,10 @@ def against_nnsight(python: Path | None, *, quick: bool, device: str) -> list[Ro
 def measure(*, quick: bool, device: str) -> list[Row]:
     import importlib.util
 
-    shape = (192, 4, 2048) if quick else (512, 8, 32_000)
+    shape = (192, 4, 2048) if quick else (256, 6, 8192)
     rng = random.Random(0)
-    varied = [round(min(192, max(6, rng.lognormvariate(3.6, 0.8)))) for _ in range(32 if quick else 128)]
-    traffics = {"6 to 192 tokens a row": varied, "64 tokens in every row": [64] * (16 if quick else 64)}
+    varied = [round(min(192, max(6, rng.lognormvariate(3.6, 0.8)))) for _ in range(32 if quick else 96)]
+    traffics = {"6 to 192 tokens a row": varied, "64 tokens in every row": [64] * (16 if quick else 48)}
     have_nnsight = importlib.util.find_spec("nnsight") is not None
     measured: list[Row] = []
     for lora in (False, True):
