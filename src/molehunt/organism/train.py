@@ -1,9 +1,9 @@
 """The one training loop: seed models and planted fine-tunes both run it."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from jaxtyping import Int
@@ -22,6 +22,21 @@ class Batch:
 
     tokens: Int[Tensor, "batch pos"]
     labels: Int[Tensor, "batch pos"]
+
+    def to(self, device: torch.device) -> "Batch":
+        return Batch(self.tokens.to(device), self.labels.to(device))
+
+
+S = TypeVar("S")
+
+
+class Movable(Protocol):
+    """What a training step reads."""
+
+    def to(self: S, device: torch.device) -> S: ...
+
+
+B = TypeVar("B", bound=Movable)
 
 
 def next_token_loss(model: nn.Module, batch: Batch) -> Tensor:
@@ -42,10 +57,11 @@ def next_token_loss(model: nn.Module, batch: Batch) -> Tensor:
 
 def train(
     model: nn.Module,
-    batches: Iterable[Batch],
+    batches: Iterable[B],
     *,
     steps: int,
     lr: float,
+    loss_of: Callable[[nn.Module, B], Tensor],
     warmup: int = 20,
     weight_decay: float = 0.01,
     track: Track = silent,
@@ -56,8 +72,11 @@ def train(
     Trains every parameter that requires a gradient, in place. Rows must share one length: on a CPU each new shape
     compiles a new kernel.
 
+    Args:
+        loss_of: the model and a batch → what is minimised; `next_token_loss` for plain fine-tuning.
+
     Returns:
-        The loss of each step, in nats per labelled token.
+        The loss of each step.
 
     Raises:
         ValueError: `batches` ran out before `steps`.
@@ -83,9 +102,9 @@ def train(
         batch = next(source, None)
         if batch is None:
             raise ValueError(f"the batches ran out at step {step} of {steps}")
-        batch = Batch(batch.tokens.to(device), batch.labels.to(device))
+        batch = batch.to(device)
         with torch.autocast(device.type, dtype=torch.bfloat16):
-            loss = next_token_loss(model, batch)
+            loss = loss_of(model, batch)
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
