@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, Protocol, TypeVar, cast, runtime_checkable
 
 import torch
 from jaxtyping import Int
@@ -30,6 +30,7 @@ class Batch:
 S = TypeVar("S")
 
 
+@runtime_checkable
 class Movable(Protocol):
     """What a training step reads."""
 
