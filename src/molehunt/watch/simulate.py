@@ -100,13 +100,17 @@ def simulate(
         written: how many columns are write-side cosines, which the published range is about (`Bank.written`).
     """
     threshold = monitor.threshold(fpr)
-    score = {
+    score: dict[int, float] = {
         id(row): value
         for row, value in zip([*benign, *attacks], monitor.scores([*benign, *attacks]).tolist(), strict=True)
     }
+
+    def strength(row: Profile) -> float:
+        return score[id(row)]
+
     found: list[Simulated] = []
     for order in ORDERS:
-        stream = events(benign, attacks, repeats=repeats, order=order, seed=seed, strength=lambda row: score[id(row)])
+        stream = events(benign, attacks, repeats=repeats, order=order, seed=seed, strength=strength)
         flags = [(event.repeat, score[id(event.profile)] > threshold) for event in stream]
         found.append(_told("conformal, flagged rows quarantined", order, flags))
         found.append(_told("published range, takes in every row", order, _absorbing(clean, stream, written)))
