@@ -1,0 +1,39 @@
+"""The bundled smoke grid, whole, as a user runs it: a real organism and its twin, full and LoRA, every method and control."""
+
+import contextlib
+import io
+import json
+from pathlib import Path
+
+import pytest
+
+from molehunt.bench.methods import METHODS
+from molehunt.cli.main import main
+
+
+def test_the_smoke_grid_finds_what_was_planted_and_not_its_twin(tmp_path: Path) -> None:
+    told = io.StringIO()
+    with contextlib.redirect_stdout(told), pytest.raises(SystemExit) as left:
+        main(
+            [
+                "bench",
+                "--grid",
+                "smoke",
+                "--workers",
+                "2",
+                "--out",
+                str(tmp_path / "o"),
+                "--docs",
+                str(tmp_path / "docs"),
+            ]
+        )
+    assert left.value.code == 0
+    board = json.loads((tmp_path / "o" / "leaderboard.json").read_text())
+    assert board["planned"] == len(board["cells"]) == 2
+    assert all(cell["asr"]["estimate"] > 0.9 for cell in board["cells"])
+    rows = {(r["track"], r["method"], r["where"], r["how"]): r for r in board["rows"]}
+    assert {m.name for m in METHODS} <= {method for _, method, _, _ in rows}
+    for track in ("R0", "R1", "R2"):
+        best = rows[track, "answer log ratio", "generated", "sum"]
+        assert best["tpr"]["estimate"] > 0.8 and best["twin"]["estimate"] < 0.2, track
+    assert (tmp_path / "docs" / "bench-smoke.md").read_text().startswith("# Leaderboard of the grid smoke")
