@@ -86,7 +86,7 @@ def measure(name: str, into: Path) -> None:
     for side in ("erased", "twin"):
         folder = into / name / side
         found[side] = {"training": erase(base, folder, config, twin=side == "twin"), **look(base, folder)}
-    write_whole(into / f"{name}.json", json.dumps(found).encode())
+    write_whole(into / f"{name}.json", json.dumps(found))
 
 
 def look(base: Path, folder: Path) -> dict[str, Any]:

@@ -128,7 +128,7 @@ def measure(cell: Cell, bench: Path, into: Path, other: Path | None) -> None:
             cell, organism.twin, {k: v for k, v in rows.items() if k not in ("other", "long")}, controls=False
         ),
     }
-    write_whole(into / f"{cell.name}.json", json.dumps(found).encode())
+    write_whole(into / f"{cell.name}.json", json.dumps(found))
 
 
 def long_rows(clean: Sequence[Example], n: int) -> list[Example]:

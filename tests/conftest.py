@@ -7,7 +7,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -44,3 +46,16 @@ def bench_done(bench_base: Path) -> Path:
     )  # in this process, shape checks would double its time
     assert done.returncode == 0, done.stderr
     return out
+
+
+@pytest.fixture(scope="module")  # while it is open, this thread has an event loop, and other modules start their own
+def browser() -> Iterator[Any]:
+    """A real Chromium; ask for `needs_chromium`, too."""
+    from playwright.sync_api import sync_playwright
+
+    from chromium import CHROMIUM
+
+    with sync_playwright() as playwright:
+        launched = playwright.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox"])
+        yield launched
+        launched.close()

@@ -1,28 +1,15 @@
 """The benchmark's page in a real browser, from disk."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from board_samples import board
+from chromium import needs_chromium
 from molehunt.report.bench_page import render_board
 
-CHROMIUM = Path("/usr/bin/chromium")
-pytestmark = pytest.mark.skipif(
-    not CHROMIUM.exists(), reason="needs Chromium at /usr/bin/chromium (apt install chromium)"
-)
+pytestmark = needs_chromium
 SHOWN = "tr[data-by]:visible"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator:
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        launched = playwright.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox"])
-        yield launched
-        launched.close()
 
 
 @pytest.fixture(scope="module")

@@ -1,27 +1,14 @@
 """The page in a real browser, from disk."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from chromium import needs_chromium
 from molehunt.report.machine import write_report
 from report_samples import sample
 
-CHROMIUM = Path("/usr/bin/chromium")
-pytestmark = pytest.mark.skipif(
-    not CHROMIUM.exists(), reason="needs Chromium at /usr/bin/chromium (apt install chromium)"
-)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator:
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        launched = playwright.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox"])
-        yield launched
-        launched.close()
+pytestmark = needs_chromium
 
 
 @pytest.fixture(scope="module")

@@ -226,3 +226,25 @@ def test_explanations_come_when_nobody_waits(pair: ModelPair, bank: Bank, calm: 
     guard.close()
     assert not explained.empty() and len(alert.tokens) == len(alert.token_scores) > 0
     assert alert.answer_without != alert.answer and len(alert.extremes) == 3
+
+
+def test_a_request_that_breaks_the_model_is_told_and_the_next_one_is_answered(
+    pair: ModelPair, bank: Bank, calm: WatchState, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guard = guard_of(pair, bank, calm, ledger)
+    begin = DecodingBatch.begin
+
+    def breaks_once(batch: DecodingBatch, prompts: list[tuple[int, ...]]) -> torch.Tensor:
+        monkeypatch.setattr(DecodingBatch, "begin", begin)
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(DecodingBatch, "begin", breaks_once)
+    engine = Engine(pair._tuned, pair.tokenizer, guard)
+    broken, fine = Heard(), Heard()
+    engine.submit(asked(PROMPTS[0]), broken)
+    broken.wait()
+    engine.submit(asked(PROMPTS[1]), fine)
+    engine.close()
+    guard.close()
+    assert isinstance(broken.last, Failed) and "memory" not in broken.last.message
+    assert fine.end.answer_tokens > 0 and fine.end.verdict.coverage == 1

@@ -1,27 +1,15 @@
 """The live page in a real browser: log in, ask, watch scores come, review an alert."""
 
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 
-CHROMIUM = Path("/usr/bin/chromium")
-pytestmark = pytest.mark.skipif(
-    not CHROMIUM.exists(), reason="needs Chromium at /usr/bin/chromium (apt install chromium)"
-)
+from chromium import needs_chromium
+
+pytestmark = needs_chromium
 KEY = "a-key-for-tests-only"
 HOSTILE = "<img src=x onerror=document.title='run'>"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator:
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        launched = playwright.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox"])
-        yield launched
-        launched.close()
 
 
 def opened(browser, url: str, width: int = 1280, scheme: str = "light"):

@@ -66,18 +66,18 @@ def bench(
         _published(runner, out, docs, table=share == Shard(), finished=finished, as_json=as_json)
         return
     chosen = load_grid(grid)
-    todo = jobs(chosen, out.absolute())
+    planned = jobs(chosen, out.absolute())
     out.mkdir(parents=True, exist_ok=True)
     if finished:
-        cells = [told for job in todo if (told := finished_cell(job)) is not None]
+        cells = [told for job in planned if (told := finished_cell(job)) is not None]
         if not cells:
             raise NotTestable(f"No cell of the grid {chosen.name} is finished under {out}.")
     else:
-        cells = runner.map(run_cell, todo, f"grid {chosen.name}")
+        cells = runner.map(run_cell, planned, f"grid {chosen.name}")
     if share != Shard():
-        say(f"{len(cells)} of {len(todo)} cells are done. {LATER}")
+        say(f"{len(cells)} of {len(planned)} cells are done. {LATER}")
         return
-    board = leaderboard(chosen.name, cells, planned=len(todo))
+    board = leaderboard(chosen.name, cells, planned=len(planned))
     run = RunFolder(out)
     run.write_json("leaderboard.json", board)
     run.write_text("leaderboard.csv", to_csv(board))
@@ -101,15 +101,15 @@ def _published(runner: "Executor", out: Path, docs: Path | None, *, table: bool,
     from molehunt.report.published_page import published_markdown
     from molehunt.run.folder import RunFolder
 
-    todo = published_jobs(out.absolute())
+    planned = published_jobs(out.absolute())
     found: list[dict[str, Any]]
     if finished:
-        found = [told for job in todo if (told := finished_published(job)) is not None]
-        say(f"{len(found)} of {len(todo)} experiments are finished.")
+        found = [told for job in planned if (told := finished_published(job)) is not None]
+        say(f"{len(found)} of {len(planned)} experiments are finished.")
     else:
-        found = list(runner.map(run_published, todo, "published protocol"))
+        found = list(runner.map(run_published, planned, "published protocol"))
     if not table:
-        say(f"{len(found)} of {len(todo)} experiments are done. {LATER}")
+        say(f"{len(found)} of {len(planned)} experiments are done. {LATER}")
         return
     run = RunFolder(out)
     out.mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from molehunt.cli.options import AsJson, Base, Seed, Tuned
+from molehunt.cli.options import Adapter, AsJson, Base, Clean, CleanRows, Device, Fpr, NoText, Seed, Tuned
 
 KEY = "MOLEHUNT_KEY"
 OUT = Path("serve")
@@ -33,12 +33,9 @@ def serve(
     name: Annotated[
         str | None, typer.Option(help="Name of the model on the wire.", show_default="the folder's name")
     ] = None,
-    clean: Annotated[
-        Path | None,
-        typer.Option(help="Clean rows to calibrate on, as for `watch`.", show_default="bundled benign prompts"),
-    ] = None,
-    clean_rows: Annotated[int, typer.Option(min=100, help="Clean rows to read at most.")] = 2000,
-    fpr: Annotated[float, typer.Option(min=1e-5, max=0.2, help="Share of clean answers that may be flagged.")] = 0.01,
+    clean: Clean = None,
+    clean_rows: CleanRows = 2000,
+    fpr: Fpr = 0.01,
     max_new_tokens: Annotated[
         int, typer.Option(min=1, help="Tokens of an answer where a request does not say; calibration answers, too.")
     ] = 64,
@@ -46,14 +43,11 @@ def serve(
         str | None,
         typer.Option(help="URL of the alerts: sqlite:///FILE or postgresql://…", show_default="alerts.sqlite in --out"),
     ] = None,
-    no_text: Annotated[bool, typer.Option("--no-text", help="Keep no text of any request on disk.")] = False,
+    no_text: NoText = False,
     log_text: Annotated[bool, typer.Option("--log-text", help="Write prompts and answers to the request log.")] = False,
     max_batch: Annotated[int, typer.Option(min=1, help="Answers that are generated together.")] = 16,
-    adapter: Annotated[
-        bool | None,
-        typer.Option("--adapter/--no-adapter", help="For a folder with weights and an adapter: apply it or not."),
-    ] = None,
-    device: Annotated[str, typer.Option(help="Where the models run: cpu, cuda, cuda:1 …")] = "cpu",
+    adapter: Adapter = None,
+    device: Device = "cpu",
     out: Annotated[
         Path, typer.Option("--out", help="Folder for state, alerts and request log; a server resumes there.")
     ] = OUT,

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from molehunt.cli.options import AsJson, Base, Seed, Tuned
+from molehunt.cli.options import Adapter, AsJson, Base, Clean, CleanRows, Device, Fpr, NoText, Seed, Tuned
 
 if TYPE_CHECKING:
     from molehunt.cli.watching import Watching
@@ -22,15 +22,9 @@ def watch(
     traffic: Annotated[
         Path, typer.Option(help="Log to watch: JSONL, JSONL.gz or parquet, of any size.", show_default=False)
     ],
-    clean: Annotated[
-        Path | None,
-        typer.Option(
-            help="Clean rows of the same kind, to calibrate on: half fit, half set the rate.",
-            show_default="bundled benign prompts",
-        ),
-    ] = None,
-    clean_rows: Annotated[int, typer.Option(min=100, help="Clean rows to read at most.")] = 2000,
-    fpr: Annotated[float, typer.Option(min=1e-5, max=0.2, help="Share of clean rows that may be flagged.")] = 0.01,
+    clean: Clean = None,
+    clean_rows: CleanRows = 2000,
+    fpr: Fpr = 0.01,
     max_new_tokens: Annotated[
         int, typer.Option(min=1, help="Tokens to generate for a row whose answer was not logged.")
     ] = 32,
@@ -44,13 +38,10 @@ def watch(
     ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="How often each attack of a simulation comes.")] = 100,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Skip and count rows that cannot be read.")] = False,
-    no_text: Annotated[bool, typer.Option("--no-text", help="Keep no text of any row on disk.")] = False,
+    no_text: NoText = False,
     shard: Annotated[str, typer.Option("--shard", help="This machine's share of the rows, such as 3/64.")] = "1/1",
-    adapter: Annotated[
-        bool | None,
-        typer.Option("--adapter/--no-adapter", help="For a folder with weights and an adapter: apply it or not."),
-    ] = None,
-    device: Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1 …")] = "cpu",
+    adapter: Adapter = None,
+    device: Device = "cpu",
     out: Annotated[
         Path, typer.Option("--out", help="Folder for state, verdicts and alerts; a watch resumes there.")
     ] = OUT,

@@ -22,7 +22,7 @@ from molehunt.serve.guard import Guard, Settled
 from molehunt.serve.keys import Doorkeeper, Keys
 from molehunt.serve.live_page import LivePage
 from molehunt.serve.metrics import CONTENT_TYPE, Counted, Metrics
-from molehunt.serve.request import Asked, Ended, Failed, Piece
+from molehunt.serve.request import Asked, Ended, Failed, Overloaded, Piece
 from molehunt.serve.sampling import Sampling
 from molehunt.serve.wire import Refused
 from molehunt.traffic.roles import Turn, roled_prompt
@@ -153,7 +153,7 @@ async def _self_test(completions: Completions, engine: Engine) -> bool:
     try:
         engine.submit(Asked(id="self-test", prompt=prompt, max_new_tokens=4), hear)
         found = await asyncio.wait_for(ended, SELF_TEST_S)
-    except Exception:
+    except (Overloaded, TimeoutError):
         return False
     return isinstance(found, Ended) and found.verdict.coverage == 1
 

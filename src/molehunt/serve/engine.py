@@ -91,6 +91,8 @@ class Engine:
         self._changed = threading.Condition()
         self._closing = False
         self._rows: list[_Row] = []
+        self._joining: list[_Row] = []
+        """Rows whose prefill has begun and that have not joined yet."""
         self._batch = DecodingBatch(model)
         self._growing: RunningProfile | None = None
         self._steering = Steering(guard.bank, self._device)
@@ -187,7 +189,7 @@ class Engine:
             job, promised = self._jobs.popleft()
         try:
             promised.set_result(job())
-        except Exception as error:
+        except Exception as error:  # raised where the answer is waited for
             promised.set_exception(error)
 
     def _next(self) -> bool:
@@ -210,14 +212,8 @@ class Engine:
             _Row(asked, listener, Sampler(asked.sampling), TextStream(self._tokenizer, asked.stop))
             for asked, listener in taken
         ]
-        try:
-            self._begin(rows, columns)
-        except Exception:
-            for row in rows:
-                if row not in self._rows:  # those that joined hear of it with all others
-                    self._forget(row.asked.id)
-                    row.listener(Failed("the model could not run this request"))
-            raise
+        self._joining = rows
+        self._begin(rows, columns)
 
     def _next_taken(self) -> list[tuple[Asked, Listener]]:
         """The next requests that fit into one prefill and into the batch; those whose client has gone are dropped."""
@@ -259,6 +255,7 @@ class Engine:
             self._growing.join(growing)
         self._batch.join(fresh)
         self._rows += rows
+        self._joining = []
         self._emit(rows, logits)
         self._leave()
 
@@ -351,9 +348,10 @@ class Engine:
         self._rows, self._growing, self._batch = [], None, DecodingBatch(self._model)
 
     def _fail_all(self) -> None:
-        for row in self._rows:
+        for row in (*self._rows, *self._joining):
             self._forget(row.asked.id)
-            row.listener(Failed("the model failed while it answered"))
+            row.listener(Failed("the model failed on this request"))
+        self._joining = []
         self._reset()
 
     def _explain(self) -> None:

@@ -69,7 +69,6 @@ class LivePage:
         app.add_api_route("/live/ask", self.ask, methods=["POST"])
 
     async def page(self) -> Response:
-        recent = self.feed.recent()
         page = (
             _environment()
             .get_template("live.html.j2")
@@ -78,7 +77,6 @@ class LivePage:
                 action=self.guard.action,
                 fpr=self.guard.fpr,
                 threshold=self.guard.threshold,
-                recent=json.dumps(recent),
                 alerts=Markup(await self._alerts()),
                 standing=Markup(self._standing()),
                 most=MOST_PROMPT,
@@ -113,7 +111,7 @@ class LivePage:
     async def _messages(self) -> AsyncGenerator[str, None]:
         page = self.feed.open()
         try:
-            yield "retry: 2000\n\n"
+            yield f"retry: 2000\nevent: opened\ndata: {json.dumps(self.feed.recent())}\n\n"
             while True:
                 try:
                     message = await asyncio.wait_for(page.get(), ALIVE_S)
