@@ -18,7 +18,8 @@ from molehunt.organism.seed_model import seed_path
 from molehunt.serve.decoding import DecodingBatch
 from molehunt.watch.bank import Bank
 from molehunt.watch.columns import watched
-from molehunt.watch.monitor import Look, Monitor
+from molehunt.watch.kinds import PromptKinds, prompt_features
+from molehunt.watch.monitor import Calibrated, Look, Monitor
 from molehunt.watch.profile import RunningProfile
 from molehunt.watch.scores import TailSum
 
@@ -50,7 +51,7 @@ def guarded_against_unguarded(*, quick: bool, device: str = "cpu") -> list[Row]:
 
 def _compare(name: str, model: Any, batch: int, steps: int, rounds: int, device: str) -> Row:
     bank = _bank(model)
-    monitor = _monitor(len(bank.names)).to(device)
+    monitor = _monitor(len(bank.names), model.get_input_embeddings().embedding_dim + 1).to(device)
     rng = torch.Generator().manual_seed(0)
     prompts = torch.randint(3, model.config.vocab_size, (batch, PROMPT), generator=rng).tolist()
     best = {True: math.inf, False: math.inf}
@@ -85,7 +86,7 @@ def _decode(
 
     def judged(found: Tensor) -> None:
         nonlocal growing
-        growing = growing or RunningProfile(len(prompts), found.shape[-1], found.device)
+        growing = growing or RunningProfile(prompt_features(model, prompts), found.shape[-1], found.device)
         growing.extend(found[:, -1:])
         monitor.running(growing).tolist()
 
@@ -125,9 +126,9 @@ def _bank(model: Any) -> Bank:
     )
 
 
-def _monitor(columns: int) -> Monitor:
+def _monitor(columns: int, features: int) -> Monitor:
     looks = [Look(TailSum(torch.zeros(2 * columns), torch.ones(2 * columns)), 0.0, 1.0) for _ in range(LOOKS)]
-    return Monitor(tuple(looks), torch.zeros(1))
+    return Monitor(PromptKinds.one(features), (Calibrated(tuple(looks), torch.zeros(1)),), 0.0)
 
 
 def _seed(name: str) -> Any:

@@ -98,11 +98,10 @@ def look(base: Path, folder: Path) -> dict[str, Any]:
         model_type = str(unwrapped(model).config.model_type)
     bank = Bank.of((row.directions for row in weights.matrices if row.directions is not None), model_type)
     read = profiles(pair, bank, clean)
-    monitor = Monitor.fit(Fit(tuple(read[:FIT])), Calibrate(tuple(read[FIT : FIT + CALIBRATE])))
-    threshold = monitor.threshold(FPR)
+    monitor = Monitor.fit(Fit(tuple(read[:FIT])), Calibrate(tuple(read[FIT : FIT + CALIBRATE])), fpr=FPR)
 
     def flagged(rows: Sequence[Profile]) -> dict[str, Any]:
-        return asdict(proportion(int((monitor.scores(rows) > threshold).sum()), len(rows)))
+        return asdict(proportion(int((monitor.scores(rows) > monitor.threshold).sum()), len(rows)))
 
     about = profiles(pair, bank, topic)
     strongest = {site: rows[:1] for site, rows in bank.write.items()}

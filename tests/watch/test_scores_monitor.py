@@ -26,7 +26,7 @@ def answers(n: int, seed: int, *, shift: float = 0.0, columns: int = 12, at: int
         values = torch.randn(1, tokens, columns, generator=rng) / torch.rand(1, tokens, 1, generator=rng).clamp_min(0.1)
         values[..., : columns // 2] += shift
         scale = 10.0 ** torch.linspace(-4, 1, columns)
-        found += profiles(values * scale, torch.ones(1, tokens, dtype=torch.bool))
+        found += profiles(values * scale, torch.ones(1, tokens, dtype=torch.bool), torch.empty(1, 0))
     return found
 
 
@@ -72,7 +72,7 @@ def test_quantile_and_tail_of_constant_columns_are_finite() -> None:
 @pytest.mark.parametrize("fpr", [0.01, 0.1])
 def test_the_joint_false_alarm_rate_is_what_was_asked_for(fit, fpr: float) -> None:
     """Over all columns, looks and lengths; a plain range over 12 columns would flag far more."""
-    monitor = Monitor.fit(Fit(tuple(answers(300, 0))), Calibrate(tuple(answers(1000, 1))), fit)
+    monitor = Monitor.fit(Fit(tuple(answers(300, 0))), Calibrate(tuple(answers(1000, 1))), fpr=fpr, score=fit)
     fresh = answers(1500, 2)
     scores = monitor.scores(fresh)
     p_values = conformal_p_values(monitor.calibration, scores)
@@ -86,11 +86,11 @@ def test_the_joint_false_alarm_rate_is_what_was_asked_for(fit, fpr: float) -> No
     # a threshold from 1,000 rows has an error of its own, about as large as that of 1,500 fresh rows
     spread = 4 * math.sqrt(fpr * (1 - fpr) * (1 / 1000 + 1 / len(fresh)))
     assert abs(flagged / len(fresh) - fpr) <= spread
-    assert flagged == int((scores > monitor.threshold(fpr)).sum())
+    assert flagged == int((scores > monitor.threshold).sum())
 
 
 def test_a_shift_of_many_columns_is_caught_at_the_first_look_and_named() -> None:
-    monitor = Monitor.fit(Fit(tuple(answers(300, 0))), Calibrate(tuple(answers(1000, 1))))
+    monitor = Monitor.fit(Fit(tuple(answers(300, 0))), Calibrate(tuple(answers(1000, 1))), fpr=0.01)
     judged = [monitor.judge(row) for row in answers(100, 3, shift=80.0)]
     assert sum(j.p_value <= 0.01 for j in judged) >= 95
     assert sum(all(c < 6 for c in j.columns) for j in judged) >= 90
@@ -99,8 +99,8 @@ def test_a_shift_of_many_columns_is_caught_at_the_first_look_and_named() -> None
 
 
 def test_longer_answers_than_any_calibrated_are_judged_and_marked() -> None:
-    monitor = Monitor.fit(Fit(tuple(answers(600, 0))), Calibrate(tuple(answers(200, 1))))
-    assert len(monitor.looks) == 6
+    monitor = Monitor.fit(Fit(tuple(answers(600, 0))), Calibrate(tuple(answers(200, 1))), fpr=0.01)
+    assert len(monitor.of_kind[0].looks) == 6
     (long,) = answers(1, 5, at=100)
     assert not monitor.judge(long).within_calibration
     assert monitor.judge(answers(1, 5, at=20)[0]).within_calibration
@@ -108,7 +108,6 @@ def test_longer_answers_than_any_calibrated_are_judged_and_marked() -> None:
 
 def test_too_little_clean_text_abstains() -> None:
     with pytest.raises(NotTestable, match=f"at least {LEAST}"):
-        Monitor.fit(Fit(tuple(answers(20, 0))), Calibrate(tuple(answers(20, 1))))
-    monitor = Monitor.fit(Fit(tuple(answers(600, 0))), Calibrate(tuple(answers(200, 1))))
+        Monitor.fit(Fit(tuple(answers(20, 0))), Calibrate(tuple(answers(20, 1))), fpr=0.01)
     with pytest.raises(NotTestable, match="200 clean rows cannot hold"):
-        monitor.threshold(0.001)
+        Monitor.fit(Fit(tuple(answers(600, 0))), Calibrate(tuple(answers(200, 1))), fpr=0.001)

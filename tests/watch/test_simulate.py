@@ -16,7 +16,7 @@ def answers(n: int, seed: int, *, shift: float = 0.0) -> list[Profile]:
     """Cosine-like columns; an attack moves all of them."""
     rng = torch.Generator().manual_seed(seed)
     columns = 0.1 * torch.randn(n, 4, COLUMNS, generator=rng) + shift
-    return profiles(columns, torch.ones(n, 4, dtype=torch.bool))
+    return profiles(columns, torch.ones(n, 4, dtype=torch.bool), torch.empty(1, 0))
 
 
 @given(st.sampled_from(ORDERS), st.integers(1, 6), st.integers(1, 5), st.integers(0, 99))
@@ -38,9 +38,9 @@ def test_every_attack_comes_as_often_as_asked_and_benign_rows_keep_their_order(
 
 def test_quarantine_does_not_decay_and_the_absorbing_range_does() -> None:
     fit, calibrate = answers(300, 2), answers(300, 3)
-    monitor = Monitor.fit(Fit(tuple(fit)), Calibrate(tuple(calibrate)))
+    monitor = Monitor.fit(Fit(tuple(fit)), Calibrate(tuple(calibrate)), fpr=0.02)
     found = simulate(
-        monitor, [*fit, *calibrate], answers(400, 4), answers(20, 5, shift=0.4), fpr=0.02, written=WRITTEN, repeats=100
+        monitor, [*fit, *calibrate], answers(400, 4), answers(20, 5, shift=0.4), written=WRITTEN, repeats=100
     )
     assert len(found) == 2 * len(ORDERS)
     for one in found:

@@ -1,6 +1,7 @@
 """A log watched from calibration to alerts, with tiny random models."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from molehunt.watch.bank import Bank
 from molehunt.watch.drift import DriftMartingale
 from molehunt.watch.ledger import Ledger
 from molehunt.watch.log import calibrated, read_answers, watch_log
-from molehunt.watch.monitor import Look, Monitor
+from molehunt.watch.monitor import Calibrated, Look
 from molehunt.watch.scores import RangeExceedance
 from molehunt.watch.state import WatchState
 from tiny_models import tiny_model, tiny_tokenizer
@@ -138,7 +139,7 @@ def test_a_state_comes_back_and_another_models_is_refused(state: WatchState, tmp
     state.save(path)
     again = WatchState.load(path, IDENTITY)
     assert again.monitor.calibration.equal(state.monitor.calibration)
-    assert again.monitor.threshold(FPR) == state.monitor.threshold(FPR)
+    assert again.monitor.threshold == state.monitor.threshold
     assert again.rng.random() == state.rng.random() and again.place == state.place
     with pytest.raises(UsageError, match=r"calibrated for another tokenizer\."):
         WatchState.load(path, {**IDENTITY, "tokenizer": "c"})
@@ -148,7 +149,9 @@ def test_a_state_comes_back_and_another_models_is_refused(state: WatchState, tmp
     save_file({"a": torch.zeros(1)}, path, {"molehunt_watch": json.dumps({"schema": 99})})
     with pytest.raises(InvalidInput, match="is of schema 99"):
         WatchState.load(path, IDENTITY)
-    odd = Monitor((Look(RangeExceedance(torch.zeros(2)), 0.0, 1.0),), state.monitor.calibration)
+    odd = replace(
+        state.monitor, of_kind=(Calibrated((Look(RangeExceedance(torch.zeros(2)), 0.0, 1.0),), torch.zeros(1)),)
+    )
     with pytest.raises(TypeError, match="tail sums"):
         WatchState(identity=IDENTITY, monitor=odd, drift=DriftMartingale(), rng=np.random.default_rng(0)).save(path)
 

@@ -153,7 +153,6 @@ def _simulated(
         profiles(watching.clean, "clean"),
         profiles(benign, "benign"),
         profiles(inserted, "attacks"),
-        fpr=fpr,
         written=watching.bank.written,
         repeats=repeats,
         seed=seed,

@@ -55,9 +55,9 @@ def look(pair: ModelPair, bank: Bank, monitor: Monitor, prompt: str) -> Looked:
         whole = [*ids, *answer]
         (profile,) = answer_profiles(tuned, bank, [ids], [answer], layers_path=pair.layers_path)
         judged = monitor.judge(profile)
-        on_tuned = monitor.by_token(judged.look, token_columns(tuned, bank, whole, layers_path=pair.layers_path))
+        on_tuned = monitor.by_token(judged, token_columns(tuned, bank, whole, layers_path=pair.layers_path))
     with pair.base_model() as base:
-        on_base = monitor.by_token(judged.look, token_columns(base, bank, whole, layers_path=pair.layers_path))
+        on_base = monitor.by_token(judged, token_columns(base, bank, whole, layers_path=pair.layers_path))
 
     def text(tokens: Sequence[int]) -> str:
         return str(pair.tokenizer.decode(list(tokens), skip_special_tokens=True))

@@ -30,6 +30,7 @@ from molehunt.serve.sampling import Sampler, logprobs_of, next_tokens
 from molehunt.serve.steering import Steering, bases
 from molehunt.serve.text import TextStream
 from molehunt.watch.columns import Columns, watched
+from molehunt.watch.kinds import prompt_features
 from molehunt.watch.profile import RunningProfile
 from molehunt.watch.quarantine import explained, loudest
 
@@ -239,7 +240,7 @@ class Engine:
         fresh = DecodingBatch(self._model)
         logits = fresh.begin(prompts)
         found = columns.take()
-        growing = RunningProfile(len(rows), found.shape[-1], self._device)
+        growing = RunningProfile(prompt_features(self._model, prompts), found.shape[-1], self._device)
         growing.extend(found[:, -1:])  # padded on the left: the last column is every row's decision
         for row in rows:
             row.seen = min(len(row.asked.prompt), found.shape[1])

@@ -95,7 +95,7 @@ class Guard:
         self.tokenizer = tokenizer
         self.fpr = fpr
         self.action: Action = action
-        self.threshold = state.monitor.threshold(fpr)
+        self.threshold = state.monitor.threshold
         self.healthy = True
         self.to_explain: deque[Settled] = deque(maxlen=EXPLAIN_AT_MOST)
         self.on_settled = on_settled
@@ -179,7 +179,7 @@ class Guard:
         suspicious = one.judged.score > self.threshold
         alert = self._recorded(one, finished.request) if suspicious or coverage < 1 else None
         if alert is None:
-            absorb(self.state, one.judged, self.fpr)
+            absorb(self.state, one.judged)
         else:
             self.state.flagged += 1
         verdict = Verdict(

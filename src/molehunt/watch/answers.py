@@ -11,6 +11,7 @@ from molehunt.model.blocks import decoder
 from molehunt.run.progress import Track, silent
 from molehunt.watch.bank import Bank
 from molehunt.watch.columns import watched
+from molehunt.watch.kinds import prompt_features
 from molehunt.watch.profile import Profile, profiles
 
 BATCH_TOKENS = 8192
@@ -68,7 +69,8 @@ def answer_profiles(
                 decision = len(prompts[i]) - 1
                 answer[r, decision : max(decision + 1, len(rows[i]) - 1)] = True
             inner(input_ids=tokens.to(device), attention_mask=mask.long().to(device), use_cache=False)
-            for i, profile in zip(group, profiles(columns.take(), answer.to(device)), strict=True):
+            made_of = prompt_features(model, [prompts[i] for i in group])
+            for i, profile in zip(group, profiles(columns.take(), answer.to(device), made_of), strict=True):
                 found[i] = profile
     return [profile for profile in found if profile is not None]
 

@@ -3,12 +3,12 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -18,11 +18,12 @@ from molehunt.model.pair import ModelPair
 from molehunt.run.progress import Track, silent
 from molehunt.traffic.roles import RoledTokens, roled_prompt
 from molehunt.traffic.split import Calibrate, Fit
-from molehunt.traffic.stream import Conversation
+from molehunt.traffic.stream import Conversation, Place
 from molehunt.watch.alert import Extreme
 from molehunt.watch.answers import answer_profiles
 from molehunt.watch.bank import Bank
 from molehunt.watch.drift import DriftMartingale, reference_margin, smoothed_p_value
+from molehunt.watch.extremes import Inputs, Text
 from molehunt.watch.ledger import Ledger
 from molehunt.watch.monitor import Judged, Monitor
 from molehunt.watch.profile import Profile
@@ -42,7 +43,25 @@ EXTREMES = 16
 def read_answers(
     pair: ModelPair, bank: Bank, rows: Sequence[Conversation], *, max_new_tokens: int, track: Track = silent, what: str
 ) -> list[tuple[RoledTokens, tuple[int, ...], Profile]]:
-    """Prompt, answer and profile of each row. A logged answer is read as it is; others are generated, greedily."""
+    """Prompt, answer and profile of each row, answered as `answered` does."""
+    both = answered(pair, rows, max_new_tokens=max_new_tokens, track=track, what=what)
+    with pair.tuned_model() as model:
+        found = answer_profiles(
+            model,
+            bank,
+            [prompt.ids for prompt, _ in both],
+            [answer for _, answer in both],
+            layers_path=pair.layers_path,
+            track=track,
+            what=f"{what}: scoring",
+        )
+    return [(prompt, answer, profile) for (prompt, answer), profile in zip(both, found, strict=True)]
+
+
+def answered(
+    pair: ModelPair, rows: Sequence[Conversation], *, max_new_tokens: int, track: Track = silent, what: str
+) -> list[tuple[RoledTokens, tuple[int, ...]]]:
+    """Prompt and answer of each row. A logged answer is read as it is; others are generated, greedily."""
     prompts = [roled_prompt(pair.tokenizer, row.turns) for row in rows]
     answers: list[tuple[int, ...]] = [
         tuple(pair.tokenizer.encode(row.response, add_special_tokens=False)) if row.response else () for row in rows
@@ -58,18 +77,9 @@ def read_answers(
             track=track,
             what=f"{what}: answering",
         )
-        for i, answer in zip(open_rows, made, strict=True):
-            answers[i] = tuple(answer)
-        found = answer_profiles(
-            model,
-            bank,
-            [prompt.ids for prompt in prompts],
-            answers,
-            layers_path=pair.layers_path,
-            track=track,
-            what=f"{what}: scoring",
-        )
-    return list(zip(prompts, answers, found, strict=True))
+    for i, answer in zip(open_rows, made, strict=True):
+        answers[i] = tuple(answer)
+    return list(zip(prompts, answers, strict=True))
 
 
 def calibrated(
@@ -95,16 +105,15 @@ def calibrated(
     Random(seed).shuffle(rows)
     found = [p for _, _, p in read_answers(pair, bank, rows, max_new_tokens=max_new_tokens, track=track, what="clean")]
     half = len(found) // 2
-    monitor = Monitor.fit(Fit(tuple(found[:half])), Calibrate(tuple(found[half:])))
-    highest = monitor.calibration.argsort(descending=True)[:EXTREMES].tolist()
-    monitor.threshold(fpr)  # abstain now, not after hours
-    unflagged = int((monitor.calibration <= monitor.threshold(fpr)).sum())
+    monitor = Monitor.fit(Fit(tuple(found[:half])), Calibrate(tuple(found[half:])), fpr=fpr)
+    scores = monitor.scores(found[half:])
+    unflagged = int((scores <= monitor.threshold).sum())
     return WatchState(
         identity=identity,
         monitor=monitor,
         extremes=tuple(
-            Extreme(score=float(monitor.calibration[i]), text="" if no_text else rows[half + i].turns[-1].text)
-            for i in highest
+            Extreme(score=float(scores[i]), text="" if no_text else rows[half + i].turns[-1].text)
+            for i in scores.argsort(descending=True)[:EXTREMES].tolist()
         ),
         drift=DriftMartingale(level=DRIFT_LEVEL / 2, margin=reference_margin(unflagged, DRIFT_LEVEL / 2)),
         rng=np.random.default_rng(seed),
@@ -115,6 +124,7 @@ def watch_log(
     pair: ModelPair,
     bank: Bank,
     state: WatchState,
+    inputs: Inputs,
     rows: Iterable[Conversation],
     *,
     fpr: float,
@@ -125,30 +135,73 @@ def watch_log(
 ) -> None:
     """Judge `rows`, append a line for each to `into/verdicts.jsonl`, record alerts, keep the state after every chunk.
 
-    Flagged rows are quarantined in the ledger: neither the running scores nor the drift test see them.
+    Flagged rows are quarantined in the ledger: neither the running scores nor the drift test see them, and `inputs`
+    keeps them apart.
 
     Raises:
         LedgerUnavailable: an alert could not be stored; the chunk counts as not judged.
     """
-    verdicts = into / "verdicts.jsonl"
+
+    def judged(chunk: Sequence[Conversation]) -> list[dict[str, Any]]:
+        scored = _judge(pair, bank, state.monitor, chunk, max_new_tokens, track)
+        flags = [one.judged.p_value <= fpr for one in scored]
+        for row, one, flagged in zip(chunk, scored, flags, strict=True):
+            state.seen += 1
+            state.flagged += flagged
+            if flagged:
+                _quarantine(ledger, pair, bank, state, row, one, fpr, max_new_tokens)
+            else:
+                absorb(state, one.judged)
+        inputs.take(
+            torch.stack([one.profile.looks[-1] for one in scored]),
+            [row.line for row in chunk],
+            texts(pair, chunk, [one.answer for one in scored]),
+            torch.tensor(flags),
+        )
+        return [verdict(bank, row, one, flagged) for row, one, flagged in zip(chunk, scored, flags, strict=True)]
+
+    record(rows, state, inputs, into / "verdicts.jsonl", into / "state.safetensors", judged)
+
+
+class Resumable(Protocol):
+    """What a watch goes on from."""
+
+    place: Place
+    written: int
+
+    @property
+    def identity(self) -> Mapping[str, str]: ...
+
+    def save(self, path: Path) -> None: ...
+
+
+def record(
+    rows: Iterable[Conversation],
+    state: Resumable,
+    inputs: Inputs,
+    verdicts: Path,
+    state_file: Path,
+    judged: Callable[[Sequence[Conversation]], Iterable[Mapping[str, Any]]],
+) -> None:
+    """Judge `rows` in chunks; write a line for each, and what a restart needs after every chunk."""
     with verdicts.open("ab") as file:
         file.truncate(state.written)  # a chunk that was written, and not finished, is written again
         for chunk in _chunks(rows):
-            scored = _judge(pair, bank, state.monitor, chunk, max_new_tokens, track)
-            for row, one in zip(chunk, scored, strict=True):
-                flagged = one.judged.p_value <= fpr
-                state.seen += 1
-                state.flagged += flagged
-                if flagged:
-                    _quarantine(ledger, pair, bank, state, row, one, fpr, max_new_tokens)
-                else:
-                    absorb(state, one.judged, fpr)
-                file.write((json.dumps(verdict(bank, row, one, flagged)) + "\n").encode())
+            file.writelines((json.dumps(told) + "\n").encode() for told in judged(chunk))
             file.flush()
             os.fsync(file.fileno())
+            inputs.save(verdicts.parent, state.identity)  # before the state: a repeated row counts once
             state.written = file.tell()
             state.place = chunk[-1].end
-            state.save(into / "state.safetensors")
+            state.save(state_file)
+
+
+def texts(pair: ModelPair, rows: Sequence[Conversation], answers: Sequence[Sequence[int]]) -> list[Text]:
+    """What the rows say, cut: a logged answer as it was logged."""
+    return [
+        Text.of(row.turns, row.response or str(pair.tokenizer.decode(list(answer), skip_special_tokens=True)))
+        for row, answer in zip(rows, answers, strict=True)
+    ]
 
 
 def verdict(bank: Bank, row: Conversation, one: Answered, flagged: bool) -> dict[str, Any]:
@@ -194,10 +247,10 @@ def _judge(
     ]
 
 
-def absorb(state: WatchState, judged: Judged, fpr: float) -> None:
+def absorb(state: WatchState, judged: Judged) -> None:
     """A row that was not flagged widens what is known of clean traffic, and is one more bet on drift."""
     state.scores.add(torch.tensor([[judged.score]]))
-    calm = state.monitor.calibration[state.monitor.calibration <= state.monitor.threshold(fpr)]
+    calm = state.monitor.calibration[state.monitor.calibration <= state.monitor.threshold]
     above, tied = int((calm > judged.score).sum()), int((calm == judged.score).sum())
     state.drift.update(smoothed_p_value(above, tied, len(calm), state.rng))
 

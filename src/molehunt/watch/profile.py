@@ -5,7 +5,7 @@ compared with clean answers of that length. Position 0 of an answer is the decis
 is the first token of the answer.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -28,25 +28,32 @@ class Profile:
     peaks: Int[Tensor, " twice_columns"]
     """Which token of the answer the last look's extreme lies at."""
     tokens: int
+    prompt: Float[Tensor, " features"] = field(default_factory=lambda: torch.empty(0))
+    """What the prompt is made of: see `kinds.prompt_features`. Without features all prompts are of one kind."""
 
     def __post_init__(self) -> None:
         if len(self.looks) != look_of(self.tokens) + 1:
             raise ValueError(f"an answer of {self.tokens} tokens has {look_of(self.tokens) + 1} looks")
 
 
-def profiles(columns: Float[Tensor, "batch pos columns"], answer: Bool[Tensor, "batch pos"]) -> list[Profile]:
+def profiles(
+    columns: Float[Tensor, "batch pos columns"],
+    answer: Bool[Tensor, "batch pos"],
+    prompts: Float[Tensor, "batch features"],
+) -> list[Profile]:
     """Profiles of teacher-forced rows, on the CPU.
 
     Args:
         columns: of every token.
+        prompts: what each row's prompt is made of.
         answer: True at an answer's positions, which lie side by side: see `detect.pooling.positions`, "generated".
 
     Raises:
         ValueError: a row without an answer, or NaN among its columns.
     """
     found: list[Profile] = []
-    for row, at in zip(columns, answer, strict=True):
-        running = RunningProfile(1, row.shape[-1], row.device)
+    for row, at, prompt in zip(columns, answer, prompts, strict=True):
+        running = RunningProfile(prompt[None], row.shape[-1], row.device)
         values = row[at]
         if not len(values):
             raise ValueError("a row without an answer position has no profile")
@@ -58,8 +65,13 @@ def profiles(columns: Float[Tensor, "batch pos columns"], answer: Bool[Tensor, "
 class RunningProfile:
     """Extremes of a batch of answers while they are generated. Values stay on the device until a profile is asked for."""
 
-    def __init__(self, batch: int, columns: int, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, prompts: Float[Tensor, "batch features"], columns: int, device: torch.device | str = "cpu"
+    ) -> None:
+        batch = len(prompts)
         shape = (batch, 2 * columns)
+        self.prompts = prompts
+        """What each row's prompt is made of; stays on the CPU."""
         self.extremes: Float[Tensor, "batch twice_columns"] = torch.full(shape, -torch.inf, device=device)
         """Of each answer so far."""
         self.tokens = [0] * batch
@@ -98,6 +110,7 @@ class RunningProfile:
         self.extremes, self._peaks = self.extremes[rows], self._peaks[rows]
         self._looks = [self._looks[row] for row in rows.tolist()]
         self.tokens = [self.tokens[row] for row in rows.tolist()]
+        self.prompts = self.prompts[rows.cpu()]
 
     def join(self, others: "RunningProfile") -> None:
         """Go on with these answers, too, behind those of this batch."""
@@ -105,6 +118,7 @@ class RunningProfile:
         self._peaks = torch.cat([self._peaks, others._peaks])
         self._looks += others._looks
         self.tokens += others.tokens
+        self.prompts = torch.cat([self.prompts, others.prompts])
 
     def profile(self, row: int) -> Profile:
         """The answer so far. Raises ValueError for NaN: such a token was not scored."""
@@ -114,4 +128,4 @@ class RunningProfile:
         stacked = torch.stack(looks).cpu()
         if stacked.isnan().any():
             raise ValueError("NaN among the activations: this answer cannot be scored")
-        return Profile(looks=stacked, peaks=self._peaks[row].cpu(), tokens=self.tokens[row])
+        return Profile(looks=stacked, peaks=self._peaks[row].cpu(), tokens=self.tokens[row], prompt=self.prompts[row])

@@ -4,8 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.functional import cosine_similarity
 from transformers import PreTrainedTokenizerBase
 
@@ -95,7 +94,7 @@ def explained(
     Raises as `generate` and `watched`.
     """
     ids = (*one.prompt, *one.answer)
-    scores = monitor.by_token(one.judged.look, token_columns(model, bank, ids, layers_path=layers_path)).tolist()
+    scores = monitor.by_token(one.judged, token_columns(model, bank, ids, layers_path=layers_path)).tolist()
     by_site: dict[int, list[Watched]] = {}
     for direction in loudest(bank, one.judged):
         by_site.setdefault(direction.site.layer, []).append(direction)
@@ -125,14 +124,11 @@ def look_alikes(monitor: Monitor, one: Answered, earlier: Sequence[Alert]) -> li
     known = [(alert.id, row) for alert, row in zip(earlier, rows, strict=True) if len(row) == len(mine)]
     if not known:
         return []
-    stood_out = _standing_out(monitor, torch.stack([mine, *(row for _, row in known)]))
+    score = monitor.of_kind[one.judged.kind].looks[-1].score
+    stood_out = score.by_column(torch.stack([mine, *(row for _, row in known)]))
     similar = cosine_similarity(stood_out[:1], stood_out[1:])
     order = similar.argsort(descending=True)[:ALIKE_SHOWN].tolist()
     return [known[i][0] for i in order if similar[i] > ALIKE]
-
-
-def _standing_out(monitor: Monitor, extremes: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows columns"]:
-    return monitor.looks[-1].score.by_column(extremes)
 
 
 def _text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:

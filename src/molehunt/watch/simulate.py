@@ -85,7 +85,6 @@ def simulate(
     benign: Sequence[Profile],
     attacks: Sequence[Profile],
     *,
-    fpr: float,
     written: int,
     repeats: int = 100,
     seed: int = 0,
@@ -99,7 +98,6 @@ def simulate(
         attacks: rows that are inserted, `repeats` times each.
         written: how many columns are write-side cosines, which the published range is about (`Bank.written`).
     """
-    threshold = monitor.threshold(fpr)
     score: dict[int, float] = {
         id(row): value
         for row, value in zip([*benign, *attacks], monitor.scores([*benign, *attacks]).tolist(), strict=True)
@@ -111,7 +109,7 @@ def simulate(
     found: list[Simulated] = []
     for order in ORDERS:
         stream = events(benign, attacks, repeats=repeats, order=order, seed=seed, strength=strength)
-        flags = [(event.repeat, score[id(event.profile)] > threshold) for event in stream]
+        flags = [(event.repeat, score[id(event.profile)] > monitor.threshold) for event in stream]
         found.append(_told("conformal, flagged rows quarantined", order, flags))
         found.append(_told("published range, takes in every row", order, _absorbing(clean, stream, written)))
     return found

@@ -21,11 +21,12 @@ from molehunt.traffic.stream import START, Conversation, Place
 from molehunt.watch.alert import Extreme
 from molehunt.watch.bank import Bank
 from molehunt.watch.drift import DriftMartingale
-from molehunt.watch.monitor import Look, Monitor
+from molehunt.watch.kinds import PromptKinds
+from molehunt.watch.monitor import Calibrated, Look, Monitor
 from molehunt.watch.scores import TailSum
 from molehunt.watch.sketch import ScoreSketch
 
-SCHEMA = 2
+SCHEMA = 3
 
 
 def identify(
@@ -74,22 +75,20 @@ class WatchState:
 
     def save(self, path: Path) -> None:
         """Replace the file at `path`, synced."""
-        looks = self.monitor.looks
-        scores = [look.score for look in looks]
-        tail_sums = [score for score in scores if isinstance(score, TailSum)]
-        if len(tail_sums) < len(scores):
-            raise TypeError("only a monitor of tail sums can be kept on disk")
+        kinds = self.monitor.kinds
         tensors: dict[str, Tensor] = {
-            "start": torch.stack([score.start for score in tail_sums]),
-            "scale": torch.stack([score.scale for score in tail_sums]),
-            "own": torch.tensor([[look.start, look.scale] for look in looks], dtype=torch.float64),
-            "calibration": self.monitor.calibration,
             "scores": torch.frombuffer(bytearray(self.scores.to_bytes()), dtype=torch.uint8),
+            "kinds.center": kinds.center,
+            "kinds.scale": kinds.scale,
+            "kinds.centroids": kinds.centroids,
         }
+        for kind, one in enumerate(self.monitor.of_kind):
+            tensors |= {f"{kind}.{name}": tensor for name, tensor in _tensors(one).items()}
         told = {
             "schema": SCHEMA,
             "identity": dict(self.identity),
-            "summed": tail_sums[0].summed,
+            "kind_of": kinds.kind_of,
+            "threshold": self.monitor.threshold,
             "extremes": [[extreme.score, extreme.text] for extreme in self.extremes],
             "drift": self.drift.to_dict(),
             "rng": self.rng.bit_generator.state,
@@ -127,16 +126,14 @@ class WatchState:
                 f"{printable(path.name)} was calibrated for another {', '.join(other)}.\nGive another --out folder, or "
                 "remove the state to calibrate anew."
             )
-        own = tensors["own"].tolist()
-        looks = tuple(
-            Look(TailSum(start, scale, told["summed"]), own_start, own_scale)
-            for start, scale, (own_start, own_scale) in zip(tensors["start"], tensors["scale"], own, strict=True)
+        kinds = PromptKinds(
+            tensors["kinds.center"], tensors["kinds.scale"], tensors["kinds.centroids"], tuple(told["kind_of"])
         )
         rng = np.random.default_rng()
         rng.bit_generator.state = told["rng"]
         return cls(
             identity=identity,
-            monitor=Monitor(looks, tensors["calibration"]),
+            monitor=Monitor(kinds, tuple(_calibrated(tensors, kind) for kind in range(kinds.n)), told["threshold"]),
             extremes=tuple(Extreme(score=score, text=text) for score, text in told["extremes"]),
             scores=ScoreSketch.from_bytes(tensors["scores"].numpy().tobytes()),
             drift=DriftMartingale.from_dict(told["drift"]),
@@ -146,3 +143,30 @@ class WatchState:
             seen=told["seen"],
             flagged=told["flagged"],
         )
+
+
+def _tensors(one: Calibrated) -> dict[str, Tensor]:
+    """What one kind of prompt was fitted to. Raises TypeError for scores other than tail sums."""
+    scores = [look.score for look in one.looks]
+    tail_sums = [score for score in scores if isinstance(score, TailSum)]
+    if len(tail_sums) < len(scores):
+        raise TypeError("only a monitor of tail sums can be kept on disk")
+    return {
+        "start": torch.stack([score.start for score in tail_sums]),
+        "scale": torch.stack([score.scale for score in tail_sums]),
+        "summed": torch.tensor([score.summed for score in tail_sums]),
+        "own": torch.tensor([[look.start, look.scale] for look in one.looks], dtype=torch.float64),
+        "calibration": one.calibration,
+    }
+
+
+def _calibrated(tensors: Mapping[str, Tensor], kind: int) -> Calibrated:
+    """What `_tensors` took apart."""
+    start, scale, summed, own, calibration = (
+        tensors[f"{kind}.{name}"] for name in ("start", "scale", "summed", "own", "calibration")
+    )
+    looks = tuple(
+        Look(TailSum(a, b, n), own_start, own_scale)
+        for a, b, n, (own_start, own_scale) in zip(start, scale, summed.tolist(), own.tolist(), strict=True)
+    )
+    return Calibrated(looks, calibration)

@@ -1,0 +1,90 @@
+"""Kinds of prompt, each held to clean rows of its own: a rate over all traffic says nothing about long or unusual inputs.
+
+Clusters of what a prompt is made of: the mean input embedding of its tokens and the logarithm of their number. Neither
+takes a forward pass, so a kind is known before the first score. Within a kind the rate is exact (Mondrian conformal
+prediction: Vovk, Lindsay, Nouretdinov & Gammerman, "Mondrian confidence machine", 2003).
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from scipy.cluster.vq import kmeans2
+from torch import Tensor, nn
+from torch.nn.functional import embedding_bag
+
+CLUSTERS = 6
+"""Looked for among the prompts; the most kinds there can be."""
+LENGTH_WEIGHT = 0.25
+"""Of the prompt's length beside all of its embedding's coordinates together."""
+SMALLEST = 1e-6
+"""Scale of a coordinate that never varied."""
+
+
+@torch.inference_mode()
+def prompt_features(model: nn.Module, prompts: Sequence[Sequence[int]]) -> Float[Tensor, "rows features"]:
+    """What each prompt is made of: mean input embedding, log of the length; fp32, on the CPU. Prompts have tokens."""
+    weight: Tensor = model.get_input_embeddings().weight  # pyright: ignore
+    lengths = torch.tensor([len(prompt) for prompt in prompts])
+    flat = torch.tensor([token for prompt in prompts for token in prompt], device=weight.device)
+    means = embedding_bag(flat, weight, (lengths.cumsum(0) - lengths).to(weight.device), mode="mean")
+    return torch.cat([means.float().cpu(), lengths.log()[:, None]], dim=1)
+
+
+@dataclass(frozen=True, eq=False)
+class PromptKinds:
+    """Where a prompt belongs: the kind of the nearest centroid."""
+
+    center: Float[Tensor, " features"]
+    scale: Float[Tensor, " features"]
+    centroids: Float[Tensor, "centroids features"]
+    kind_of: tuple[int, ...]
+    """Of each centroid."""
+
+    @classmethod
+    def one(cls, features: int) -> "PromptKinds":
+        """All prompts are of one kind."""
+        return cls(torch.zeros(features), torch.ones(features), torch.zeros(1, features), (0,))
+
+    @classmethod
+    def fit(cls, prompts: Float[Tensor, "rows features"], least: int, *, seed: int = 0) -> "PromptKinds":
+        """Up to `CLUSTERS` kinds, none with fewer than `least` of these rows: a smaller one joins its nearest neighbour."""
+        n, features = prompts.shape
+        if not features or n < max(2 * least, CLUSTERS):
+            return cls.one(features)
+        center, scale = prompts.mean(0), prompts.std(0).clamp_min(SMALLEST)
+        scale[-1] /= math.sqrt(LENGTH_WEIGHT * max(1, features - 1))
+        standard = ((prompts - center) / scale).double().numpy()
+        found, labels = kmeans2(standard, CLUSTERS, minit="++", rng=np.random.default_rng(seed))
+        centroids = torch.from_numpy(found).float()
+        counts = torch.from_numpy(labels).bincount(minlength=len(centroids)).tolist()
+        kinds = cls(center, scale, centroids, _joined(centroids, counts, least))
+        return kinds if kinds.n > 1 else cls.one(features)
+
+    @property
+    def n(self) -> int:
+        return max(self.kind_of) + 1
+
+    def of(self, prompts: Float[Tensor, "rows features"]) -> list[int]:
+        """The kind of each row."""
+        standard = (prompts - self.center) / self.scale
+        return [self.kind_of[i] for i in torch.cdist(standard, self.centroids).argmin(1).tolist()]
+
+
+def _joined(centroids: Float[Tensor, "centroids features"], counts: Sequence[int], least: int) -> tuple[int, ...]:
+    """The kind of each centroid once every kind has `least` rows, numbered from 0."""
+    groups = [[i] for i in range(len(centroids))]
+    apart = torch.cdist(centroids, centroids)
+
+    def rows(group: list[int]) -> int:
+        return sum(counts[i] for i in group)
+
+    while len(groups) > 1 and rows(smallest := min(groups, key=rows)) < least:
+        groups.remove(smallest)
+        at = smallest
+        min(groups, key=lambda group: float(apart[at][:, group].min())).extend(smallest)
+    of = {i: kind for kind, group in enumerate(groups) for i in group}
+    return tuple(of[i] for i in range(len(centroids)))
