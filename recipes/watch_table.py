@@ -19,6 +19,7 @@ from random import Random
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from watch_told import tables
 
@@ -30,7 +31,7 @@ from molehunt.measure.threshold import conformal_threshold
 from molehunt.model.blocks import module_role, unwrapped
 from molehunt.model.generate import generate
 from molehunt.model.pair import ModelPair
-from molehunt.run.whole import write_whole
+from molehunt.run.whole import replace_whole, write_whole
 from molehunt.traffic.chat import prompt_ids
 from molehunt.traffic.example import Example
 from molehunt.traffic.split import Calibrate, Fit
@@ -39,7 +40,7 @@ from molehunt.watch.bank import Bank
 from molehunt.watch.columns import watched
 from molehunt.watch.kinds import PromptKinds, prompt_features
 from molehunt.watch.monitor import FitScore, Monitor
-from molehunt.watch.profile import Profile, profiles
+from molehunt.watch.profile import Profile, look_of, profiles
 from molehunt.watch.ranges import RunningRange
 from molehunt.watch.scores import Mahalanobis, RangeExceedance, TailSum
 
@@ -71,6 +72,33 @@ class Read:
     """Mean over the answer of ‖tuned - base‖, at the middle block."""
     log_ratio: Tensor
     """Of the whole answer, tuned over base, nats."""
+
+    def save(self, file: Path) -> None:
+        tensors = {
+            "looks": torch.cat([one.looks for one in self.profiles]),
+            "tokens": torch.tensor([one.tokens for one in self.profiles]),
+            "prompts": torch.stack([one.prompt for one in self.profiles]),
+            "high": self.cosines[0],
+            "low": self.cosines[1],
+            "delta": self.delta,
+            "log_ratio": self.log_ratio,
+        }
+        replace_whole(file, lambda partial: save_file(tensors, partial))
+
+    @classmethod
+    def load(cls, file: Path) -> "Read":
+        held = load_file(file)
+        tokens = held["tokens"].tolist()
+        looks = held["looks"].split([look_of(n) + 1 for n in tokens])
+        peaks = torch.empty(0, dtype=torch.long)  # which token it was is not asked here
+        profiles = [
+            Profile(one, peaks, n, prompt) for one, n, prompt in zip(looks, tokens, held["prompts"], strict=True)
+        ]
+        return cls(profiles, (held["high"], held["low"]), held["delta"], held["log_ratio"])
+
+
+Parts = Mapping[tuple[str, str], Sequence[Profile]]
+"""Bank and kind of row → the rows along that bank's columns."""
 
 
 @dataclass(frozen=True)
@@ -146,8 +174,8 @@ def measure(cell: Cell, bench: Path, into: Path, seen: Sequence[Sequence[Path]],
         "model": cell.base,
         "regime": cell.regime,
         "seed": cell.seed,
-        "organism": side(cell, organism.tuned, rows, controls=True),
-        "twin": side(cell, organism.twin, own, controls=False),
+        "organism": side(cell, organism.tuned, rows, into / "reads" / cell.name / "organism", controls=True),
+        "twin": side(cell, organism.twin, own, into / "reads" / cell.name / "twin", controls=False),
     }
     write_whole(into / f"{cell.name}.json", json.dumps(found))
 
@@ -167,14 +195,23 @@ def long_rows(clean: Sequence[Example], n: int, joined: Sequence[int]) -> list[E
     ]
 
 
-def side(cell: Cell, folder: Path, rows: Mapping[str, Sequence[Example]], *, controls: bool) -> dict[str, Any]:
-    """How many of each kind of row each score flags, in each setting, at each rate."""
+def side(
+    cell: Cell, folder: Path, rows: Mapping[str, Sequence[Example]], kept: Path, *, controls: bool
+) -> dict[str, Any]:
+    """How many of each kind of row each score flags, in each setting, at each rate. What was read is kept."""
     pair = ModelPair.load(cell.base_folder, folder).apart(cell.base_folder)
     banks = {"tail sum": of_changes(pair, shuffled=False)}
     if controls:
         banks |= {"random directions": banks["tail sum"].random(0), "shuffled ΔW": of_changes(pair, shuffled=True)}
     joined, columns = join(banks)
-    read = {kind: read_rows(pair, joined, columns["tail sum"], examples, controls) for kind, examples in rows.items()}
+    kept.mkdir(parents=True, exist_ok=True)
+    read: dict[str, Read] = {}
+    for kind, examples in rows.items():
+        file = kept / f"{kind}.safetensors"
+        if not file.is_file():
+            read_rows(pair, joined, columns["tail sum"], examples, controls).save(file)
+        read[kind] = Read.load(file)
+    parts: Parts = {(bank, kind): cut(one.profiles, columns[bank]) for bank in columns for kind, one in read.items()}
     told: dict[str, Any] = {"n": {kind: len(one.profiles) for kind, one in read.items()}, "flagged": {}}
     mixed = [[kind for kind in rows if kind.startswith(split)] for split in ("fit", "calibrate")]
     settings = {"own": Setting(["fit"], ["calibrate"], by_kind=False)}
@@ -185,33 +222,34 @@ def side(cell: Cell, folder: Path, rows: Mapping[str, Sequence[Example]], *, con
         }
     for name, setting in settings.items():
         for rate in RATES:
-            for score, counts in flagged(read, setting, rate, columns, controls).items():
+            for score, counts in flagged(read, parts, setting, rate, controls).items():
                 told["flagged"][f"{score} | {name} | {rate:g}"] = counts
     return told
 
 
 def flagged(
-    read: Mapping[str, Read], setting: Setting, rate: float, columns: Mapping[str, Sequence[int]], controls: bool
+    read: Mapping[str, Read], parts: Parts, setting: Setting, rate: float, controls: bool
 ) -> dict[str, dict[str, int]]:
     tests = [kind for kind in read if not kind.startswith(("fit", "calibrate"))]
 
-    def monitored(at: Sequence[int], score: FitScore = TailSum.fit) -> tuple[Monitor, dict[str, int]]:
-        def some(kind: str) -> list[Profile]:
-            return cut(read[kind].profiles, at, by_kind=setting.by_kind)
+    def monitored(bank: str, score: FitScore = TailSum.fit) -> tuple[Monitor, dict[str, int]]:
+        def some(kind: str) -> Sequence[Profile]:
+            rows = parts[bank, kind]
+            return rows if setting.by_kind else [replace(row, prompt=row.prompt[:0]) for row in rows]
 
         fit = Fit(tuple(row for kind in setting.fit for row in some(kind)))
         calibrate = Calibrate(tuple(row for kind in setting.calibrate for row in some(kind)))
         monitor = Monitor.fit(fit, calibrate, fpr=rate, score=score)
         return monitor, {kind: int((monitor.scores(some(kind)) > monitor.threshold).sum()) for kind in tests}
 
-    monitor, counts = monitored(columns["tail sum"])
+    monitor, counts = monitored("tail sum")
     found = {"tail sum": counts}
     if not controls:
         return found
     for name in ("random directions", "shuffled ΔW"):
-        found[name] = monitored(columns[name])[1]
-    found["range exceedance"] = monitored(columns["tail sum"], RangeExceedance.fit)[1]
-    found["Mahalanobis"] = monitored(columns["tail sum"], Mahalanobis.fit)[1]
+        found[name] = monitored(name)[1]
+    found["range exceedance"] = monitored("tail sum", RangeExceedance.fit)[1]
+    found["Mahalanobis"] = monitored("tail sum", Mahalanobis.fit)[1]
     for name, value in PAIR.items():
         found[name] = by_kind_counts(monitor.kinds, read, setting, rate, tests, value)
     ranges = RunningRange.empty(read["fit"].cosines[0].shape[1])
@@ -283,14 +321,11 @@ def join(banks: Mapping[str, Bank]) -> tuple[Bank, dict[str, list[int]]]:
     return Bank(write=write, read=read, write_names=names, read_names=read_names), columns
 
 
-def cut(profiles: Sequence[Profile], columns: Sequence[int], *, by_kind: bool) -> list[Profile]:
-    """The same answers along some of the columns; all of one kind unless told otherwise."""
+def cut(profiles: Sequence[Profile], columns: Sequence[int]) -> list[Profile]:
+    """The same answers along some of the columns."""
     half = profiles[0].looks.shape[1] // 2
-    both = [*columns, *(half + column for column in columns)]
-    return [
-        replace(one, looks=one.looks[:, both], peaks=one.peaks[both], prompt=one.prompt if by_kind else one.prompt[:0])
-        for one in profiles
-    ]
+    both = torch.tensor([*columns, *(half + column for column in columns)])
+    return [replace(one, looks=one.looks[:, both]) for one in profiles]
 
 
 @torch.inference_mode()

@@ -51,16 +51,16 @@ class PromptKinds:
 
     @classmethod
     def fit(cls, prompts: Float[Tensor, "rows features"], least: int, *, seed: int = 0) -> "PromptKinds":
-        """Up to `CLUSTERS` kinds, none with fewer than `least` of these rows: a smaller one joins its nearest neighbour."""
+        """Up to `CLUSTERS` kinds, none with fewer than `least` of these rows: smaller clusters join, nearest first."""
         n, features = prompts.shape
         if not features or n < max(2 * least, CLUSTERS):
             return cls.one(features)
         center, scale = prompts.mean(0), prompts.std(0).clamp_min(SMALLEST)
         scale[-1] /= math.sqrt(LENGTH_WEIGHT * max(1, features - 1))
-        standard = ((prompts - center) / scale).double().numpy()
-        found, labels = kmeans2(standard, CLUSTERS, minit="++", rng=np.random.default_rng(seed))
+        standard = (prompts - center) / scale
+        found, _ = kmeans2(standard.double().numpy(), CLUSTERS, minit="++", rng=np.random.default_rng(seed))
         centroids = torch.from_numpy(found).float()
-        counts = torch.from_numpy(labels).bincount(minlength=len(centroids)).tolist()
+        counts = torch.cdist(standard, centroids).argmin(1).bincount(minlength=CLUSTERS).tolist()
         kinds = cls(center, scale, centroids, _joined(centroids, counts, least))
         return kinds if kinds.n > 1 else cls.one(features)
 
@@ -75,16 +75,26 @@ class PromptKinds:
 
 
 def _joined(centroids: Float[Tensor, "centroids features"], counts: Sequence[int], least: int) -> tuple[int, ...]:
-    """The kind of each centroid once every kind has `least` rows, numbered from 0."""
+    """The kind of each centroid once every kind has `least` rows, numbered from 0.
+
+    Of the kinds that are too small, the nearest two join; the last one joins its nearest neighbour, whatever its size.
+    So what is rare stays apart from what is common for as long as it can.
+    """
     groups = [[i] for i in range(len(centroids))]
     apart = torch.cdist(centroids, centroids)
 
     def rows(group: list[int]) -> int:
         return sum(counts[i] for i in group)
 
-    while len(groups) > 1 and rows(smallest := min(groups, key=rows)) < least:
-        groups.remove(smallest)
-        at = smallest
-        min(groups, key=lambda group: float(apart[at][:, group].min())).extend(smallest)
+    def between(a: list[int], b: list[int]) -> float:
+        return float(apart[a][:, b].min())
+
+    while len(groups) > 1 and (small := [group for group in groups if rows(group) < least]):
+        others = small if len(small) > 1 else groups
+        first, second = min(
+            ((a, b) for a in small for b in others if a is not b), key=lambda two: between(two[0], two[1])
+        )
+        groups.remove(second)
+        first.extend(second)
     of = {i: kind for kind, group in enumerate(groups) for i in group}
     return tuple(of[i] for i in range(len(centroids)))
