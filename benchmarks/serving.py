@@ -32,8 +32,8 @@ AIM = {"cpu": 0.97, "cuda": 0.99}
 def guarded_against_unguarded(*, quick: bool, device: str = "cpu") -> list[Row]:
     """Tokens per second of a batch, prompt and all, guarded over unguarded, on the seeds and a model of 100M parameters."""
     models: list[tuple[str, Callable[[], Any]]] = [
-        ("seed-s", lambda: _seed("seed-s")),
-        ("seed-m", lambda: _seed("seed-m")),
+        ("seed-s", lambda: seed_model("seed-s")),
+        ("seed-m", lambda: seed_model("seed-m")),
     ]
     models.append(("random Llama", _random))
     rows: list[Row] = []
@@ -50,7 +50,7 @@ def guarded_against_unguarded(*, quick: bool, device: str = "cpu") -> list[Row]:
 
 
 def _compare(name: str, model: Any, batch: int, steps: int, rounds: int, device: str) -> Row:
-    bank = _bank(model)
+    bank = directions_of(model)
     monitor = _monitor(len(bank.names), model.get_input_embeddings().embedding_dim + 1).to(device)
     rng = torch.Generator().manual_seed(0)
     prompts = torch.randint(3, model.config.vocab_size, (batch, PROMPT), generator=rng).tolist()
@@ -104,7 +104,7 @@ def _decode(
     return answers
 
 
-def _bank(model: Any) -> Bank:
+def directions_of(model: Any) -> Bank:
     """Random directions where a fine-tune of every writing matrix would put its own."""
     rng = torch.Generator().manual_seed(1)
     write: dict[Site, Tensor] = {}
@@ -131,7 +131,7 @@ def _monitor(columns: int, features: int) -> Monitor:
     return Monitor(PromptKinds.one(features), (Calibrated(tuple(looks), torch.zeros(1)),), 0.0)
 
 
-def _seed(name: str) -> Any:
+def seed_model(name: str) -> Any:
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(seed_path(name), trust_remote_code=False, dtype=torch.float32).eval()

@@ -44,14 +44,14 @@ from molehunt.watch.profile import Profile, look_of, profiles
 from molehunt.watch.ranges import RunningRange
 from molehunt.watch.scores import Mahalanobis, RangeExceedance, TailSum
 
-COUNTS = Counts(fit=600, calibrate=1400, test_clean=800, test=200, select=1, pool=50)
-"""Rows of the organism's own world; 600 fit the score, 1,400 set the threshold."""
-LONG_FIT, LONG_TEST = 500, 250
-SEEN_FIT, SEEN_TEST = 600, 300
-UNSEEN_TEST = 300
+COUNTS = Counts(fit=400, calibrate=1000, test_clean=500, test=200, select=1, pool=50)
+"""Rows of the organism's own world; 400 fit the score, 1,000 set the threshold."""
+LONG_FIT, LONG_TEST = 500, 150
+SEEN_FIT, SEEN_TEST = 500, 200
+UNSEEN_TEST = 250
 JOINED = (2, 3, 4, 5, 6)
 """Prompts that a long input is made of; those that test are of six."""
-FIT_SHARE = 0.35
+FIT_SHARE = 0.3
 """Of long and foreign calibration rows, the share that fits the score."""
 LONGEST = 400
 """Tokens of a prompt; the seed models read 512."""
@@ -372,11 +372,13 @@ def read_rows(
             on_base = model(**settings)
         moved = (on_tuned.hidden_states[middle + 1] - on_base.hidden_states[middle + 1]).float().norm(dim=-1)
         delta[group] = (moved * answer).sum(1) / answer.sum(1)
+        said = tokens[:, 1:][answer[:, :-1], None]
         both = [
-            out.logits[:, :-1].float().log_softmax(-1).gather(2, tokens[:, 1:, None])[..., 0]
+            out.logits[:, :-1][answer[:, :-1]].float().log_softmax(-1).gather(1, said)[:, 0]
             for out in (on_tuned, on_base)
         ]
-        ratio[group] = ((both[0] - both[1]) * answer[:, :-1]).sum(1)
+        row_of = answer[:, :-1].nonzero()[:, 0]
+        ratio[group] = torch.zeros(len(group)).index_add(0, row_of, both[0] - both[1])
     return Read([one for one in found if one is not None], (high, low), delta, ratio)
 
 

@@ -22,6 +22,12 @@ def serve(
             "continued with the directions that gave it away taken out."
         ),
     ] = "flag",
+    edit: Annotated[
+        Literal["project", "clip"],
+        typer.Option(
+            help="With --action steer: take the loudest directions out, or hold them to what clean answers show."
+        ),
+    ] = "project",
     host: Annotated[
         str, typer.Option(help="Address to listen on; others than loopback need a key of yours.")
     ] = "127.0.0.1",
@@ -109,6 +115,7 @@ def serve(
             watching.pair.tokenizer,
             fpr=fpr,
             action=action,
+            edit=edit,
             state_file=watching.state_file,
         )
 

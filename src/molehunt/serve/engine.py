@@ -27,12 +27,12 @@ from molehunt.serve.decoding import DecodingBatch
 from molehunt.serve.guard import Finished, Guard
 from molehunt.serve.request import Asked, Failed, Listener, Overloaded, Piece, Reason
 from molehunt.serve.sampling import Sampler, logprobs_of, next_tokens
-from molehunt.serve.steering import Steering, bases
+from molehunt.serve.steering import Held, Steering
 from molehunt.serve.text import TextStream
 from molehunt.watch.columns import Columns, watched
 from molehunt.watch.kinds import prompt_features
 from molehunt.watch.profile import RunningProfile
-from molehunt.watch.quarantine import explained, loudest
+from molehunt.watch.quarantine import explained
 
 PREFILL_TOKENS = 8192
 """Tokens of one prefill, padding included; a longer prompt is prefilled alone."""
@@ -54,7 +54,7 @@ class _Row:
     answer: list[int] = field(default_factory=list[int])
     seen: int = 0
     flagged: bool = False
-    steered: Mapping[Site, Tensor] | None = None
+    steered: Mapping[Site, Held] | None = None
     ended: Reason | None = None
 
 
@@ -96,7 +96,7 @@ class Engine:
         """Rows whose prefill has begun and that have not joined yet."""
         self._batch = DecodingBatch(model)
         self._growing: RunningProfile | None = None
-        self._steering = Steering(guard.bank, self._device)
+        self._steering = Steering(guard.bank, guard.state.monitor, self._device, guard.edit)
         self._thread = threading.Thread(target=self._run, name="molehunt-engine", daemon=True)
         self._thread.start()
 
@@ -286,7 +286,7 @@ class Engine:
                     row.ended = "content_filter"
                 elif self.guard.action == "steer":
                     judged = self.guard.state.monitor.judge(growing.profile(i))
-                    row.steered = bases(loudest(self.guard.bank, judged), self._device)
+                    row.steered = self._steering.against(judged)
 
     def _emit(self, rows: Sequence[_Row], logits: Float[Tensor, "batch vocab"]) -> None:
         """Draw each row's next token and send the text that is certain."""

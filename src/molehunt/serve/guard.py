@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from molehunt.errors import MolehuntError
 from molehunt.serve.request import Ended, Failed, Listener, Reason, Verdict
+from molehunt.serve.steering import Edit
 from molehunt.watch.alert import Action, Alert
 from molehunt.watch.bank import Bank
 from molehunt.watch.ledger import Ledger
@@ -79,6 +80,7 @@ class Guard:
         *,
         fpr: float,
         action: Action,
+        edit: Edit = "project",
         state_file: Path | None = None,
         on_settled: Callable[[Settled], None] | None = None,
         on_explained: Callable[[Alert], None] | None = None,
@@ -95,6 +97,7 @@ class Guard:
         self.tokenizer = tokenizer
         self.fpr = fpr
         self.action: Action = action
+        self.edit: Edit = edit
         self.threshold = state.monitor.threshold
         self.healthy = True
         self.to_explain: deque[Settled] = deque(maxlen=EXPLAIN_AT_MOST)

@@ -27,6 +27,8 @@ class Watched:
     site: Site
     vector: Float[Tensor, " d_model"]
     """Unit length; what the change writes to the residual stream."""
+    column: int
+    """Of its cosine."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -94,11 +96,12 @@ class Bank:
 
     def direction(self, column: int) -> Watched:
         """The direction behind a column, or behind its negative: see `Profile`."""
-        written = [
-            Watched(name, site, row)
+        each = [
+            (name, site, row)
             for site, rows in self.write.items()
             for name, row in zip(self.write_names[site], rows, strict=True)
         ]
+        written = [Watched(name, site, row, i) for i, (name, site, row) in enumerate(each)]
         name = self.names[column % len(self.names)].rpartition(" ")[0]
         return next(one for one in written if one.name == name)
 

@@ -199,6 +199,18 @@ class Monitor:
         """
         return self.of_kind[judged.kind].at(judged.look).score(torch.cat([columns, -columns], dim=-1))
 
+    def calm(self, kind: int, columns: Sequence[int]) -> tuple[Float[Tensor, " k"], Float[Tensor, " k"]]:
+        """Where the lower and the upper tail of some columns begin in clean answers to a kind of prompt.
+
+        Raises TypeError for scores other than tail sums, which know no tails.
+        """
+        score = self.of_kind[kind].looks[-1].score
+        if not isinstance(score, TailSum):
+            raise TypeError(f"{type(score).__name__} does not know where a clean tail begins")
+        at = torch.tensor(columns)
+        start = score.start.cpu()
+        return -start[at + len(start) // 2], start[at]
+
     def _kinds(self, rows: Sequence[Profile]) -> list[int]:
         return self.kinds.of(torch.stack([row.prompt for row in rows])) if rows else []
 
