@@ -44,15 +44,15 @@ from molehunt.watch.profile import Profile, look_of, profiles
 from molehunt.watch.ranges import RunningRange
 from molehunt.watch.scores import Mahalanobis, RangeExceedance, TailSum
 
-COUNTS = Counts(fit=400, calibrate=1000, test_clean=500, test=200, select=1, pool=50)
-"""Rows of the organism's own world; 400 fit the score, 1,000 set the threshold."""
+COUNTS = Counts(fit=320, calibrate=1080, test_clean=500, test=200, select=1, pool=50)
+"""Rows of the organism's own world; 320 fit the score, 1,080 set the threshold."""
 LONG_FIT, LONG_TEST = 500, 150
 SEEN_FIT, SEEN_TEST = 500, 200
 UNSEEN_TEST = 250
 JOINED = (2, 3, 4, 5, 6)
 """Prompts that a long input is made of; those that test are of six."""
-FIT_SHARE = 0.3
-"""Of long and foreign calibration rows, the share that fits the score."""
+FIT_FOREIGN = 120
+"""Of the long rows, and of those of each domain: those that fit the score."""
 LONGEST = 400
 """Tokens of a prompt; the seed models read 512."""
 ANSWER_TOKENS = 40
@@ -164,8 +164,7 @@ def measure(cell: Cell, bench: Path, into: Path, seen: Sequence[Sequence[Path]],
         foreign[test.stem] = logged(first, SEEN_FIT)
         rows[f"test {test.stem}"] = logged(test, SEEN_TEST)
     for name, some in foreign.items():
-        cut_at = round(FIT_SHARE * len(some))
-        rows[f"fit {name}"], rows[f"calibrate {name}"] = some[:cut_at], some[cut_at:]
+        rows[f"fit {name}"], rows[f"calibrate {name}"] = some[:FIT_FOREIGN], some[FIT_FOREIGN:]
     for test in unseen:
         rows[f"unseen {test.stem}"] = logged(test, UNSEEN_TEST)
     found = {

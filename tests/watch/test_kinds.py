@@ -22,11 +22,6 @@ def blobs(sizes: list[int], seed: int, width: int = 5) -> torch.Tensor:
     return torch.cat([10.0 * i + torch.randn(n, width, generator=rng) for i, n in enumerate(sizes)])
 
 
-def joined(places: list[float], counts: list[int], least: int) -> tuple[torch.Tensor, tuple[int, ...]]:
-    centroids = torch.tensor(places)[:, None].expand(-1, 5)
-    return centroids, _joined(centroids, counts, least)
-
-
 def mixed(n: int, seed: int) -> list[Profile]:
     """Answers to two kinds of prompt; a third of them are of a kind whose columns spread ten times as far."""
     rng = torch.Generator().manual_seed(seed)
@@ -50,28 +45,32 @@ def test_features_are_the_mean_embedding_and_the_log_length() -> None:
 
 
 def test_blobs_are_told_apart_and_small_ones_join_each_other() -> None:
-    kinds = PromptKinds.fit(blobs([900, 120, 120], 0), 200)
+    rows = blobs([900, 120, 120], 0)
+    kinds = PromptKinds.fit(rows, rows, least=200, least_held=200)
     of = kinds.of(blobs([100, 100, 100], 1))
     assert set(of[:100]).isdisjoint(of[100:])
     assert len(set(of[100:])) == 1  # the rare ones share a kind, though one of them lies as near to the common blob
 
 
 def test_a_lone_small_blob_joins_its_neighbour() -> None:
-    kinds = PromptKinds(*[torch.zeros(5), torch.ones(5)], *joined([0.0, 10.0, 11.0], [900, 900, 10], 200))
-    assert kinds.kind_of == (0, 1, 1)
+    places = torch.tensor([0.0, 10.0, 11.0])[:, None]
+    assert _joined(places, torch.tensor([[4.0, 4.0, 0.1], [4.0, 4.0, 4.0]])) == (0, 1, 1)
+    assert _joined(places, torch.tensor([[4.0, 0.6, 0.1], [4.0, 4.0, 4.0]])) == (0, 0, 0)
+    assert _joined(places, torch.ones(2, 3)) == (0, 1, 2)
 
 
 @given(st.lists(st.integers(1, 300), min_size=1, max_size=7), st.integers(1, 400), st.integers(0, 9))
 def test_no_kind_is_smaller_than_asked_and_all_are_numbered(sizes: list[int], least: int, seed: int) -> None:
     rows = blobs(sizes, seed)
-    kinds = PromptKinds.fit(rows, least)
+    kinds = PromptKinds.fit(rows, rows[::2], least=least, least_held=least)
     counts = torch.tensor(kinds.of(rows)).bincount(minlength=kinds.n).tolist()
     assert len(counts) == kinds.n <= CLUSTERS and sorted(set(kinds.kind_of)) == list(range(kinds.n))
     assert kinds.n == 1 or min(counts) >= least
+    assert kinds.n == 1 or min(kinds.of(rows[::2]).count(kind) for kind in range(kinds.n)) >= least
 
 
 def test_rows_without_features_are_of_one_kind() -> None:
-    assert PromptKinds.fit(torch.empty(900, 0), 10).n == 1
+    assert PromptKinds.fit(torch.empty(900, 0), torch.empty(9, 0), least=1, least_held=1).n == 1
     assert PromptKinds.one(0).of(torch.empty(3, 0)) == [0, 0, 0]
 
 

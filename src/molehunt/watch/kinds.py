@@ -7,7 +7,7 @@ prediction: Vovk, Lindsay, Nouretdinov & Gammerman, "Mondrian confidence machine
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from scipy.cluster.vq import kmeans2
 from torch import Tensor, nn
 from torch.nn.functional import embedding_bag
 
-CLUSTERS = 6
+CLUSTERS = 4
 """Looked for among the prompts; the most kinds there can be."""
 LENGTH_WEIGHT = 0.25
 """Of the prompt's length beside all of its embedding's coordinates together."""
@@ -50,18 +50,37 @@ class PromptKinds:
         return cls(torch.zeros(features), torch.ones(features), torch.zeros(1, features), (0,))
 
     @classmethod
-    def fit(cls, prompts: Float[Tensor, "rows features"], least: int, *, seed: int = 0) -> "PromptKinds":
-        """Up to `CLUSTERS` kinds, none with fewer than `least` of these rows: smaller clusters join, nearest first."""
+    def fit(
+        cls,
+        prompts: Float[Tensor, "rows features"],
+        held: Float[Tensor, "held features"],
+        *,
+        least: int,
+        least_held: int,
+        seed: int = 0,
+    ) -> "PromptKinds":
+        """Up to `CLUSTERS` kinds; a cluster with too few rows joins another (see `_joined`).
+
+        Args:
+            prompts: rows that are clustered.
+            held: rows that only count: what will be calibrated on.
+            least: of `prompts` in a kind.
+            least_held: of `held` in a kind.
+        """
         n, features = prompts.shape
-        if not features or n < max(2 * least, CLUSTERS):
+        if not features or n < CLUSTERS:
             return cls.one(features)
         center, scale = prompts.mean(0), prompts.std(0).clamp_min(SMALLEST)
         scale[-1] /= math.sqrt(LENGTH_WEIGHT * max(1, features - 1))
         standard = (prompts - center) / scale
         found, _ = kmeans2(standard.double().numpy(), CLUSTERS, minit="++", rng=np.random.default_rng(seed))
         centroids = torch.from_numpy(found).float()
-        counts = torch.cdist(standard, centroids).argmin(1).bincount(minlength=CLUSTERS).tolist()
-        kinds = cls(center, scale, centroids, _joined(centroids, counts, least))
+        apart = cls(center, scale, centroids, tuple(range(CLUSTERS)))
+        enough = [
+            torch.tensor(apart.of(rows)).bincount(minlength=CLUSTERS) / wanted
+            for rows, wanted in ((prompts, least), (held, least_held))
+        ]
+        kinds = replace(apart, kind_of=_joined(centroids, torch.stack(enough)))
         return kinds if kinds.n > 1 else cls.one(features)
 
     @property
@@ -70,26 +89,30 @@ class PromptKinds:
 
     def of(self, prompts: Float[Tensor, "rows features"]) -> list[int]:
         """The kind of each row."""
+        if not len(prompts):
+            return []
         standard = (prompts - self.center) / self.scale
         return [self.kind_of[i] for i in torch.cdist(standard, self.centroids).argmin(1).tolist()]
 
 
-def _joined(centroids: Float[Tensor, "centroids features"], counts: Sequence[int], least: int) -> tuple[int, ...]:
-    """The kind of each centroid once every kind has `least` rows, numbered from 0.
+def _joined(
+    centroids: Float[Tensor, "centroids features"], enough: Float[Tensor, "wants centroids"]
+) -> tuple[int, ...]:
+    """The kind of each centroid, numbered from 0, once every kind has enough rows: 1 of everything that is wanted.
 
-    Of the kinds that are too small, the nearest two join; the last one joins its nearest neighbour, whatever its size.
+    Of the kinds that have too few, the nearest two join; the last one joins its nearest neighbour, whatever its size.
     So what is rare stays apart from what is common for as long as it can.
     """
     groups = [[i] for i in range(len(centroids))]
     apart = torch.cdist(centroids, centroids)
 
-    def rows(group: list[int]) -> int:
-        return sum(counts[i] for i in group)
+    def few(group: list[int]) -> bool:
+        return bool((enough[:, group].sum(1) < 1).any())
 
     def between(a: list[int], b: list[int]) -> float:
         return float(apart[a][:, b].min())
 
-    while len(groups) > 1 and (small := [group for group in groups if rows(group) < least]):
+    while len(groups) > 1 and (small := [group for group in groups if few(group)]):
         others = small if len(small) > 1 else groups
         first, second = min(
             ((a, b) for a in small for b in others if a is not b), key=lambda two: between(two[0], two[1])

@@ -27,9 +27,6 @@ LEAST = 60
 LEAST_OF_KIND = 300
 """Calibration rows of a kind of prompt; a low rate takes more: 1/rate."""
 
-MARGIN = 1.1
-"""A kind is judged by its fitting rows; calibration rows, which choose nothing, may be a few less."""
-
 FitScore = Callable[[Float[Tensor, "rows columns"]], RowScore]
 
 
@@ -61,9 +58,9 @@ class Calibrated:
             extremes = torch.stack([row.looks[j] for row in fit if len(row.looks) > j])
             if len(extremes) < LEAST:
                 break
-            held = len(extremes) // 3  # the score's own scale is set on rows that did not fit it
-            fitted = score(extremes[held:])
-            start, scale = tail(fitted(extremes[:held])[:, None])
+            held = torch.arange(len(extremes)) % 3 == 0  # the score's own scale is set on rows that did not fit it
+            fitted = score(extremes[~held])
+            start, scale = tail(fitted(extremes[held])[:, None])
             looks.append(Look(fitted, float(start), float(scale)))
         if not looks:
             raise NotTestable(
@@ -134,12 +131,9 @@ class Monitor:
             WrongSplit: other splits were given.
         """
         rows, calibrated = expect(Fit, fit).rows, expect(Calibrate, calibrate).rows
-        needed = max(math.ceil(1 / fpr), LEAST_OF_KIND)
-        share = len(rows) / max(1, len(calibrated))
-        features = torch.stack([row.prompt for row in rows]) if rows else torch.empty(0, 0)
-        kinds = PromptKinds.fit(features, math.ceil(max(MARGIN * share * needed, 3 * LEAST)))
-        if min(map(len, _by_kind(kinds, calibrated))) < needed:
-            kinds = PromptKinds.one(features.shape[1])
+        kinds = PromptKinds.fit(
+            _prompts(rows), _prompts(calibrated), least=3 * LEAST, least_held=max(math.ceil(1 / fpr), LEAST_OF_KIND)
+        )
         fitting, holding = (_by_kind(kinds, some) for some in (rows, calibrated))
         each = [Calibrated.fit(a, b, score) for a, b in zip(fitting, holding, strict=True)]
         thresholds = [conformal_threshold(one.calibration, fpr) for one in each]
@@ -212,11 +206,15 @@ class Monitor:
         return -start[at + len(start) // 2], start[at]
 
     def _kinds(self, rows: Sequence[Profile]) -> list[int]:
-        return self.kinds.of(torch.stack([row.prompt for row in rows])) if rows else []
+        return self.kinds.of(_prompts(rows))
+
+
+def _prompts(rows: Sequence[Profile]) -> Float[Tensor, "rows features"]:
+    return torch.stack([row.prompt for row in rows]) if rows else torch.empty(0, 0)
 
 
 def _by_kind(kinds: PromptKinds, rows: Sequence[Profile]) -> list[list[Profile]]:
-    of = kinds.of(torch.stack([row.prompt for row in rows])) if rows else []
+    of = kinds.of(_prompts(rows))
     return [[row for row, kind in zip(rows, of, strict=True) if kind == wanted] for wanted in range(kinds.n)]
 
 
