@@ -76,7 +76,7 @@ def gate_at_prefill(
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         cache = kwargs.get("past_key_values")
         if cache is None or not cache.get_seq_length():
-            gate.rows = decide(*_tokens(args, kwargs))
+            gate.rows = decide(*prefill_tokens(args, kwargs))
         elif cache is not followed:
             raise CannotTap(
                 "this batch was prefilled before gate_at_prefill was entered, or another one was since: nobody has "
@@ -108,7 +108,7 @@ def _telling(method: MethodType, gate: RowGate) -> MethodType:
     return MethodType(select, method.__self__)
 
 
-def _tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+def prefill_tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """Token ids and where they are real, from what a decoder was called with. Raises CannotTap where they are not."""
     ids: Tensor | None = args[0] if args else kwargs.get("input_ids")
     mask: Any = kwargs.get("attention_mask")
