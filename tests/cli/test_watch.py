@@ -6,30 +6,13 @@ from pathlib import Path
 import pytest
 
 from folders import good_folder, lora_folder
-from molehunt.cli.main import main
+from watched_logs import log, run
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     root = tmp_path_factory.mktemp("pair")
     return good_folder(root / "base"), lora_folder(root / "tuned")
-
-
-def log(path: Path, n: int, *, first: int = 0, letters: str = "abcdefgh") -> Path:
-    rows = []
-    for i in range(first, first + n):
-        text = "".join(letters[(i * 7 + j * j * 3 + i * i) % len(letters)] for j in range(5))
-        rows.append({"prompt": text, "response": text[::-1] + letters[i % len(letters)]})
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def run(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as left:
-        main(["watch", *map(str, args)])
-    told = capsys.readouterr()
-    assert isinstance(left.value.code, int)
-    return left.value.code, told.out, told.err
 
 
 def test_a_log_is_watched_told_and_resumed(capsys, folders: tuple[Path, Path], tmp_path: Path) -> None:

@@ -85,7 +85,37 @@ def test_each_end_of_the_range_counts() -> None:
     assert running.first_sight(zero, zero).tolist() == [False]
 
 
+@given(ROWS, ROWS)
+def test_each_end_says_how_far_it_is_left(clean: Tensor, rows: Tensor) -> None:
+    running = range_of(clean)
+    both = running.beyond(*ends(rows))
+    maxima, minima = (end.double() for end in ends(rows))
+    torch.testing.assert_close(both[:, :COLUMNS], maxima - clean.double().amax((0, 2)) - SLACK, rtol=0, atol=1e-12)
+    torch.testing.assert_close(both[:, COLUMNS:], clean.double().amin((0, 2)) - minima - SLACK, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("n", "percentile", "bound"), [(100, 0.0, 2 * 3 / 100), (100, 0.05, 2 * 3 * 6 / 100), (2, 0.0, 3.0)]
+)
+def test_the_bound_is_the_published_one(n: int, percentile: float, bound: float) -> None:
+    assert range_of(torch.zeros(n, COLUMNS, 2), percentile=percentile).false_alarm_bound == pytest.approx(bound)
+
+
+def test_the_bound_holds_without_slack() -> None:
+    """Independent columns, where the union loses least."""
+    rng = torch.Generator().manual_seed(0)
+    flagged = 0
+    for _ in range(60):
+        clean, fresh = (torch.rand(n, COLUMNS, 2, generator=rng) for n in (40, 50))
+        running = range_of(clean, slack=0.0, percentile=0.05)
+        flagged += int(running.first_sight(*ends(fresh)).sum())
+    bound = range_of(torch.zeros(40, COLUMNS, 2), percentile=0.05).false_alarm_bound
+    assert 0.5 * bound < flagged / 3000 < bound
+
+
 def test_nothing_is_in_range_before_calibration() -> None:
+    with pytest.raises(NotTestable, match="Calibrate"):
+        _ = RunningRange.empty(COLUMNS).false_alarm_bound
     row = torch.zeros(1, COLUMNS)
     for percentile in (0.0, 0.1):
         with pytest.raises(NotTestable, match="Calibrate"):

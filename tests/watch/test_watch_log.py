@@ -12,10 +12,10 @@ from safetensors.torch import save_file
 import molehunt.watch.log as module
 from molehunt.errors import InvalidInput, NotTestable, UsageError
 from molehunt.model.pair import ModelPair
-from molehunt.traffic.roles import Turn
 from molehunt.traffic.stream import Conversation, Place
 from molehunt.watch.bank import Bank
 from molehunt.watch.drift import DriftMartingale
+from molehunt.watch.extremes import FILE, KEPT, Inputs
 from molehunt.watch.ledger import Ledger
 from molehunt.watch.log import calibrated, read_answers, watch_log
 from molehunt.watch.monitor import Calibrated, Look
@@ -23,26 +23,9 @@ from molehunt.watch.scores import RangeExceedance
 from molehunt.watch.state import WatchState
 from tiny_models import tiny_model, tiny_tokenizer
 from watched_banks import bank_of
+from watched_logs import IDENTITY, rows
 
-IDENTITY = {"tuned model": "a", "tokenizer": "b"}
 FPR = 0.05
-
-
-def rows(n: int, seed: int, *, start: int = 1, odd: bool = False) -> list[Conversation]:
-    """Prompts of letters; odd ones are of other characters, which the calibration never saw."""
-    rng = np.random.default_rng(seed)
-    letters = "!@#$%&*()" if odd else "abcdefgh "
-    made = []
-    for i in range(n):
-        text = "".join(rng.choice(list(letters), 6))
-        answer = "".join(rng.choice(list(letters), int(rng.integers(1, 12))))
-        end = Place((start + i) * 10, start + i)
-        made.append(
-            Conversation(
-                turns=(Turn("user", text),), response=answer, tag="odd" if odd else "clean", line=start + i, end=end
-            )
-        )
-    return made
 
 
 @pytest.fixture(scope="module")
@@ -60,9 +43,13 @@ def state(pair: ModelPair, bank: Bank) -> WatchState:
     return calibrated(pair, bank, rows(400, 0), fpr=FPR, identity=IDENTITY, max_new_tokens=4, seed=0)
 
 
-def watch(pair: ModelPair, bank: Bank, state: WatchState, log: list[Conversation], into: Path) -> list[dict]:
-    with Ledger(f"sqlite:///{into / 'alerts.sqlite'}") as ledger:
-        watch_log(pair, bank, state, log, fpr=FPR, max_new_tokens=4, into=into, ledger=ledger)
+def watch(
+    pair: ModelPair, bank: Bank, state: WatchState, log: list[Conversation], into: Path, *, no_text: bool = False
+) -> list[dict]:
+    columns = len(bank.names)
+    inputs = Inputs.load(into, IDENTITY, columns, no_text=no_text)
+    with Ledger(f"sqlite:///{into / 'alerts.sqlite'}", no_text=no_text) as ledger:
+        watch_log(pair, bank, state, inputs, log, fpr=FPR, max_new_tokens=4, into=into, ledger=ledger)
     return [json.loads(line) for line in (into / "verdicts.jsonl").read_text().splitlines()]
 
 
@@ -122,9 +109,50 @@ def test_a_killed_watch_goes_on_to_the_same_bytes(
     assert watch(pair, bank, resumed, log[64:], parts) == expected
     assert (whole / "verdicts.jsonl").read_bytes() == (parts / "verdicts.jsonl").read_bytes()
     assert resumed.drift.to_dict() == state.drift.to_dict() and resumed.flagged == state.flagged
+    assert (whole / FILE).read_bytes() == (parts / FILE).read_bytes()  # the chunk that came twice counts once
     for folder in (whole, parts):
         with Ledger(f"sqlite:///{folder / 'alerts.sqlite'}") as ledger:
             assert len(ledger.recent(1000)) == state.flagged
+
+
+def test_inputs_are_kept_by_direction_and_flagged_ones_apart(
+    pair: ModelPair, bank: Bank, state: WatchState, tmp_path: Path
+) -> None:
+    log = [*rows(60, 1), *rows(30, 2, start=61, odd=True)]
+    told = watch(pair, bank, state, log, tmp_path)
+    flagged = {t["line"] for t in told if t["flagged"]}
+    columns = len(bank.names)
+    inputs = Inputs.load(tmp_path, IDENTITY, columns)
+    profiles = [profile.looks[-1] for _, _, profile in read_answers(pair, bank, log, max_new_tokens=4, what="again")]
+    values = torch.stack(profiles)
+    for extremes, mine in ((inputs.calm, set(range(1, 91)) - flagged), (inputs.quarantined, flagged)):
+        lines = sorted(mine)
+        for end in (0, columns - 1, columns, 2 * columns - 1):
+            of_end = values[[line - 1 for line in lines], end]
+            found = extremes.end(end % columns, high=end < columns)
+            assert len(found) == min(KEPT, len(lines)) and {one.row for one in found} <= mine
+            sign = 1 if end < columns else -1
+            torch.testing.assert_close(
+                torch.tensor([sign * one.value for one in found]), of_end.sort(descending=True).values[: len(found)]
+            )
+            assert all(
+                (one.prompt, one.answer) == (log[one.row - 1].turns[0].text, log[one.row - 1].response) for one in found
+            )
+    for line in told:  # the row that set off an alarm is among those furthest out where it did
+        if line["flagged"]:
+            end = inputs.quarantined.end(bank.names.index(line["direction"]), high=line["side"] == "high")
+            assert len(flagged) > KEPT or line["line"] in {one.row for one in end}
+
+
+def test_without_text_no_file_holds_any(pair: ModelPair, bank: Bank, state: WatchState, tmp_path: Path) -> None:
+    log = [*rows(20, 1), *rows(10, 2, start=21, odd=True)]
+    watch(pair, bank, state, log, tmp_path, no_text=True)
+    stored = (tmp_path / FILE).read_bytes()
+    assert not any(
+        row.turns[0].text.encode() in stored or row.response.encode() in stored for row in log if len(row.response) > 5
+    )
+    found = Inputs.load(tmp_path, IDENTITY, len(bank.names)).calm.end(0, high=True)
+    assert len(found) == KEPT and all(one.prompt == one.answer == "" for one in found)
 
 
 def test_answers_that_were_not_logged_are_generated(pair: ModelPair, bank: Bank) -> None:

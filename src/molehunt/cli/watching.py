@@ -4,17 +4,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from molehunt.audit.weights import compare_weights
-from molehunt.checkpoint.reader import Checkpoint
 from molehunt.cli.console import track_on_stderr
-from molehunt.model.loading import local_folder
+from molehunt.cli.opening import opened
 from molehunt.model.pair import ModelPair
-from molehunt.traffic.benign import benign_prompts
-from molehunt.traffic.roles import Turn
-from molehunt.traffic.stream import Conversation, Place, read_conversations
+from molehunt.traffic.stream import Conversation
 from molehunt.watch.bank import Bank
 from molehunt.watch.log import calibrated
-from molehunt.watch.state import WatchState, identify
+from molehunt.watch.state import WatchState
 
 STATE = "state.safetensors"
 
@@ -51,21 +47,18 @@ def begin(
         UsageError: the state there is of other models, rows or settings.
         NotTestable: nothing changed that could be watched, or too few clean rows for `fpr`.
     """
-    folders = local_folder(base), local_folder(tuned)
-    before = Checkpoint.open(folders[0])
-    after = Checkpoint.open(folders[1], adapter="refuse" if adapter is None else "use" if adapter else "ignore")
-    weights = compare_weights(before, after, track=track_on_stderr)
-    bank = Bank.of((row.directions for row in weights.matrices if row.directions is not None), before.model_type)
-    pair = ModelPair.load(*folders, device=device, adapter=adapter)
-    rows = (
-        [
-            Conversation(turns=(Turn("user", e.prompt),), response=None, tag="clean", line=i, end=Place())
-            for i, e in enumerate(benign_prompts(clean_rows, seed=seed), 1)
-        ]
-        if clean is None
-        else [row for row, _ in zip(read_conversations(clean), range(clean_rows), strict=False)]
+    found = opened(
+        base,
+        tuned,
+        clean=clean,
+        clean_rows=clean_rows,
+        fpr=fpr,
+        max_new_tokens=max_new_tokens,
+        adapter=adapter,
+        device=device,
+        seed=seed,
     )
-    identity = identify(before, after, pair.tokenizer, bank, fpr=fpr, max_new_tokens=max_new_tokens, clean=rows)
+    pair, bank, rows, identity = found.pair, found.bank, found.clean, found.identity
     out.mkdir(parents=True, exist_ok=True)
     kept = out / STATE
     if kept.exists():

@@ -8,7 +8,7 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from random import Random
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -163,6 +163,7 @@ def watch_log(
     record(rows, state, inputs, into / "verdicts.jsonl", into / "state.safetensors", judged)
 
 
+@runtime_checkable
 class Resumable(Protocol):
     """What a watch goes on from."""
 

@@ -4,9 +4,11 @@ import math
 from dataclasses import dataclass
 from fractions import Fraction
 
+import torch
 from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
+from molehunt.errors import NotTestable
 from molehunt.watch.sketch import ScoreSketch
 
 SLACK = 0.01
@@ -71,6 +73,22 @@ class RunningRange:
         return self.minima.quantile(0.0) if not self._left_out else self.minima.order_statistic(1 + self._left_out)
 
     @property
+    def false_alarm_bound(self) -> float:
+        """At most this share of clean rows leaves the range: published, 2 · columns / n, and above 1 it says nothing.
+
+        A new row is beyond all but the j outermost of n exchangeable ones at one end with a chance below (j + 1) / n; the
+        slack makes it smaller. The union over roles adds up.
+
+        Raises:
+            NotTestable: nothing was absorbed yet.
+
+        Source: arXiv 2508.00161, remark 3.1.
+        """
+        if not self.n:
+            raise NotTestable("No row was taken in yet: there is no range. Calibrate on clean traffic first.")
+        return 2 * self.maxima.columns * (self._left_out + 1) / self.n
+
+    @property
     def _left_out(self) -> int:
         return math.floor(Fraction(str(self.percentile)) * self.n)  # as written: .07 of 100 rows are 7
 
@@ -108,10 +126,20 @@ class RunningRange:
             NotTestable: nothing was absorbed yet.
             ValueError: NaN, other columns, or a minimum above its maximum.
         """
+        both = self.beyond(max_per_column, min_per_column)
+        return both[:, : self.maxima.columns].maximum(both[:, self.maxima.columns :])
+
+    def beyond(
+        self, max_per_column: Float[Tensor, "n columns"], min_per_column: Float[Tensor, "_ _"]
+    ) -> Float64[Tensor, "n twice_columns"]:
+        """How far each row leaves each end beyond the slack: the upper end of every column, then the lower ones.
+
+        Raises as `exceedance`.
+        """
         self._refuse(max_per_column, min_per_column)
         above = max_per_column.detach().cpu().double() - self.high  # fp64: the slack must not round
         below = self.low - min_per_column.detach().cpu().double()
-        return above.maximum(below) - self.slack
+        return torch.cat([above, below], dim=1) - self.slack
 
     def first_sight(
         self, max_per_column: Float[Tensor, "n columns"], min_per_column: Float[Tensor, "_ _"]

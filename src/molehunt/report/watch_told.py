@@ -1,0 +1,126 @@
+"""A watch in words: the sentences that every form of its report shares, and the tables of the terminal."""
+
+from collections.abc import Sequence
+
+from molehunt.errors import printable
+from molehunt.measure.interval import Interval
+from molehunt.report.watch_schema import Group, WatchReport
+from molehunt.watch.simulate import Simulated
+
+IN_TERMINAL = 10
+"""Flagged rows that the terminal shows."""
+
+
+def says(report: WatchReport) -> str:
+    """What the verdict means, in one sentence."""
+    share = report.share_flagged
+    if share is None:
+        return "No row was judged."
+    if not report.flagged:
+        beyond = "the threshold" if report.mode == "conformal" else "the range that earlier rows showed"
+        return f"None of {report.rows} rows is beyond {beyond}. That is no proof that nothing is hidden."
+    flagged = f"{report.flagged} of {report.rows} rows are flagged"
+    if report.expected is None or report.fpr is None:
+        return f"{flagged}, at first sight; the range grows with every row, so no rate says how many clean ones are among them."
+    usual = f"clean traffic alone would give about {report.expected:.0f}"
+    if share.low > report.fpr:
+        return f"{flagged}; {usual}. Chance alone does not explain that."
+    return f"{flagged}; {usual}, so look at them before you conclude anything."
+
+
+def rate(report: WatchReport) -> str:
+    """What the false-alarm rate is, and how that is known."""
+    if report.measured is None or report.bound is None:
+        return (
+            f"The rate of {report.fpr:g} was set on {report.calibration_rows} clean rows: joint over all directions, "
+            "answer lengths and looks."
+        )
+    vacuous = ", which says nothing" if report.bound >= 1 else ""
+    return (
+        f"No rate is set: of {report.measured.n} held-out clean rows the range flagged {interval(report.measured)}. The "
+        f"published bound 2t/n on that is {report.bound:.3g}{vacuous}. Each row, flagged or not, is normal from then on."
+    )
+
+
+def drift(report: WatchReport) -> str:
+    """Whether clean traffic still looks as it did in calibration."""
+    told = report.drift
+    if told is None:
+        return "The published mode has no test of drift: its range takes in whatever comes."
+    if told.alarm:
+        return "The traffic has drifted from what was calibrated on: the rate no longer holds. Calibrate anew."
+    return "No sign that rows which were not flagged have drifted from what was calibrated on."
+
+
+def shares(group: Group, no_text: bool) -> str:
+    """What the rows of a group have in common."""
+    if not group.inputs:
+        return "no row yet"
+    if group.label:
+        return group.label
+    if group.keywords:
+        return ", ".join(f"{one.word} ({one.rows} of {len(group.inputs)})" for one in group.keywords)
+    return "no text is kept" if no_text else "no word stands out"
+
+
+def interval(found: Interval) -> str:
+    """`0.0123 [0.0100, 0.0150]`."""
+    return f"{found.estimate:.4f} [{found.low:.4f}, {found.high:.4f}]"
+
+
+def to_text(report: WatchReport, bad: Sequence[str]) -> str:
+    """For a terminal. `bad` holds the first rows that could not be read, with their reason."""
+    usual = "at first sight"
+    if report.expected is not None:
+        usual = f"clean traffic alone would give about {report.expected:.0f}"
+    lines = [
+        f"{report.verdict}: {report.flagged} of {report.rows} rows; {usual}.",
+        f"{report.directions} directions watched. {rate(report)}",
+    ]
+    if report.share_flagged is not None:
+        lines.append(f"Share flagged {interval(report.share_flagged)}.")
+    if report.drift is not None and report.drift.alarm:
+        lines.append(drift(report))
+    if bad:
+        lines += [f"{report.skipped} rows could not be read, the first:", *(f"  {printable(one)}" for one in bad)]
+    wide = max((len(one.direction) for one in report.alerts), default=0)
+    if report.alerts:
+        lines += [
+            "",
+            f"{'where':<12}{'p':>9}  {'direction':<{wide}}{'token':>7}  the answer, and without the direction",
+        ]
+    for one in report.alerts[:IN_TERMINAL]:
+        p = "–" if one.p_value is None else f"{one.p_value:.2g}"
+        lines.append(
+            f"{printable(one.request, 40):<12}{p:>9}  {one.direction:<{wide}}{one.span[0]:>7}  {printable(one.answer or '', 60)!r}"
+        )
+        if one.answer_without is not None:
+            lines.append(f"{'':<{32 + wide}}{printable(one.answer_without, 60)!r}")
+    told = [
+        f"  {shown.direction}, {end.side}{': ' if group is end.rows else ', flagged rows: '}"
+        f"{printable(shares(group, report.no_text), 90)}"
+        for shown in report.shown
+        for end in shown.ends
+        for group in (end.flagged, end.rows)
+        if group.keywords or group.label
+    ]
+    if told:
+        lines += ["", "What inputs at the ends of directions share:", *told[:IN_TERMINAL]]
+    if report.label_error:
+        lines += ["", printable(report.label_error, 400)]
+    lines += ["", f"verdicts, flagged rows and watch.html: {report.out}"]
+    return "\n".join(lines)
+
+
+def simulation_text(found: Sequence[Simulated], fpr: float) -> str:
+    """For a terminal: both monitors in every order."""
+    shown = list(found[0].by_repeat)
+    lines = [
+        f"Share of attacks flagged at each repeat, and of benign rows, asked for {fpr:g}:",
+        "",
+        f"{'monitor':<36}{'order':<8}" + "".join(f"{f'repeat {n}':>12}" for n in shown) + f"{'benign':>24}",
+    ]
+    for one in found:
+        by_repeat = "".join(f"{one.by_repeat[n].estimate:>12.2f}" for n in shown)
+        lines.append(f"{one.monitor:<36}{one.order:<8}{by_repeat}{interval(one.fpr):>24}")
+    return "\n".join(lines)

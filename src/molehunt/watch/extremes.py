@@ -1,0 +1,189 @@
+"""The inputs that reach furthest along each watched direction, both ways: what a direction stands for.
+
+Rows that were flagged are kept apart: what clean traffic looks like along a direction is one thing, what set off the
+alarm another. Source: the audits of WeightWatch, arXiv 2508.00161, which read the ten highest and ten lowest transcripts
+of each direction.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple, cast
+
+import torch
+from jaxtyping import Bool, Float, Float32, Int64
+from torch import Tensor
+
+from molehunt.traffic.roles import Turn
+from molehunt.watch.kept import broken, keep, kept
+
+SCHEMA = 1
+WHAT = "list of inputs"
+FILE = "inputs.safetensors"
+KEPT = 10
+"""Rows at each end of each column."""
+PROMPT_CHARS, ANSWER_CHARS = 400, 200
+"""Characters of a row that are kept at most."""
+
+
+class Text(NamedTuple):
+    """What a row says, cut."""
+
+    prompt: str
+    answer: str
+
+    @classmethod
+    def of(cls, turns: Iterable[Turn], answer: str) -> "Text":
+        """All turns below each other; of what is too long, the beginning and the end."""
+        return cls(_cut("\n".join(turn.text for turn in turns), PROMPT_CHARS), _cut(answer, ANSWER_CHARS))
+
+
+@dataclass(frozen=True)
+class Input:
+    """One row at an end of a column."""
+
+    row: int
+    """Its line in the log."""
+    value: float
+    """The highest, or lowest, value of the column over the row's answer."""
+    prompt: str = ""
+    """Empty where no text is kept."""
+    answer: str = ""
+
+
+@dataclass(eq=False)
+class Extremes:
+    """The rows of highest value at each end; of equal ones, the first rows.
+
+    Ends are as in `Profile`: each column's highest value, then the negative of its lowest. Law: merging in any order, or
+    again, equals one pass over all rows.
+    """
+
+    values: Float32[Tensor, "ends kept"]
+    """Highest first; -infinity where there are fewer rows."""
+    rows: Int64[Tensor, "ends kept"]
+    """Their numbers, from 1; 0 where there are fewer."""
+    texts: dict[int, Text] = field(default_factory=dict[int, Text])
+    """By row; without an entry where no text is kept."""
+
+    @classmethod
+    def empty(cls, columns: int, kept: int = KEPT) -> "Extremes":
+        """Of no row."""
+        return cls(torch.full((2 * columns, kept), -torch.inf), torch.zeros(2 * columns, kept, dtype=torch.int64))
+
+    def add(
+        self, values: Float[Tensor, "n ends"], rows: Sequence[int], texts: Mapping[int, Text] | None = None
+    ) -> "Extremes":
+        """Take in rows; one that is known by its number counts once. -infinity stands for no value.
+
+        Raises:
+            ValueError: NaN, another number of ends, or numbers that are not different ones from 1 on.
+        """
+        new = values.detach().to("cpu", torch.float32)
+        if new.isnan().any():
+            raise ValueError("NaN among the values: it is neither high nor low")
+        if new.shape != (len(rows), len(self.values)) or len(set(rows)) < len(rows) or min(rows, default=1) < 1:
+            raise ValueError(f"{list(new.shape)} values of {len(rows)} rows for {len(self.values)} ends")
+        self._join(new.mT, torch.tensor(rows, dtype=torch.int64).expand(len(self.rows), -1), texts or {})
+        return self
+
+    def merge(self, other: "Extremes") -> "Extremes":
+        """Take in what another shard of the same log kept. Raises ValueError where columns or rows kept differ."""
+        if other.values.shape != self.values.shape:
+            raise ValueError(f"cannot merge {list(other.values.shape)} into {list(self.values.shape)} values")
+        self._join(other.values, other.rows, other.texts)
+        return self
+
+    def _join(self, values: Float[Tensor, "ends n"], rows: Int64[Tensor, "ends n"], texts: Mapping[int, Text]) -> None:
+        again = (self.rows[:, :, None] == rows[:, None, :]).any(2)
+        both = torch.cat([self.values.masked_fill(again, -torch.inf), values], dim=1)
+        numbers = torch.cat([self.rows, rows], dim=1)
+        earliest = numbers.argsort(dim=1, stable=True)  # so that ties go to the earlier row, whatever came first
+        both, numbers = both.gather(1, earliest), numbers.gather(1, earliest)
+        highest = both.argsort(dim=1, descending=True, stable=True)[:, : self.values.shape[1]]
+        self.values = both.gather(1, highest)
+        self.rows = numbers.gather(1, highest).masked_fill(self.values == -torch.inf, 0)
+        left = set(cast("list[int]", self.rows.unique().tolist()))
+        self.texts = {row: text for row, text in (*self.texts.items(), *texts.items()) if row in left}
+
+    def end(self, column: int, *, high: bool) -> tuple[Input, ...]:
+        """The rows at one end of a column, furthest first, with the column's own values."""
+        columns = len(self.values) // 2
+        at, sign = (column, 1) if high else (columns + column, -1)
+        found = zip(self.rows[at].tolist(), self.values[at].tolist(), strict=True)
+        return tuple(Input(row, sign * value + 0.0, *self.texts.get(row, ())) for row, value in found if row)  # no -0
+
+
+@dataclass(eq=False, kw_only=True)
+class Inputs:
+    """What a watch remembers of its inputs."""
+
+    calm: Extremes
+    """Of rows that were not flagged."""
+    quarantined: Extremes
+    """Of rows that were."""
+    no_text: bool = False
+
+    @classmethod
+    def empty(cls, columns: int, *, no_text: bool = False) -> "Inputs":
+        """Before the first row."""
+        return cls(calm=Extremes.empty(columns), quarantined=Extremes.empty(columns), no_text=no_text)
+
+    def take(
+        self, values: Float[Tensor, "n ends"], rows: Sequence[int], texts: Sequence[Text], flagged: Bool[Tensor, " n"]
+    ) -> None:
+        """Take in judged rows, each where it belongs. Raises as `Extremes.add`."""
+        for extremes, mine in ((self.calm, ~flagged), (self.quarantined, flagged)):
+            at = [i for i, is_mine in enumerate(mine.tolist()) if is_mine]
+            numbers = [rows[i] for i in at]
+            kept_texts = {} if self.no_text else {rows[i]: texts[i] for i in at}
+            extremes.add(values[mine], numbers, kept_texts)
+
+    def merge(self, other: "Inputs") -> "Inputs":
+        """Take in what another shard of the same log kept. Raises as `Extremes.merge`."""
+        self.calm.merge(other.calm)
+        self.quarantined.merge(other.quarantined)
+        return self
+
+    def save(self, folder: Path, identity: Mapping[str, str]) -> None:
+        """Replace the file in `folder`, synced."""
+        both = {"calm": self.calm, "quarantined": self.quarantined}
+        keep(
+            folder / FILE,
+            WHAT,
+            SCHEMA,
+            identity,
+            {f"{name}.{part}": getattr(one, part) for name, one in both.items() for part in ("values", "rows")},
+            {name: {str(row): list(text) for row, text in one.texts.items()} for name, one in both.items()},
+        )
+
+    @classmethod
+    def load(cls, folder: Path, identity: Mapping[str, str], columns: int, *, no_text: bool = False) -> "Inputs":
+        """What `save` wrote, without its texts where none are to be kept; empty where there is no such file.
+
+        Raises:
+            UsageError: it is another watch's.
+            InvalidInput: it is broken.
+        """
+        path = folder / FILE
+        if not path.exists():
+            return cls.empty(columns, no_text=no_text)
+        tensors, told = kept(path, WHAT, SCHEMA, identity)
+        found: list[Extremes] = []
+        try:
+            for name in ("calm", "quarantined"):
+                values, rows = tensors[f"{name}.values"], tensors[f"{name}.rows"]
+                if values.shape != (2 * columns, KEPT) or values.shape != rows.shape or values.isnan().any():
+                    raise ValueError(f"{list(values.shape)} values of {columns} columns")
+                if values.dtype != torch.float32 or rows.dtype != torch.int64:
+                    raise ValueError(f"its numbers are {values.dtype} and {rows.dtype}")
+                texts = {} if no_text else {int(row): Text(*map(str, text)) for row, text in told[name].items()}
+                found.append(Extremes(values, rows, texts))
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
+            raise broken(path, WHAT, str(error)) from None
+        return cls(calm=found[0], quarantined=found[1], no_text=no_text)
+
+
+def _cut(text: str, most: int) -> str:
+    half = most // 2
+    return text if len(text) <= most else f"{text[: half - 1]}…{text[-half:]}"

@@ -1,0 +1,303 @@
+"""WeightWatch's monitor as published: a range of cosines per direction and role, and a row beyond it is flagged.
+
+Of each written direction the highest and lowest cosine over all tokens of the prompt, template and first token among them,
+and over all tokens of the answer. A row is flagged at first sight, when any of them leaves what earlier rows showed by more
+than the slack; then the range takes it in, flagged or not, so that the same row is normal from then on. No false-alarm rate
+is set: the one measured on held-out clean rows is told, beside the published bound.
+
+Directions are those of this project's `Bank` (of changed matrices, above the noise floor, at most 8 each; no layer is
+dropped), roles come from the chat template, and no calibration row is lost. Source: arXiv 2508.00161, §3 and released code.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+from jaxtyping import Float, Float64
+from torch import Tensor
+
+from molehunt.errors import MolehuntError, NotTestable
+from molehunt.model.pair import ModelPair
+from molehunt.run.progress import Track, silent
+from molehunt.traffic.stream import START, Conversation, Place
+from molehunt.watch.answers import answer_profiles
+from molehunt.watch.bank import Bank
+from molehunt.watch.extremes import Inputs
+from molehunt.watch.kept import broken, keep, kept
+from molehunt.watch.log import answered, record, texts
+from molehunt.watch.profile import Profile
+from molehunt.watch.ranges import RunningRange
+from molehunt.watch.sketch import ScoreSketch
+
+SCHEMA = 1
+WHAT = "published range"
+FILE = "published.safetensors"
+ROLES = ("prompt", "answer")
+HELD_OUT = 10
+"""One clean row in so many measures the false-positive rate, as published."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class RoleRead:
+    """One row as the range sees it."""
+
+    prompt: tuple[int, ...]
+    answer: tuple[int, ...]
+    of_prompt: Profile
+    of_answer: Profile | None
+    """None for an answer without tokens."""
+
+    @property
+    def roles(self) -> tuple[Profile | None, ...]:
+        """In the order of `ROLES`."""
+        return self.of_prompt, self.of_answer
+
+    @property
+    def ends(self) -> Float[Tensor, " ends"]:
+        """Highest of each direction and role, then the negatives of the lowest; -infinity for a role without tokens."""
+        none = torch.full_like(self.of_prompt.looks[-1], -torch.inf)
+        both = [(none if role is None else role.looks[-1]).chunk(2) for role in self.roles]
+        return torch.cat([high for high, _ in both] + [low for _, low in both])
+
+    def token(self, end: int) -> int:
+        """Where an end of `ends` lies, as an index into prompt and answer. Raises ValueError for a role without tokens."""
+        directions = len(self.of_prompt.peaks) // 2
+        side, column = divmod(end, len(ROLES) * directions)
+        role, direction = divmod(column, directions)
+        profile = self.roles[role]
+        if profile is None:
+            raise ValueError(f"this row has no {ROLES[role]}")
+        return int(profile.peaks[side * directions + direction]) + role * len(self.prompt)
+
+
+def written_alone(bank: Bank) -> Bank:
+    """The directions that the range is about."""
+    return Bank(write=bank.write, read={}, write_names=bank.write_names, read_names={})
+
+
+def role_names(bank: Bank) -> tuple[str, ...]:
+    """One for each column of `RoleRead.ends`."""
+    return tuple(f"{name}, {role}" for role in ROLES for names in bank.write_names.values() for name in names)
+
+
+def read_roles(
+    pair: ModelPair, bank: Bank, rows: Sequence[Conversation], *, max_new_tokens: int, track: Track = silent, what: str
+) -> list[RoleRead]:
+    """Cosines of every token of each row, by role; answered as `answered` does."""
+    both = [
+        (prompt.ids, answer)
+        for prompt, answer in answered(pair, rows, max_new_tokens=max_new_tokens, track=track, what=what)
+    ]
+    with_answer = [i for i, (_, answer) in enumerate(both) if answer]
+    written = written_alone(bank)
+    with pair.tuned_model() as model:
+
+        def spans(first: Sequence[Sequence[int]], rest: Sequence[Sequence[int]], role: str) -> list[Profile]:
+            # a profile leaves out the last token of a row, so each row gets one more; nothing before it can see it
+            return answer_profiles(
+                model,
+                written,
+                first,
+                [[*tokens, before[-1]] for before, tokens in zip(first, rest, strict=True)],
+                layers_path=pair.layers_path,
+                track=track,
+                what=f"{what}: {role}s",
+            )
+
+        prompts = spans([ids[:1] for ids, _ in both], [ids[1:] for ids, _ in both], "prompt")
+        pairs = [both[i] for i in with_answer]
+        answers = spans([(*ids, answer[0]) for ids, answer in pairs], [answer[1:] for _, answer in pairs], "answer")
+    of_row = dict(zip(with_answer, answers, strict=True))
+    return [
+        RoleRead(prompt=ids, answer=answer, of_prompt=prompts[i], of_answer=of_row.get(i))
+        for i, (ids, answer) in enumerate(both)
+    ]
+
+
+@dataclass(eq=False, kw_only=True)
+class PublishedState:
+    """The running range of each role, and everything that a restart needs."""
+
+    identity: Mapping[str, str]
+    ranges: tuple[RunningRange, ...]
+    """In the order of `ROLES`."""
+    held_out: Float64[Tensor, " n"]
+    """How far held-out clean rows lay beyond the range of all others; above 0 is a false alarm."""
+    bound: float
+    """The published bound on the share of such rows; above 1 it says nothing."""
+    place: Place = START
+    written: int = 0
+    seen: int = 0
+    flagged: int = 0
+
+    def beyond(self, row: RoleRead) -> Float64[Tensor, " ends"]:
+        """How far a row leaves each end of the range beyond the slack, in cosine; -infinity for a role without tokens."""
+        highs: list[Tensor] = []
+        lows: list[Tensor] = []
+        for running, role in zip(self.ranges, row.roles, strict=True):
+            if role is None:
+                both = torch.full((2 * running.maxima.columns,), -torch.inf, dtype=torch.float64)
+            else:
+                both = running.beyond(*_high_low(role))[0]
+            high, low = both.chunk(2)
+            highs.append(high)
+            lows.append(low)
+        return torch.cat([*highs, *lows])
+
+    def absorb(self, row: RoleRead) -> None:
+        """The row is normal from now on."""
+        for running, role in zip(self.ranges, row.roles, strict=True):
+            if role is not None:
+                running.absorb(*_high_low(role))
+
+    @property
+    def calibration_rows(self) -> int:
+        return self.ranges[0].n - self.seen
+
+    def save(self, path: Path) -> None:
+        """Replace the file at `path`, synced."""
+        sketches = {
+            f"{role}.{end}": torch.frombuffer(bytearray(getattr(running, end).to_bytes()), dtype=torch.uint8)
+            for role, running in zip(ROLES, self.ranges, strict=True)
+            for end in ("maxima", "minima")
+        }
+        told = {
+            "slack": self.ranges[0].slack,
+            "percentile": self.ranges[0].percentile,
+            "bound": self.bound,
+            "place": list(self.place),
+            "written": self.written,
+            "seen": self.seen,
+            "flagged": self.flagged,
+        }
+        keep(path, WHAT, SCHEMA, self.identity, {**sketches, "held_out": self.held_out}, told)
+
+    @classmethod
+    def load(cls, path: Path, identity: Mapping[str, str]) -> "PublishedState":
+        """What `save` wrote. Raises UsageError for another watch's, InvalidInput for a broken file."""
+        tensors, told = kept(path, WHAT, SCHEMA, identity)
+        try:
+            ranges = tuple(
+                RunningRange(
+                    *(
+                        ScoreSketch.from_bytes(tensors[f"{role}.{end}"].numpy().tobytes())
+                        for end in ("maxima", "minima")
+                    ),
+                    slack=told["slack"],
+                    percentile=told["percentile"],
+                )
+                for role in ROLES
+            )
+            return cls(
+                identity=identity,
+                ranges=ranges,
+                held_out=tensors["held_out"],
+                bound=told["bound"],
+                place=Place(*told["place"]),
+                written=told["written"],
+                seen=told["seen"],
+                flagged=told["flagged"],
+            )
+        except (KeyError, ValueError, TypeError, MolehuntError) as error:
+            raise broken(path, WHAT, str(error)) from None
+
+
+def calibrated_range(
+    pair: ModelPair,
+    bank: Bank,
+    clean: Sequence[Conversation],
+    *,
+    identity: Mapping[str, str],
+    max_new_tokens: int,
+    slack: float,
+    percentile: float,
+    seed: int,
+    track: Track = silent,
+) -> PublishedState:
+    """The range of all clean rows, and the false alarms of the last tenth against the range of the others.
+
+    Raises:
+        NotTestable: fewer than `HELD_OUT` rows, or none with an answer.
+    """
+    rows = list(clean)
+    Random(seed).shuffle(rows)
+    held = len(rows) // HELD_OUT
+    if not held:
+        raise NotTestable(f"{len(rows)} clean rows are too few: one in {HELD_OUT} measures the false-positive rate.")
+    read = read_roles(pair, bank, rows, max_new_tokens=max_new_tokens, track=track, what="clean")
+    state = PublishedState(
+        identity=identity,
+        ranges=tuple(RunningRange.empty(bank.written, slack=slack, percentile=percentile) for _ in ROLES),
+        held_out=torch.empty(0, dtype=torch.float64),
+        bound=0.0,
+    )
+    for row in read[:-held]:
+        state.absorb(row)
+    state.bound = sum(running.false_alarm_bound for running in state.ranges)
+    state.held_out = torch.stack([state.beyond(row).max() for row in read[-held:]])
+    for row in read[-held:]:
+        state.absorb(row)
+    return state
+
+
+def watch_published(
+    pair: ModelPair,
+    bank: Bank,
+    state: PublishedState,
+    inputs: Inputs,
+    rows: Iterable[Conversation],
+    *,
+    max_new_tokens: int,
+    into: Path,
+    track: Track = silent,
+) -> None:
+    """Judge `rows` one after the other; write what `watch_log` writes, but for alerts: nothing is quarantined."""
+    names = role_names(bank)
+
+    def judged(chunk: Sequence[Conversation]) -> list[dict[str, Any]]:
+        read = read_roles(
+            pair, bank, chunk, max_new_tokens=max_new_tokens, track=track, what=f"from line {chunk[0].line}"
+        )
+        told: list[dict[str, Any]] = []
+        for row, one in zip(chunk, read, strict=True):
+            beyond = state.beyond(one)
+            told.append(verdict(names, row, one, beyond))
+            state.absorb(one)
+            state.seen += 1
+            state.flagged += told[-1]["flagged"]
+        inputs.take(
+            torch.stack([one.ends for one in read]),
+            [row.line for row in chunk],
+            texts(pair, chunk, [one.answer for one in read]),
+            torch.tensor([line["flagged"] for line in told]),
+        )
+        return told
+
+    record(rows, state, inputs, into / "verdicts.jsonl", into / FILE, judged)
+
+
+def verdict(names: Sequence[str], row: Conversation, one: RoleRead, beyond: Float64[Tensor, " ends"]) -> dict[str, Any]:
+    """The line of `verdicts.jsonl`, of the shape that `log.verdict` has; the published monitor has no p-value."""
+    end = int(beyond.argmax())
+    return {
+        "line": row.line,
+        "tag": row.tag,
+        "flagged": bool(beyond[end] > 0),
+        "score": float(f"{float(beyond[end]):.4g}"),
+        "p_value": None,
+        "direction": names[end % len(names)],
+        "side": "high" if end < len(names) else "low",
+        "look": None,
+        "token": one.token(end),
+        "tokens": len(one.prompt) + len(one.answer),
+        "coverage": 1.0,
+        "within_calibration": None,
+    }
+
+
+def _high_low(role: Profile) -> tuple[Float[Tensor, "1 columns"], Float[Tensor, "1 columns"]]:
+    high, negative_low = role.looks[-1].chunk(2)
+    return high[None], -negative_low[None]
