@@ -3,12 +3,14 @@
 import threading
 import time
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
 from molehunt.model.pair import ModelPair
+from molehunt.serve.engine import Engine
 from molehunt.serve.guard import Guard
-from molehunt.serve.request import Ended, Failed, Piece
+from molehunt.serve.request import Asked, Ended, Failed, Piece
 from molehunt.serve.sampling import TokenLogprobs
 from molehunt.traffic.roles import Turn
 from molehunt.traffic.stream import Conversation, Place
@@ -19,6 +21,7 @@ from molehunt.watch.state import WatchState
 from tiny_models import tiny_model, tiny_tokenizer
 
 FPR = 0.05
+PROMPTS = [[5, 6, 7], [9, 8, 7, 6, 5, 4, 3, 2], [11], [30, 31, 32, 33, 34, 35], [12, 40, 3]]
 
 
 def tiny_pair() -> ModelPair:
@@ -46,11 +49,12 @@ def guard_of(
     ledger: Ledger,
     *,
     action: str = "flag",
+    edit: str = "project",
     threshold: float | None = None,
 ) -> Guard:
     """A guard on a copy of a calibrated state."""
     state = replace(calm, scores=ScoreSketch.empty(1), drift=replace(calm.drift), seen=0, flagged=0)
-    guard = Guard(bank, state, ledger, pair.tokenizer, fpr=FPR, action=action)  # pyright: ignore[reportArgumentType]
+    guard = Guard(bank, state, ledger, pair.tokenizer, fpr=FPR, action=action, edit=edit)  # pyright: ignore
     if threshold is not None:
         guard.threshold = threshold
     return guard
@@ -92,3 +96,18 @@ class Heard:
     @staticmethod
     def sleep() -> None:
         time.sleep(0.05)
+
+
+def asked(prompt: list[int], n: int = 8, **more: object) -> Asked:
+    return Asked(**{"id": f"r{prompt}{n}", "prompt": tuple(prompt), "max_new_tokens": n, **more})  # pyright: ignore
+
+
+def run(pair: ModelPair, guard: Guard, requests: list[Asked], **settings: Any) -> list[Heard]:
+    """What each client hears from an engine that is closed once it has taken all of them."""
+    engine = Engine(pair._tuned, pair.tokenizer, guard, **settings)
+    heard = [Heard() for _ in requests]
+    for request, one in zip(requests, heard, strict=True):
+        engine.submit(request, one)
+    engine.close()
+    guard.close()
+    return heard

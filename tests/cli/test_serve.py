@@ -13,9 +13,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-import molehunt.serve.server  # noqa: F401 - here, since the shape checks' import hook cannot go as deep as a command's imports
 from folders import good_folder, lora_folder
 from molehunt.cli.main import main
+from molehunt.serve import server  # here, since the shape checks' import hook cannot go as deep as a command's imports
 from molehunt.watch.ledger import Ledger
 
 KEY = "a-key-for-tests-only"
@@ -96,6 +96,17 @@ def test_a_drain_finishes_what_was_begun(folders, clean: Path, tmp_path: Path) -
         while process.poll() is None and time.monotonic() < end:
             time.sleep(0.05)
         assert process.poll() is not None
+
+
+def test_the_backend_reaches_the_server(monkeypatch, folders, clean: Path, tmp_path: Path) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(server, "run_server", lambda pair, guard, keys, settings, **_: told.append(settings.backend))
+    asked = ["serve", *map(str, folders), "--clean", str(clean), "--fpr", "0.1", "--max-new-tokens", "3"]
+    for extra in ((), ("--backend", "continuous")):
+        with pytest.raises(SystemExit) as left:
+            main([*asked, "--out", str(tmp_path / "out"), *extra])
+        assert left.value.code == 0
+    assert told == ["eager", "continuous"]
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,12 @@ def calm(pair: ModelPair, bank: Bank) -> WatchState:
 
 
 @pytest.fixture
+def ledger(tmp_path: Path) -> Iterator[Ledger]:
+    with Ledger(f"sqlite:///{tmp_path / 'alerts.sqlite'}") as opened:
+        yield opened
+
+
+@pytest.fixture
 def serve(pair: ModelPair, bank: Bank, calm: WatchState, tmp_path: Path) -> Iterator[Serve]:
     """Starts servers; all of them drain at the end of the test."""
     running: list[tuple[uvicorn.Server, threading.Thread, Ledger]] = []

@@ -1,47 +1,22 @@
 """Guarded decoding: answers are those of the model, every token is scored, and what is flagged is acted upon."""
 
 import queue
-from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
-from guarded import Heard, guard_of, tiny_pair
+from guarded import PROMPTS, Heard, asked, guard_of, run, tiny_pair
 from molehunt.model.generate import generate
 from molehunt.model.pair import ModelPair
 from molehunt.serve.decoding import DecodingBatch
 from molehunt.serve.engine import Engine
-from molehunt.serve.guard import Guard
-from molehunt.serve.request import Asked, Ended, Failed, Overloaded
+from molehunt.serve.request import Ended, Failed, Overloaded
 from molehunt.serve.sampling import Sampling
 from molehunt.watch.answers import answer_profiles
 from molehunt.watch.bank import Bank
 from molehunt.watch.ledger import Ledger, LedgerUnavailable
 from molehunt.watch.state import WatchState
-
-PROMPTS = [[5, 6, 7], [9, 8, 7, 6, 5, 4, 3, 2], [11], [30, 31, 32, 33, 34, 35], [12, 40, 3]]
-
-
-@pytest.fixture
-def ledger(tmp_path: Path) -> Iterator[Ledger]:
-    with Ledger(f"sqlite:///{tmp_path / 'alerts.sqlite'}") as opened:
-        yield opened
-
-
-def asked(prompt: list[int], n: int = 8, **more: object) -> Asked:
-    return Asked(**{"id": f"r{prompt}{n}", "prompt": tuple(prompt), "max_new_tokens": n, **more})  # pyright: ignore
-
-
-def run(pair: ModelPair, guard: Guard, requests: list[Asked], **settings: int) -> list[Heard]:
-    engine = Engine(pair._tuned, pair.tokenizer, guard, **settings)
-    heard = [Heard() for _ in requests]
-    for request, one in zip(requests, heard, strict=True):
-        engine.submit(request, one)
-    engine.close()
-    guard.close()
-    return heard
 
 
 def test_rows_that_join_and_leave_decode_as_they_would_alone(pair: ModelPair) -> None:

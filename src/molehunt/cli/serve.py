@@ -52,6 +52,12 @@ def serve(
     no_text: NoText = False,
     log_text: Annotated[bool, typer.Option("--log-text", help="Write prompts and answers to the request log.")] = False,
     max_batch: Annotated[int, typer.Option(min=1, help="Answers that are generated together.")] = 16,
+    backend: Annotated[
+        Literal["eager", "continuous"],
+        typer.Option(
+            help="How they are: padded to one length; or packed, as transformers' continuous batching schedules them."
+        ),
+    ] = "eager",
     adapter: Adapter = None,
     device: Device = "cpu",
     out: Annotated[
@@ -103,6 +109,7 @@ def serve(
         model_name=name or Path(tuned).name or "model",
         hosts=frozenset(LOOPBACK) if host in LOOPBACK else None,
         default_new_tokens=max_new_tokens,
+        backend=backend,
         max_batch=max_batch,
         request_log=out / "requests.jsonl",
         log_text=log_text,

@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
@@ -15,7 +15,9 @@ from starlette.exceptions import HTTPException
 
 from molehunt.model.blocks import unwrapped
 from molehunt.model.pair import ModelPair
+from molehunt.serve.backend import Eager
 from molehunt.serve.completions import Completions
+from molehunt.serve.continuous import Continuous
 from molehunt.serve.engine import Engine
 from molehunt.serve.feed import Feed
 from molehunt.serve.guard import Guard, Settled
@@ -41,6 +43,8 @@ class Settings:
     """Names that a Host header may have; None takes any."""
     default_new_tokens: int = 256
     max_body: int = 1 << 20
+    backend: Literal["eager", "continuous"] = "eager"
+    """How the rows of a batch are run: see `serve.backend`."""
     max_batch: int = 16
     max_waiting: int = 256
     request_log: Path | None = None
@@ -49,12 +53,17 @@ class Settings:
 
 
 def create_app(pair: ModelPair, guard: Guard, keys: Keys, settings: Settings) -> FastAPI:
-    """The application. Its engine starts with it, and ends, when it is told to, after every answer that was begun."""
+    """The application. Its engine starts with it, and ends, when it is told to, after every answer that was begun.
+
+    Raises:
+        UsageError: the backend cannot run this model.
+    """
     with pair.tuned_model() as model:
         engine = Engine(
             model,
             pair.tokenizer,
             guard,
+            backend=Continuous if settings.backend == "continuous" else Eager,
             max_batch=settings.max_batch,
             max_waiting=settings.max_waiting,
             layers_path=pair.layers_path,

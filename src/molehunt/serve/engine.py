@@ -1,41 +1,31 @@
 """Guarded decoding for many clients on one thread: every token is scored before its text leaves.
 
-The reference backend: Hugging Face modules run eagerly, on CPU or GPU. New requests join the running batch between two
-steps where the model's cache lets them.
+How the model is run is the backend's business (`serve.backend`); who waits, who runs next, and what is done while nobody
+waits is decided here.
 """
 
 import logging
-import math
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from typing import Any, TypeVar
+from weakref import WeakValueDictionary
 
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from molehunt.errors import MolehuntError
-from molehunt.model.generate import stop_ids
-from molehunt.model.site import Site
 from molehunt.model.taps import edit_sites
-from molehunt.serve.decoding import DecodingBatch
-from molehunt.serve.guard import Finished, Guard
-from molehunt.serve.request import Asked, Failed, Listener, Overloaded, Piece, Reason
-from molehunt.serve.sampling import Sampler, logprobs_of, next_tokens
-from molehunt.serve.steering import Held, Steering
-from molehunt.serve.text import TextStream
+from molehunt.serve.backend import Backend, Eager, Row, Rows
+from molehunt.serve.guard import Guard
+from molehunt.serve.request import Asked, Failed, Listener, Overloaded
+from molehunt.serve.wire import Refused
 from molehunt.watch.columns import Columns, watched
-from molehunt.watch.kinds import prompt_features
-from molehunt.watch.profile import RunningProfile
 from molehunt.watch.quarantine import explained
 
-PREFILL_TOKENS = 8192
-"""Tokens of one prefill, padding included; a longer prompt is prefilled alone."""
 MOST_JOBS = 16
 """Questions from the live page that may wait."""
 EXPLAIN_TOKENS = 64
@@ -45,25 +35,16 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-@dataclass(eq=False)
-class _Row:
-    asked: Asked
-    listener: Listener
-    sampler: Sampler
-    text: TextStream
-    answer: list[int] = field(default_factory=list[int])
-    seen: int = 0
-    flagged: bool = False
-    steered: Mapping[Site, Held] | None = None
-    ended: Reason | None = None
-
-
 class Engine:
     """Runs a model for many requests at once, with a guard that sees every token or none.
 
     Args:
-        max_batch: rows that decode together.
+        backend: how the model is run.
+        max_batch: rows that run together.
         max_waiting: requests that may wait for a place; more are refused.
+
+    Raises:
+        UsageError: the backend cannot run this model.
     """
 
     def __init__(
@@ -72,6 +53,7 @@ class Engine:
         tokenizer: PreTrainedTokenizerBase,
         guard: Guard,
         *,
+        backend: Callable[[nn.Module, Rows], Backend] = Eager,
         max_batch: int = 16,
         max_waiting: int = 256,
         layers_path: str | None = None,
@@ -80,23 +62,14 @@ class Engine:
         self._model = model
         self._tokenizer = tokenizer
         self._layers_path = layers_path
-        self._stops = stop_ids(model, tokenizer)
-        self._device = next(model.parameters()).device
-        self._monitor = guard.state.monitor.to(self._device)
-        self._max_batch = max_batch
         self._max_waiting = max_waiting
-        self._waiting: deque[tuple[Asked, Listener]] = deque()
+        self._waiting: deque[Row] = deque()
         self._jobs: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
-        self._taken: set[str] = set()
-        self._cancelled: set[str] = set()
+        self._taken: WeakValueDictionary[str, Row] = WeakValueDictionary()
         self._changed = threading.Condition()
         self._closing = False
-        self._rows: list[_Row] = []
-        self._joining: list[_Row] = []
-        """Rows whose prefill has begun and that have not joined yet."""
-        self._batch = DecodingBatch(model)
-        self._growing: RunningProfile | None = None
-        self._steering = Steering(guard.bank, guard.state.monitor, self._device, guard.edit)
+        self._rows = Rows(model, tokenizer, guard, max_batch)
+        self._backend = backend(model, self._rows)
         self._thread = threading.Thread(target=self._run, name="molehunt-engine", daemon=True)
         self._thread.start()
 
@@ -106,7 +79,7 @@ class Engine:
         return self._thread.is_alive() and not self._closing
 
     def load(self) -> tuple[int, int]:
-        """How many rows decode now, and how many requests wait."""
+        """How many rows run now, and how many requests wait."""
         return len(self._rows), len(self._waiting)
 
     def submit(self, asked: Asked, listener: Listener) -> None:
@@ -114,14 +87,24 @@ class Engine:
 
         Raises:
             Overloaded: too many wait, or the engine is closing.
+            Refused: the request is longer than any that the backend can run.
         """
+        length, longest = len(asked.prompt) + asked.max_new_tokens, self._backend.longest
+        if longest is not None and length > longest:
+            raise Refused(
+                400,
+                f"{length} tokens, prompt and answer together, are more than the {longest} that the cache of this "
+                "server holds",
+                code="context_length_exceeded",
+            )
+        row = Row.of(asked, listener, self._tokenizer)
         with self._changed:
             if not self.alive:
                 raise Overloaded("the server is shutting down")
             if len(self._waiting) >= self._max_waiting:
                 raise Overloaded(f"{self._max_waiting} requests wait already")
-            self._waiting.append((asked, listener))
-            self._taken.add(asked.id)
+            self._waiting.append(row)
+            self._taken[asked.id] = row
             self._changed.notify()
 
     def between(self, job: Callable[[], T]) -> "Future[T]":
@@ -143,8 +126,9 @@ class Engine:
     def cancel(self, id: str) -> None:
         """Stop a request whose client has gone; what was generated is still judged. Unknown ids do nothing."""
         with self._changed:
-            if id in self._taken:
-                self._cancelled.add(id)
+            row = self._taken.get(id)
+            if row is not None:
+                row.cancelled = True
 
     def close(self) -> None:
         """Take no more requests, finish those that were taken, and return."""
@@ -158,26 +142,25 @@ class Engine:
         try:
             with ExitStack() as stack:
                 columns = stack.enter_context(watched(self._model, self.guard.bank, layers_path=self._layers_path))
-                stack.enter_context(
-                    edit_sites(self._model, self._steering.interventions, layers_path=self._layers_path)
-                )
+                stack.enter_context(edit_sites(self._model, self._backend.interventions, layers_path=self._layers_path))
                 while self._next():
                     try:
                         self._admit(columns)
                         self._do_one_job()
-                        if self._rows:
-                            self._step(columns)
+                        if len(self._rows):
+                            self._backend.step(columns)
                         elif self.guard.to_explain and not self._closing:
                             self._explain()
                     except Exception:  # one bad batch must not take the server down; its clients are told
                         log.exception("a batch failed")
-                        self._fail_all()
+                        self._rows.fail()
+                        self._backend.reset()
         finally:
             self._closing = True
-            self._fail_all()
+            self._rows.fail()
             with self._changed:
-                for _, listener in self._waiting:
-                    listener(Failed("the server is shutting down"))
+                for row in self._waiting:
+                    row.listener(Failed("the server is shutting down"))
                 self._waiting.clear()
                 for _, promised in self._jobs:
                     promised.set_exception(Overloaded("the server is shutting down"))
@@ -196,7 +179,7 @@ class Engine:
     def _next(self) -> bool:
         """Wait for something to do. False: closing, and nothing is left."""
         with self._changed:
-            while not (self._waiting or self._rows or self._jobs):
+            while not (self._waiting or len(self._rows) or self._jobs):
                 if self._closing:
                     return False
                 if self.guard.to_explain:
@@ -205,155 +188,24 @@ class Engine:
             return True
 
     def _admit(self, columns: Columns) -> None:
-        """Prefill what waits and fits, judge its first token, and let it join."""
-        taken = self._next_taken()
-        if not taken:
-            return
-        rows = [
-            _Row(asked, listener, Sampler(asked.sampling), TextStream(self._tokenizer, asked.stop))
-            for asked, listener in taken
-        ]
-        self._joining = rows
-        self._begin(rows, columns)
+        """Let begin what waits and fits."""
+        rows = self._next_taken()
+        if rows:
+            self._rows.joining += rows
+            self._backend.begin(rows, columns)
 
-    def _next_taken(self) -> list[tuple[Asked, Listener]]:
-        """The next requests that fit into one prefill and into the batch; those whose client has gone are dropped."""
+    def _next_taken(self) -> list[Row]:
+        """The next requests for which there is room; those whose client has gone are dropped."""
         with self._changed:
-            free = self._max_batch - len(self._rows) if not self._rows or self._batch.can_join else 0
-            taken: list[tuple[Asked, Listener]] = []
-            width = 0
-            while self._waiting and len(taken) < free:
-                asked, listener = self._waiting[0]
-                width = max(width, len(asked.prompt))
-                if taken and width * (len(taken) + 1) > PREFILL_TOKENS:
-                    break
+            taken: list[Row] = []
+            while self._waiting and len(self._rows) + len(taken) < self._rows.most:
+                row = self._waiting[0]
+                if not row.cancelled:
+                    if not self._backend.fits([*taken, row]):
+                        break
+                    taken.append(row)
                 self._waiting.popleft()
-                if asked.id in self._cancelled:
-                    self._forget(asked.id)
-                    continue
-                taken.append((asked, listener))
             return taken
-
-    def _begin(self, rows: list[_Row], columns: Columns) -> None:
-        """Judge each row at its decision. Where a flagged one is to be steered, all are prefilled again with it steered."""
-        prompts = [row.asked.prompt for row in rows]
-        fresh = DecodingBatch(self._model)
-        logits = fresh.begin(prompts)
-        found = columns.take()
-        growing = RunningProfile(prompt_features(self._model, prompts), found.shape[-1], self._device)
-        growing.extend(found[:, -1:])  # padded on the left: the last column is every row's decision
-        for row in rows:
-            row.seen = min(len(row.asked.prompt), found.shape[1])
-        self._flag(rows, growing)
-        if any(row.steered for row in rows):
-            fresh = DecodingBatch(self._model)
-            with self._steering.of([row.steered for row in rows]):
-                logits = fresh.begin(prompts)
-            columns.take()  # the verdict is about what the model was going to do
-        if self._growing is None:
-            self._growing = growing
-        else:
-            self._growing.join(growing)
-        self._batch.join(fresh)
-        self._rows += rows
-        self._joining = []
-        self._emit(rows, logits)
-        self._leave()
-
-    def _step(self, columns: Columns) -> None:
-        """One token for every row."""
-        growing = self._growing
-        assert growing is not None
-        newest = torch.tensor([row.answer[-1] for row in self._rows], device=self._device)
-        with self._steering.of([row.steered for row in self._rows]):
-            logits = self._batch.step(newest)
-        found = columns.take()
-        growing.extend(found)
-        for row in self._rows:
-            row.seen += found.shape[1]
-        self._flag(self._rows, growing)
-        self._emit(self._rows, logits)
-        self._leave()
-
-    def _flag(self, rows: Sequence[_Row], growing: RunningProfile) -> None:
-        surprises: list[float] = self._monitor.running(growing).tolist()
-        for i, (row, surprise) in enumerate(zip(rows, surprises, strict=True)):
-            if math.isnan(surprise):
-                row.ended = "content_filter"  # not scored, so not answered
-            elif not row.flagged and self.guard.beyond(surprise):
-                row.flagged = True
-                if self.guard.action == "block":
-                    row.ended = "content_filter"
-                elif self.guard.action == "steer":
-                    judged = self.guard.state.monitor.judge(growing.profile(i))
-                    row.steered = self._steering.against(judged)
-
-    def _emit(self, rows: Sequence[_Row], logits: Float[Tensor, "batch vocab"]) -> None:
-        """Draw each row's next token and send the text that is certain."""
-        tokens = next_tokens(logits, [row.sampler for row in rows])
-        for i, (row, token) in enumerate(zip(rows, tokens, strict=True)):
-            if row.asked.id in self._cancelled:
-                row.ended = row.ended or "cancelled"
-            if row.ended is not None:
-                continue
-            row.answer.append(token)
-            text = row.text.finish() if token in self._stops else row.text.push(token)
-            if token in self._stops or row.text.stopped:
-                row.ended = "stop"
-            elif len(row.answer) >= row.asked.max_new_tokens:
-                row.ended = "length"
-                text += row.text.finish()
-            top = row.asked.logprobs
-            told = () if top is None else (logprobs_of(logits[i], token, top),)
-            if text or told:
-                row.listener(Piece(text, told))
-
-    def _leave(self) -> None:
-        """Hand over the rows that have ended; the others go on without them."""
-        growing = self._growing
-        if growing is None or not any(row.ended for row in self._rows):
-            return
-        for i, row in enumerate(self._rows):
-            if row.ended is None:
-                continue
-            try:
-                profile = growing.profile(i)
-            except ValueError:  # NaN
-                profile = None
-            asked = row.asked
-            self._forget(asked.id)
-            self.guard.settle(
-                Finished(
-                    request=asked.id,
-                    listener=row.listener,
-                    reason=row.ended,
-                    prompt=asked.prompt,
-                    answer=tuple(row.answer),
-                    profile=profile,
-                    seen=row.seen,
-                )
-            )
-        left = torch.tensor([i for i, row in enumerate(self._rows) if row.ended is None], dtype=torch.long)
-        self._rows = [row for row in self._rows if row.ended is None]
-        if not self._rows:
-            self._reset()
-            return
-        self._batch.keep(left.to(self._device))
-        growing.keep(left.to(self._device))
-
-    def _forget(self, id: str) -> None:
-        self._taken.discard(id)
-        self._cancelled.discard(id)
-
-    def _reset(self) -> None:
-        self._rows, self._growing, self._batch = [], None, DecodingBatch(self._model)
-
-    def _fail_all(self) -> None:
-        for row in (*self._rows, *self._joining):
-            self._forget(row.asked.id)
-            row.listener(Failed("the model failed on this request"))
-        self._joining = []
-        self._reset()
 
     def _explain(self) -> None:
         """While nobody waits: the oldest unexplained alert gets its token scores and its answer without the direction."""

@@ -44,7 +44,7 @@ def run_server(
         listening: called with the URL once connections are accepted.
 
     Raises:
-        UsageError: the address cannot be listened on.
+        UsageError: the address cannot be listened on, or the backend cannot run this model.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as sock:

@@ -1,0 +1,269 @@
+"""What an engine runs its model with: the rows that go through it, the contract, and the reference backend."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from molehunt.contracts import Intervention
+from molehunt.model.generate import stop_ids
+from molehunt.model.site import Site
+from molehunt.serve.decoding import DecodingBatch
+from molehunt.serve.guard import Finished, Guard
+from molehunt.serve.request import Asked, Failed, Listener, Piece, Reason
+from molehunt.serve.sampling import Sampler, logprobs_of, next_tokens
+from molehunt.serve.steering import Held, Steering
+from molehunt.serve.text import TextStream
+from molehunt.watch.columns import Columns
+from molehunt.watch.kinds import prompt_features
+from molehunt.watch.profile import RunningProfile
+
+PREFILL_TOKENS = 8192
+"""Tokens of one prefill of the eager backend, padding included; a longer prompt is prefilled alone."""
+
+
+@dataclass(eq=False, repr=False)  # what a client wrote is kept out of tracebacks
+class Row:
+    """One request, from when it is taken until it is settled."""
+
+    asked: Asked
+    listener: Listener
+    sampler: Sampler
+    text: TextStream
+    answer: list[int] = field(default_factory=list[int])
+    seen: int = 0
+    """How many of its tokens passed the watched places, from the first on and without a gap."""
+    flagged: bool = False
+    steered: Mapping[Site, Held] | None = None
+    cancelled: bool = False
+    """Its client has gone. Other threads set this."""
+    ended: Reason | None = None
+
+    @classmethod
+    def of(cls, asked: Asked, listener: Listener, tokenizer: PreTrainedTokenizerBase) -> "Row":
+        return cls(asked, listener, Sampler(asked.sampling), TextStream(tokenizer, asked.stop))
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """Prompt and answer so far."""
+        return (*self.asked.prompt, *self.answer)
+
+    def __len__(self) -> int:
+        return len(self.asked.prompt) + len(self.answer)
+
+
+class Rows:
+    """The rows that run in one engine: each token is judged, then drawn, then sent; who has ended is settled."""
+
+    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, guard: Guard, most: int) -> None:
+        """`most` rows run at once."""
+        self.guard = guard
+        self.tokenizer = tokenizer
+        self.most = most
+        self.live: list[Row] = []
+        """Rows whose prompts were judged and whose answers grow."""
+        self.joining: list[Row] = []
+        """Rows that have begun and do not live yet."""
+        self._model = model
+        self._stops = stop_ids(model, tokenizer)
+        self._device = next(model.parameters()).device
+        self.steering = Steering(guard.bank, guard.state.monitor, self._device, guard.edit)
+        self._monitor = guard.state.monitor.to(self._device)
+        self._growing: RunningProfile | None = None
+
+    def __len__(self) -> int:
+        return len(self.live) + len(self.joining)
+
+    def judge_prompts(self, rows: Sequence[Row], columns: Float[Tensor, "rows columns"]) -> RunningProfile:
+        """Judge joining rows by the last tokens of their prompts, which decide how the answers begin."""
+        prompts = prompt_features(self._model, [row.asked.prompt for row in rows])
+        growing = RunningProfile(prompts, columns.shape[-1], self._device)
+        growing.extend(columns[:, None])
+        self._flag(rows, growing)
+        return growing
+
+    def join(self, rows: Sequence[Row], growing: RunningProfile) -> None:
+        """Let rows live that `judge_prompts` has judged, behind those that do."""
+        if self._growing is None:
+            self._growing = growing
+        else:
+            self._growing.join(growing)
+        self.live += rows
+        self.joining = [row for row in self.joining if row not in rows]
+
+    def judge(self, columns: Float[Tensor, "live columns"]) -> None:
+        """Judge the newest token of every live row, in their order."""
+        if self._growing is not None:
+            self._growing.extend(columns[:, None])
+            self._flag(self.live, self._growing)
+
+    def _flag(self, rows: Sequence[Row], growing: RunningProfile) -> None:
+        surprises: list[float] = self._monitor.running(growing).tolist()
+        for i, (row, surprise) in enumerate(zip(rows, surprises, strict=True)):
+            if math.isnan(surprise) or row.seen < len(row):
+                row.ended = "content_filter"  # not scored, so not answered
+            elif not row.flagged and self.guard.beyond(surprise):
+                row.flagged = True
+                if self.guard.action == "block":
+                    row.ended = "content_filter"
+                elif self.guard.action == "steer":
+                    judged = self.guard.state.monitor.judge(growing.profile(i))
+                    row.steered = self.steering.against(judged)
+
+    def emit(self, rows: Sequence[Row], logits: Float[Tensor, "rows vocab"]) -> None:
+        """Draw each row's next token and send the text that is certain. Their newest tokens were judged."""
+        tokens = next_tokens(logits, [row.sampler for row in rows])
+        for i, (row, token) in enumerate(zip(rows, tokens, strict=True)):
+            if row.cancelled:
+                row.ended = row.ended or "cancelled"
+            if row.ended is not None:
+                continue
+            row.answer.append(token)
+            text = row.text.finish() if token in self._stops else row.text.push(token)
+            if token in self._stops or row.text.stopped:
+                row.ended = "stop"
+            elif len(row.answer) >= row.asked.max_new_tokens:
+                row.ended = "length"
+                text += row.text.finish()
+            top = row.asked.logprobs
+            told = () if top is None else (logprobs_of(logits[i], token, top),)
+            if text or told:
+                row.listener(Piece(text, told))
+
+    def leave(self) -> Int[Tensor, " kept"] | None:
+        """Hand over the rows that have ended. Places of the live rows that go on, or None where all do."""
+        growing = self._growing
+        if growing is None or not any(row.ended for row in self.live):
+            return None
+        for i, row in enumerate(self.live):
+            if row.ended is None:
+                continue
+            try:
+                profile = growing.profile(i)
+            except ValueError:  # NaN
+                profile = None
+            self.guard.settle(
+                Finished(
+                    request=row.asked.id,
+                    listener=row.listener,
+                    reason=row.ended,
+                    prompt=row.asked.prompt,
+                    answer=tuple(row.answer),
+                    profile=profile,
+                    seen=row.seen,
+                )
+            )
+        kept = [i for i, row in enumerate(self.live) if row.ended is None]
+        self.live = [self.live[i] for i in kept]
+        going = torch.tensor(kept, dtype=torch.long, device=self._device)
+        if kept:
+            growing.keep(going)
+        else:
+            self._growing = None
+        return going
+
+    def fail(self) -> None:
+        """Tell every client that its answer cannot go on, and begin anew."""
+        for row in (*self.live, *self.joining):
+            row.listener(Failed("the model failed on this request"))
+        self.live, self.joining, self._growing = [], [], None
+
+
+class Backend(Protocol):
+    """Runs forward passes for the rows of one engine, on the engine's thread.
+
+    Whatever an exception leaves behind is undone by `Rows.fail` and `reset`: the clients of all rows are told.
+    """
+
+    @property
+    def interventions(self) -> Sequence[Intervention]:
+        """What takes directions out of steered rows; they act on every forward pass of the engine."""
+        ...
+
+    @property
+    def longest(self) -> int | None:
+        """Tokens of prompt and answer together that a request may have; None sets no limit."""
+        ...
+
+    def fits(self, rows: Sequence[Row]) -> bool:
+        """Whether the last of `rows` may begin together with the others, beside the rows that run.
+
+        A row of at most `longest` tokens fits once nothing else runs.
+        """
+        ...
+
+    def begin(self, rows: Sequence[Row], columns: Columns) -> None:
+        """Take up rows that are joining. Their prompts may run now or in the steps that follow."""
+        ...
+
+    def step(self, columns: Columns) -> None:
+        """One forward pass for the rows that run: what it computed is judged before a token is drawn from it."""
+        ...
+
+    def reset(self) -> None:
+        """Forget every row."""
+        ...
+
+
+class Eager:
+    """The reference: rows padded to one length, on a dense key-value cache that grows and shrinks with them.
+
+    New rows are prefilled together and join the others between two steps, where the model's cache lets them.
+    """
+
+    longest = None
+
+    def __init__(self, model: nn.Module, rows: Rows) -> None:
+        self._model = model
+        self._rows = rows
+        self._device = next(model.parameters()).device
+        self._batch = DecodingBatch(model)
+        self.interventions: Sequence[Intervention] = rows.steering.interventions
+
+    def fits(self, rows: Sequence[Row]) -> bool:
+        if self._rows.live and not self._batch.can_join:
+            return False
+        return len(rows) == 1 or max(len(row.asked.prompt) for row in rows) * len(rows) <= PREFILL_TOKENS
+
+    def begin(self, rows: Sequence[Row], columns: Columns) -> None:
+        """Prefill. Where a flagged prompt is to be steered, all of them are prefilled again with it steered."""
+        prompts = [row.asked.prompt for row in rows]
+        fresh = DecodingBatch(self._model)
+        logits = fresh.begin(prompts)
+        found = columns.take()
+        for row in rows:
+            row.seen = min(len(row.asked.prompt), found.shape[1])
+        growing = self._rows.judge_prompts(rows, found[:, -1])  # padded on the left: the last is every row's decision
+        if any(row.steered for row in rows):
+            fresh = DecodingBatch(self._model)
+            with self._rows.steering.of([row.steered for row in rows]):
+                logits = fresh.begin(prompts)
+            columns.take()  # the verdict is about what the model was going to do
+        self._rows.join(rows, growing)
+        self._batch.join(fresh)
+        self._emit(rows, logits)
+
+    def step(self, columns: Columns) -> None:
+        rows = self._rows.live
+        newest = torch.tensor([row.answer[-1] for row in rows], device=self._device)
+        with self._rows.steering.of([row.steered for row in rows]):
+            logits = self._batch.step(newest)
+        found = columns.take()
+        for row in rows:
+            row.seen += found.shape[1]
+        self._rows.judge(found[:, -1])
+        self._emit(rows, logits)
+
+    def _emit(self, rows: Sequence[Row], logits: Float[Tensor, "rows vocab"]) -> None:
+        self._rows.emit(rows, logits)
+        kept = self._rows.leave()
+        if kept is not None:
+            self._batch.keep(kept)
+
+    def reset(self) -> None:
+        self._batch = DecodingBatch(self._model)
