@@ -5,8 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from molehunt.cli.console import say, track_on_stderr
-from molehunt.cli.opening import opened
-from molehunt.cli.watching import STATE, Watching, begin
+from molehunt.cli.watching import STATE, Watching, begin, opened
 from molehunt.errors import UsageError, printable
 from molehunt.report.watch_build import ALERTS_AMONG, Labels, conformal_report, published_report
 from molehunt.report.watch_schema import WatchReport

@@ -1,18 +1,68 @@
 """What `watch` and `serve` begin with: both models, the directions of their difference, and a calibrated state."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from molehunt.audit.weights import compare_weights
+from molehunt.checkpoint.reader import Checkpoint
 from molehunt.cli.console import track_on_stderr
-from molehunt.cli.opening import opened
+from molehunt.model.loading import local_folder
 from molehunt.model.pair import ModelPair
-from molehunt.traffic.stream import Conversation
+from molehunt.traffic.benign import benign_prompts
+from molehunt.traffic.roles import Turn
+from molehunt.traffic.stream import Conversation, Place, read_conversations
 from molehunt.watch.bank import Bank
 from molehunt.watch.log import calibrated
-from molehunt.watch.state import WatchState
+from molehunt.watch.state import WatchState, identify
 
 STATE = "state.safetensors"
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Opened:
+    """What any monitor of a fine-tune needs."""
+
+    pair: ModelPair
+    bank: Bank
+    clean: Sequence[Conversation]
+    identity: Mapping[str, str]
+    """See `watch.state.identify`."""
+
+
+def opened(
+    base: str,
+    tuned: str,
+    *,
+    clean: Path | None,
+    clean_rows: int,
+    fpr: float,
+    max_new_tokens: int,
+    adapter: bool | None,
+    device: str,
+    seed: int,
+) -> Opened:
+    """Load both models and the clean rows: those of the file, else bundled benign prompts.
+
+    Raises:
+        NotTestable: nothing changed that could be watched.
+    """
+    folders = local_folder(base), local_folder(tuned)
+    before = Checkpoint.open(folders[0])
+    after = Checkpoint.open(folders[1], adapter="refuse" if adapter is None else "use" if adapter else "ignore")
+    weights = compare_weights(before, after, track=track_on_stderr)
+    bank = Bank.of((row.directions for row in weights.matrices if row.directions is not None), before.model_type)
+    pair = ModelPair.load(*folders, device=device, adapter=adapter)
+    rows = (
+        [
+            Conversation(turns=(Turn("user", e.prompt),), response=None, tag="clean", line=i, end=Place())
+            for i, e in enumerate(benign_prompts(clean_rows, seed=seed), 1)
+        ]
+        if clean is None
+        else [row for row, _ in zip(read_conversations(clean), range(clean_rows), strict=False)]
+    )
+    identity = identify(before, after, pair.tokenizer, bank, fpr=fpr, max_new_tokens=max_new_tokens, clean=rows)
+    return Opened(pair=pair, bank=bank, clean=rows, identity=identity)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
