@@ -81,7 +81,7 @@ def serve(
             raise
         raise UsageError("the server needs more packages: pip install 'molehunt[serve]'") from None
     from molehunt.cli.console import say
-    from molehunt.cli.watching import begin
+    from molehunt.cli.watching import begin, opened
     from molehunt.serve.app import Settings
     from molehunt.serve.guard import Guard
     from molehunt.serve.keys import LOOPBACK, Keys, new_key
@@ -92,7 +92,7 @@ def serve(
         raise UsageError(f"{host} can be reached by others: give a key of yours with --key-file or ${KEY}.")
     key = given or new_key()
     keys = Keys(key)
-    watching = begin(
+    found = opened(
         base,
         tuned,
         clean=clean,
@@ -101,10 +101,9 @@ def serve(
         max_new_tokens=max_new_tokens,
         adapter=adapter,
         device=device,
-        out=out,
         seed=seed,
-        no_text=no_text,
     )
+    watching = begin(found, fpr=fpr, max_new_tokens=max_new_tokens, out=out, seed=seed, no_text=no_text)
     settings = Settings(
         model_name=name or Path(tuned).name or "model",
         hosts=frozenset(LOOPBACK) if host in LOOPBACK else None,
@@ -114,11 +113,11 @@ def serve(
         request_log=out / "requests.jsonl",
         log_text=log_text,
     )
-    with Ledger(ledger or f"sqlite:///{(out / 'alerts.sqlite').absolute()}", no_text=no_text) as opened:
+    with Ledger(ledger or f"sqlite:///{(out / 'alerts.sqlite').absolute()}", no_text=no_text) as alerts:
         guard = Guard(
             watching.bank,
             watching.state,
-            opened,
+            alerts,
             watching.pair.tokenizer,
             fpr=fpr,
             action=action,

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from molehunt.cli.console import say, track_on_stderr
-from molehunt.cli.watching import STATE, Watching, begin, opened
+from molehunt.cli.watching import STATE, Opened, Watching, begin, opened
 from molehunt.errors import UsageError, printable
 from molehunt.report.watch_build import ALERTS_AMONG, Labels, conformal_report, published_report
 from molehunt.report.watch_schema import WatchReport
@@ -59,6 +59,16 @@ class Asked:
         """Calibrated for `fpr`, or taken up again."""
         self._refuse(range_watch.FILE, "published")
         return begin(
+            self._opened(),
+            fpr=self.fpr,
+            max_new_tokens=self.max_new_tokens,
+            out=self.out,
+            seed=self.seed,
+            no_text=self.no_text,
+        )
+
+    def _opened(self) -> Opened:
+        return opened(
             self.base,
             self.tuned,
             clean=self.clean,
@@ -67,9 +77,7 @@ class Asked:
             max_new_tokens=self.max_new_tokens,
             adapter=self.adapter,
             device=self.device,
-            out=self.out,
             seed=self.seed,
-            no_text=self.no_text,
         )
 
     def conformal(self, bad: BadLines) -> WatchReport:
@@ -98,17 +106,7 @@ class Asked:
     def published(self, bad: BadLines, *, slack: float, percentile: float) -> WatchReport:
         """Watch as published: arXiv 2508.00161."""
         self._refuse(STATE, "conformal")
-        found = opened(
-            self.base,
-            self.tuned,
-            clean=self.clean,
-            clean_rows=self.clean_rows,
-            fpr=self.fpr,
-            max_new_tokens=self.max_new_tokens,
-            adapter=self.adapter,
-            device=self.device,
-            seed=self.seed,
-        )
+        found = self._opened()
         rateless = {name: value for name, value in found.identity.items() if name != "false-alarm rate"}
         identity = {**rateless, "slack": f"{slack:g}", "percentile": f"{percentile:g}"}
         self.out.mkdir(parents=True, exist_ok=True)

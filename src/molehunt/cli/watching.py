@@ -77,37 +77,13 @@ class Watching:
     """What the state was calibrated on."""
 
 
-def begin(
-    base: str,
-    tuned: str,
-    *,
-    clean: Path | None,
-    clean_rows: int,
-    fpr: float,
-    max_new_tokens: int,
-    adapter: bool | None,
-    device: str,
-    out: Path,
-    seed: int,
-    no_text: bool,
-) -> Watching:
-    """Load both models and go on with the state in `out`; where there is none, calibrate on clean rows.
+def begin(found: Opened, *, fpr: float, max_new_tokens: int, out: Path, seed: int, no_text: bool) -> Watching:
+    """Go on with the state in `out`; where there is none, calibrate on the clean rows.
 
     Raises:
         UsageError: the state there is of other models, rows or settings.
-        NotTestable: nothing changed that could be watched, or too few clean rows for `fpr`.
+        NotTestable: too few clean rows for `fpr`.
     """
-    found = opened(
-        base,
-        tuned,
-        clean=clean,
-        clean_rows=clean_rows,
-        fpr=fpr,
-        max_new_tokens=max_new_tokens,
-        adapter=adapter,
-        device=device,
-        seed=seed,
-    )
     pair, bank, rows, identity = found.pair, found.bank, found.clean, found.identity
     out.mkdir(parents=True, exist_ok=True)
     kept = out / STATE
