@@ -226,7 +226,7 @@ def _refused_plainly(model: nn.Module) -> Generator[None, None, None]:
             f"The cache of continuous batching does not fit into memory: {printable(str(error))}.\n"
             "Give a smaller --max-batch, or --backend eager."
         ) from error
-    except Exception as error:
+    except Exception as error:  # its insides are private and change: whatever they raise, users have another backend
         raise UsageError(
             f"{type(model).__name__} does not run under the continuous batching of the installed transformers: "
             f"{printable(str(error))}.\nUse --backend eager."
