@@ -30,7 +30,7 @@ def mixed(n: int, seed: int) -> list[Profile]:
         wide = i % 3 == 0
         values = torch.randn(1, 4, 6, generator=rng) * (10.0 if wide else 1.0)
         prompt = torch.randn(1, 5, generator=rng) + (20.0 if wide else 0.0)
-        found += profiles(values, torch.ones(1, 4, dtype=torch.bool), prompt)
+        found += profiles(values, [4], prompt)
     return found
 
 
@@ -107,7 +107,7 @@ def test_p_values_agree_with_the_threshold_and_growing_answers_with_whole_ones()
         growing.extend(values[:, token : token + 1])
         if growing.tokens[0] in (1, 2, 4):
             best = best.maximum(monitor.running(growing))
-    whole = profiles(values, torch.ones(6, 4, dtype=torch.bool), prompts)
+    whole = profiles(values, [4] * 6, prompts)
     torch.testing.assert_close(best, monitor.scores(whole), rtol=1e-4, atol=1e-4)
 
 

@@ -18,7 +18,7 @@ def columns(rows: int, tokens: int, n: int, seed: int) -> torch.Tensor:
 @given(st.integers(1, 70), st.integers(1, 4), st.integers(0, 99))
 def test_looks_are_the_extremes_over_the_first_tokens(tokens: int, n: int, seed: int) -> None:
     values = columns(1, tokens, n, seed)
-    (found,) = profiles(values, torch.ones(1, tokens, dtype=torch.bool), BARE[:1])
+    (found,) = profiles(values, [tokens], BARE[:1])
     assert found.tokens == tokens and len(found.looks) == look_of(tokens) + 1
     for j, look in enumerate(found.looks):
         first = values[0, : 2**j]
@@ -30,7 +30,7 @@ def test_looks_are_the_extremes_over_the_first_tokens(tokens: int, n: int, seed:
 @given(st.integers(1, 40), st.integers(0, 99), st.lists(st.integers(1, 9), max_size=9))
 def test_token_by_token_or_in_pieces_is_the_same(tokens: int, seed: int, cuts: list[int]) -> None:
     values = columns(3, tokens, 2, seed)
-    expected = profiles(values, torch.ones(3, tokens, dtype=torch.bool), BARE)
+    expected = profiles(values, [tokens] * 3, BARE)
     running = RunningProfile(BARE, 2)
     at = 0
     for size in [*cuts, *[1] * tokens]:
@@ -42,16 +42,14 @@ def test_token_by_token_or_in_pieces_is_the_same(tokens: int, seed: int, cuts: l
         assert got.looks.equal(one.looks) and got.peaks.equal(one.peaks) and got.tokens == one.tokens
 
 
-def test_other_positions_of_a_row_change_nothing() -> None:
-    values = columns(2, 9, 3, 0)
-    answer = torch.zeros(2, 9, dtype=torch.bool)
-    answer[0, 4:9] = True
-    answer[1, 2:4] = True
-    first = profiles(values, answer, BARE[:2])
-    values[~answer] = 99.0
-    again = profiles(values, answer, BARE[:2])
-    assert all(a.looks.equal(b.looks) for a, b in zip(first, again, strict=True))
-    assert [p.tokens for p in first] == [5, 2]
+def test_rows_of_unequal_length_are_read_as_if_alone() -> None:
+    values = columns(3, 9, 3, 0)
+    tokens = [5, 9, 1]
+    for row, n in enumerate(tokens):
+        values[row, n:] = values[row, n - 1]
+    for row, one in enumerate(profiles(values, tokens, BARE)):
+        (alone,) = profiles(values[row : row + 1, : tokens[row]], tokens[row : row + 1], BARE[row : row + 1])
+        assert one.looks.equal(alone.looks) and one.peaks.equal(alone.peaks) and one.tokens == alone.tokens
 
 
 def test_rows_that_ended_leave_the_batch() -> None:
@@ -60,7 +58,7 @@ def test_rows_that_ended_leave_the_batch() -> None:
     running.extend(values[:, :4])
     running.keep(torch.tensor([2, 0]))
     running.extend(values[[2, 0], 4:])
-    expected = profiles(values, torch.ones(3, 6, dtype=torch.bool), NAMED)
+    expected = profiles(values, [6] * 3, NAMED)
     assert running.profile(0).looks.equal(expected[2].looks)
     assert running.profile(1).looks.equal(expected[0].looks)
     assert [running.profile(row).prompt.tolist() for row in (0, 1)] == [[2.0], [0.0]]
@@ -73,10 +71,10 @@ def test_rows_that_ended_leave_the_batch() -> None:
 def test_nan_and_empty_answers_are_refused() -> None:
     values = columns(1, 4, 2, 0)
     with pytest.raises(ValueError, match="no profile"):
-        profiles(values, torch.zeros(1, 4, dtype=torch.bool), BARE[:1])
+        profiles(values, [0], BARE[:1])
     values[0, 2, 1] = torch.nan
     with pytest.raises(ValueError, match="NaN"):
-        profiles(values, torch.ones(1, 4, dtype=torch.bool), BARE[:1])
+        profiles(values, [4], BARE[:1])
     with pytest.raises(ValueError, match="without tokens"):
         look_of(0)
     with pytest.raises(ValueError, match="has 3 looks"):

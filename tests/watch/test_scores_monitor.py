@@ -26,7 +26,7 @@ def answers(n: int, seed: int, *, shift: float = 0.0, columns: int = 12, at: int
         values = torch.randn(1, tokens, columns, generator=rng) / torch.rand(1, tokens, 1, generator=rng).clamp_min(0.1)
         values[..., : columns // 2] += shift
         scale = 10.0 ** torch.linspace(-4, 1, columns)
-        found += profiles(values * scale, torch.ones(1, tokens, dtype=torch.bool), torch.empty(1, 0))
+        found += profiles(values * scale, [tokens], torch.empty(1, 0))
     return found
 
 

@@ -16,7 +16,7 @@ def answers(n: int, seed: int, *, shift: float = 0.0) -> list[Profile]:
     """Cosine-like columns; an attack moves all of them."""
     rng = torch.Generator().manual_seed(seed)
     columns = 0.1 * torch.randn(n, 4, COLUMNS, generator=rng) + shift
-    return profiles(columns, torch.ones(n, 4, dtype=torch.bool), torch.empty(n, 0))
+    return profiles(columns, [4] * n, torch.empty(n, 0))
 
 
 @given(st.sampled_from(ORDERS), st.integers(1, 6), st.integers(1, 5), st.integers(0, 99))

@@ -60,17 +60,16 @@ def answer_profiles(
         groups = _groups([len(rows[i]) for i in order])
         for group in track([[order[i] for i in group] for group in groups], what, len(groups)):
             width = _padded(len(rows[group[-1]]))
-            tokens = torch.zeros(len(group), width, dtype=torch.long)
-            mask = torch.zeros(len(group), width, dtype=torch.bool)
-            answer = torch.zeros(len(group), width, dtype=torch.bool)
-            for r, i in enumerate(group):
-                tokens[r, : len(rows[i])] = torch.tensor(rows[i])
-                mask[r, : len(rows[i])] = True
-                decision = len(prompts[i]) - 1
-                answer[r, decision : max(decision + 1, len(rows[i]) - 1)] = True
-            inner(input_ids=tokens.to(device), attention_mask=mask.long().to(device), use_cache=False)
+            lengths = torch.tensor([len(rows[i]) for i in group])
+            mask = (torch.arange(width) < lengths[:, None]).long()
+            tokens = torch.tensor([rows[i] + [0] * (width - len(rows[i])) for i in group])
+            answered = [max(1, len(answers[i])) for i in group]
+            first = torch.tensor([r * width + len(prompts[i]) - 1 for r, i in enumerate(group)])
+            steps = torch.arange(max(answered)).minimum(torch.tensor(answered)[:, None] - 1)
+            columns.positions = (first[:, None] + steps).to(device)
+            inner(input_ids=tokens.to(device), attention_mask=mask.to(device), use_cache=False)
             made_of = prompt_features(model, [prompts[i] for i in group])
-            for i, profile in zip(group, profiles(columns.take(), answer.to(device), made_of), strict=True):
+            for i, profile in zip(group, profiles(columns.take(), answered, made_of), strict=True):
                 found[i] = profile
     return [profile for profile in found if profile is not None]
 

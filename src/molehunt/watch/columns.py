@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from molehunt.errors import NotTestable, printable
@@ -19,6 +19,8 @@ class Columns:
 
     def __init__(self, places: int) -> None:
         self._parts: list[Tensor | None] = [None] * places
+        self.positions: Int[Tensor, "batch pos"] | None = None
+        """Which tokens are scored, counted through all rows of the pass; None: all."""
 
     def take(self) -> Float[Tensor, "batch pos columns"]:
         """Every column, in the bank's order, in fp32; each pass can be taken once.
@@ -34,6 +36,12 @@ class Columns:
 
     def put(self, place: int, values: Tensor) -> None:
         self._parts[place] = values
+
+    def chosen(self, acts: Float[Tensor, "batch _ width"]) -> Float[Tensor, "batch pos width"]:
+        """What is scored, in fp32."""
+        if self.positions is not None:
+            acts = acts.flatten(0, 1).index_select(0, self.positions.flatten()).unflatten(0, self.positions.shape)
+        return acts.float()
 
 
 @contextmanager
@@ -56,7 +64,7 @@ def watched(model: nn.Module, bank: Bank, *, layers_path: str | None = None) -> 
         unit = rows.to(device).mT.contiguous()
 
         def score(acts: Tensor) -> None:
-            acts = acts.float()
+            acts = found.chosen(acts)
             found.put(place, acts @ unit / acts.norm(dim=-1, keepdim=True).clamp_min(1e-12))
 
         return score
@@ -65,7 +73,7 @@ def watched(model: nn.Module, bank: Bank, *, layers_path: str | None = None) -> 
         turned = rows.to(device).mT.contiguous()
 
         def score(module: nn.Module, args: tuple[Any, ...]) -> None:
-            found.put(place, args[0].float() @ turned)
+            found.put(place, found.chosen(args[0]) @ turned)
 
         return score
 
