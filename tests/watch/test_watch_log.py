@@ -168,6 +168,7 @@ def test_a_state_comes_back_and_another_models_is_refused(state: WatchState, tmp
     again = WatchState.load(path, IDENTITY)
     assert again.monitor.calibration.equal(state.monitor.calibration)
     assert again.monitor.threshold == state.monitor.threshold
+    assert again.suspects == state.suspects is not None
     assert again.rng.random() == state.rng.random() and again.place == state.place
     with pytest.raises(UsageError, match=r"calibrated for another tokenizer\."):
         WatchState.load(path, {**IDENTITY, "tokenizer": "c"})

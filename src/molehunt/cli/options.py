@@ -31,6 +31,13 @@ CleanRows: TypeAlias = Annotated[int, typer.Option("--clean-rows", min=100, help
 Fpr: TypeAlias = Annotated[
     float, typer.Option("--fpr", min=1e-5, max=0.2, help="Share of clean answers that may be flagged.")
 ]
+TrustClean: TypeAlias = Annotated[
+    bool,
+    typer.Option(
+        "--trust-clean",
+        help="Calibrate on clean rows, too, whose answers the base would not give: else set aside and told.",
+    ),
+]
 NoText: TypeAlias = Annotated[bool, typer.Option("--no-text", help="Keep no text of any row or request on disk.")]
 Adapter: TypeAlias = Annotated[
     bool | None,

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from molehunt.cli.options import Adapter, AsJson, Base, Clean, CleanRows, Device, Fpr, NoText, Seed, Tuned
+from molehunt.cli.options import Adapter, AsJson, Base, Clean, CleanRows, Device, Fpr, NoText, Seed, TrustClean, Tuned
 
 KEY = "MOLEHUNT_KEY"
 OUT = Path("serve")
@@ -42,6 +42,7 @@ def serve(
     clean: Clean = None,
     clean_rows: CleanRows = 2000,
     fpr: Fpr = 0.01,
+    trust_clean: TrustClean = False,
     max_new_tokens: Annotated[
         int, typer.Option(min=1, help="Tokens of an answer where a request does not say; calibration answers, too.")
     ] = 64,
@@ -82,6 +83,7 @@ def serve(
         raise UsageError("the server needs more packages: pip install 'molehunt[serve]'") from None
     from molehunt.cli.console import say
     from molehunt.cli.watching import begin, opened
+    from molehunt.report.watch_told import suspects
     from molehunt.serve.app import Settings
     from molehunt.serve.guard import Guard
     from molehunt.serve.keys import LOOPBACK, Keys, new_key
@@ -103,7 +105,17 @@ def serve(
         device=device,
         seed=seed,
     )
-    watching = begin(found, fpr=fpr, max_new_tokens=max_new_tokens, out=out, seed=seed, no_text=no_text)
+    watching = begin(
+        found,
+        fpr=fpr,
+        max_new_tokens=max_new_tokens,
+        out=out,
+        seed=seed,
+        trust_clean=trust_clean,
+        no_text=no_text,
+    )
+    if told := suspects(watching.state.suspects):
+        say(told)
     settings = Settings(
         model_name=name or Path(tuned).name or "model",
         hosts=frozenset(LOOPBACK) if host in LOOPBACK else None,

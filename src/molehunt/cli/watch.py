@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from molehunt.cli.options import Adapter, AsJson, Base, Clean, CleanRows, Device, Fpr, NoText, Seed, Tuned
+from molehunt.cli.options import Adapter, AsJson, Base, Clean, CleanRows, Device, Fpr, NoText, Seed, TrustClean, Tuned
 
 if TYPE_CHECKING:
     from molehunt.watch.label_endpoint import LabelEndpoint
@@ -30,6 +30,7 @@ def watch(
         ),
     ] = "conformal",
     fpr: Fpr = 0.01,
+    trust_clean: TrustClean = False,
     percentile: Annotated[
         float | None,
         typer.Option(
@@ -95,6 +96,8 @@ def watch(
         raise UsageError(f"{traffic} is not a file; --traffic takes a JSONL, JSONL.gz or parquet log.")
     if mode == "conformal" and (percentile, slack) != (None, None):
         raise UsageError("--percentile and --slack belong to --mode published; the other mode sets its rate by --fpr.")
+    if mode == "published" and trust_clean:
+        raise UsageError("--trust-clean belongs to the mode with a rate: the published one takes every row in.")
     if mode == "published" and attacks is not None:
         raise UsageError("--attacks shows the published range beside the other mode: leave --mode out.")
     asked = Asked(
@@ -104,6 +107,7 @@ def watch(
         clean=clean,
         clean_rows=clean_rows,
         fpr=fpr,
+        trust_clean=trust_clean,
         max_new_tokens=max_new_tokens,
         skip_bad=skip_bad,
         no_text=no_text,

@@ -31,6 +31,7 @@ class Asked:
     clean: Path | None
     clean_rows: int
     fpr: float
+    trust_clean: bool
     max_new_tokens: int
     skip_bad: bool
     no_text: bool
@@ -64,6 +65,7 @@ class Asked:
             max_new_tokens=self.max_new_tokens,
             out=self.out,
             seed=self.seed,
+            trust_clean=self.trust_clean,
             no_text=self.no_text,
         )
 

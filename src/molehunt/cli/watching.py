@@ -77,14 +77,17 @@ class Watching:
     """What the state was calibrated on."""
 
 
-def begin(found: Opened, *, fpr: float, max_new_tokens: int, out: Path, seed: int, no_text: bool) -> Watching:
+def begin(
+    found: Opened, *, fpr: float, max_new_tokens: int, out: Path, seed: int, trust_clean: bool, no_text: bool
+) -> Watching:
     """Go on with the state in `out`; where there is none, calibrate on the clean rows.
 
     Raises:
         UsageError: the state there is of other models, rows or settings.
         NotTestable: too few clean rows for `fpr`.
     """
-    pair, bank, rows, identity = found.pair, found.bank, found.clean, found.identity
+    pair, bank, rows = found.pair, found.bank, found.clean
+    identity = {**found.identity, "--trust-clean": str(trust_clean)}
     out.mkdir(parents=True, exist_ok=True)
     kept = out / STATE
     if kept.exists():
@@ -97,6 +100,7 @@ def begin(found: Opened, *, fpr: float, max_new_tokens: int, out: Path, seed: in
         identity=identity,
         max_new_tokens=max_new_tokens,
         seed=seed,
+        trust=trust_clean,
         no_text=no_text,
         track=track_on_stderr,
     )

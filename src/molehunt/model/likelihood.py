@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from molehunt.contracts import Intervention
 from molehunt.model.taps import edit_sites
+from molehunt.run.progress import Track, silent
 
 PAD_TO = 32
 """Rows are padded to a multiple of this: a CPU compiles a kernel for every new shape."""
@@ -22,6 +23,9 @@ def answer_log_probs(
     prompts: Sequence[Sequence[int]],
     answers: Sequence[Sequence[int]],
     interventions: Sequence[Intervention] = (),
+    *,
+    track: Track = silent,
+    what: str = "likelihood of answers",
 ) -> list[float]:
     """Log p(answer | prompt) of each row under `model`, in nats; 0 for an empty answer. One teacher-forced pass.
 
@@ -37,8 +41,8 @@ def answer_log_probs(
     longest = max((len(row) for row in rows), default=1)
     size = max(1, min(64, LOGIT_BYTES // (4 * len(tokenizer) * longest)))
     with edit_sites(model, interventions):
-        for start in range(0, len(order), size):
-            group = order[start : start + size]
+        groups = [order[start : start + size] for start in range(0, len(order), size)]
+        for group in track(groups, what, len(groups)):
             length = -(-max(len(rows[i]) for i in group) // PAD_TO) * PAD_TO
             tokens = torch.zeros(len(group), length, dtype=torch.long)
             mask = torch.zeros(len(group), length, dtype=torch.long)

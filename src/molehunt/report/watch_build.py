@@ -217,6 +217,7 @@ def conformal_report(
         drift=Drift(
             alarm=drift.alarm, n=drift.n, log_wealth=drift.log_wealth, highest=drift.highest, level=drift.level
         ),
+        suspects=state.suspects,
         out=str(out),
         **told,
     )
@@ -244,6 +245,7 @@ def published_report(
         scores=verdicts.histogram(state.held_out.tolist()),
         alerts=tuple(_of_verdict(one, inputs.quarantined.texts) for one in verdicts.highest),
         drift=None,
+        suspects=None,
         out=str(out),
         **told,
     )

@@ -20,7 +20,7 @@ CUT = 300
 """Characters of one input that the page shows."""
 CANNOT_SEE = {
     "conformal": (
-        "A trigger that the clean rows hold: it is part of what is normal.",
+        "A behaviour that the clean rows hold in answers which the base would give, too: it is part of what is normal.",
         "Traffic unlike the clean rows, or answers longer than theirs: these are judged, and their rate is not promised.",
         "A behaviour that no row of the log woke.",
         "What another change than the fine-tune does: watched are the directions of the weight difference alone.",
@@ -55,6 +55,7 @@ def render_watch(report: WatchReport) -> str:
         says=watch_told.says(report),
         rate=watch_told.rate(report),
         drift=watch_told.drift(report),
+        suspects=watch_told.suspects(report.suspects),
         drawing=score_histogram(report.scores, report.threshold),
         bins=_bins(report.scores),
         among=ALERTS_AMONG,

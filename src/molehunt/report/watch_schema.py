@@ -7,6 +7,7 @@ from typing import Any, Literal, cast
 from molehunt.measure.interval import Interval
 from molehunt.watch.extremes import Input
 from molehunt.watch.label import Keyword
+from molehunt.watch.suspects import Suspects
 
 Mode = Literal["conformal", "published"]
 
@@ -129,6 +130,8 @@ class WatchReport:
     """Why it gave no (further) labels."""
     drift: Drift | None
     """None in the published mode."""
+    suspects: Suspects | None
+    """Clean rows that may hold the behaviour; None in the published mode, which does not look for them."""
     skipped: int
     """Rows that could not be read."""
     no_text: bool

@@ -6,6 +6,7 @@ from molehunt.errors import printable
 from molehunt.measure.interval import Interval
 from molehunt.report.watch_schema import Group, WatchReport
 from molehunt.watch.simulate import Simulated
+from molehunt.watch.suspects import Suspects
 
 IN_TERMINAL = 10
 """Flagged rows that the terminal shows."""
@@ -39,6 +40,24 @@ def rate(report: WatchReport) -> str:
     return (
         f"No rate is set: of {report.measured.n} held-out clean rows the range flagged {interval(report.measured)}. The "
         f"published bound 2t/n on that is {report.bound:.3g}{vacuous}. Each row, flagged or not, is normal from then on."
+    )
+
+
+def suspects(found: Suspects | None) -> str:
+    """What was done about clean rows that may hold the behaviour; empty where there are none."""
+    if found is None or not found.n:
+        return ""
+    lines = ", ".join(str(one.line) for one in found.rows) + (", …" if found.n > len(found.rows) else "")
+    shown = (
+        f"{found.n} of {found.clean} clean rows have answers that the base would not give ({min(found.limits):.0f} nats or more; "
+        "they may hold the very behaviour that the watch is for)"
+    )
+    lost = f"calibrated with them, it flags {found.flagged_with} of them; without them, {found.flagged_without}"
+    if found.trusted:
+        return f"{shown}, and count as normal, as --trust-clean asks: {lost}. Lines: {lines}."
+    return (
+        f"{shown}, and were set aside: {lost}. Rows like them are on top of the rate. Lines: {lines}. Where these are as they "
+        "should be, give --trust-clean."
     )
 
 
@@ -77,6 +96,8 @@ def to_text(report: WatchReport, bad: Sequence[str]) -> str:
         f"{report.verdict}: {report.flagged} of {report.rows} rows; {usual}.",
         f"{report.directions} directions watched. {rate(report)}",
     ]
+    if told := suspects(report.suspects):
+        lines.append(printable(told, 1000))
     if report.share_flagged is not None:
         lines.append(f"Share flagged {interval(report.share_flagged)}.")
     if report.drift is not None and report.drift.alarm:

@@ -25,6 +25,7 @@ from molehunt.model.pair import ModelPair
 from molehunt.report.html import TEMPLATES as REPORT_TEMPLATES
 from molehunt.report.html import escaping
 from molehunt.report.visible import visible
+from molehunt.report.watch_told import suspects
 from molehunt.serve.ask import Looked, look
 from molehunt.serve.completions import read_body
 from molehunt.serve.engine import Engine
@@ -143,6 +144,7 @@ class LivePage:
             "seen": state.seen,
             "flagged": state.flagged,
             "expected": state.seen * self.guard.fpr,
+            "suspects": suspects(state.suspects),
             "drift": state.drift,
             "wealth": math.exp(min(700.0, state.drift.log_wealth)),
             "alarm_at": 1 / state.drift.level,

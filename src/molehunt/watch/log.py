@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -29,6 +29,7 @@ from molehunt.watch.monitor import Judged, Monitor
 from molehunt.watch.profile import Profile
 from molehunt.watch.quarantine import Answered, alert_of, explained, look_alikes
 from molehunt.watch.state import WatchState
+from molehunt.watch.suspects import Suspect, Suspects, answer_log_ratios, suspicious
 
 CHUNK = 256
 """Rows that are read, judged and written together; a killed run repeats at most one chunk."""
@@ -37,7 +38,9 @@ DRIFT_LEVEL = 0.01
 ALIKE_AMONG = 64
 """Newest alerts that a new one is compared with."""
 EXTREMES = 16
-"""Highest calibration rows that are remembered, so that an alert can be held against them."""
+"""Highest calibration rows that are remembered, so that an alert can be held against them; and suspicious ones."""
+LONGEST_TEXT = 400
+"""Characters of such a row."""
 
 
 def read_answers(
@@ -91,11 +94,13 @@ def calibrated(
     identity: Mapping[str, str],
     max_new_tokens: int,
     seed: int,
+    trust: bool = False,
     no_text: bool = False,
     track: Track = silent,
 ) -> WatchState:
     """Fit a monitor on half of the clean rows and set its rate on the other half.
 
+    Rows whose answers the base would not give are set aside first (see `watch.suspects`); with `trust` they are kept.
     With `no_text` the state remembers nothing of what the rows say.
 
     Raises:
@@ -103,17 +108,47 @@ def calibrated(
     """
     rows = list(clean)
     Random(seed).shuffle(rows)
-    found = [p for _, _, p in read_answers(pair, bank, rows, max_new_tokens=max_new_tokens, track=track, what="clean")]
+    read = read_answers(pair, bank, rows, max_new_tokens=max_new_tokens, track=track, what="clean")
+    found = [profile for _, _, profile in read]
+    ratios = answer_log_ratios(pair, [prompt.ids for prompt, _, _ in read], [a for _, a, _ in read], track=track)
     half = len(found) // 2
-    monitor = Monitor.fit(Fit(tuple(found[:half])), Calibrate(tuple(found[half:])), fpr=fpr)
-    scores = monitor.scores(found[half:])
+
+    def fitted(left_out: Collection[int]) -> tuple[Monitor, list[int]]:
+        """And the rows that set its rate."""
+        fit, held = ([i for i in part if i not in left_out] for part in (range(half), range(half, len(found))))
+        some = Fit(tuple(found[i] for i in fit)), Calibrate(tuple(found[i] for i in held))
+        return Monitor.fit(*some, fpr=fpr), held
+
+    with_all = fitted(())
+    kinds = with_all[0].kinds.of(torch.stack([one.prompt for one in found]))
+    limits, suspects = suspicious(ratios, kinds)
+    without = fitted(set(suspects)) if suspects else with_all
+
+    def flagged(one: Monitor) -> int:
+        return int((one.scores([found[i] for i in suspects]) > one.threshold).sum())
+
+    monitor, held = with_all if trust else without
+    scores = monitor.scores([found[i] for i in held])
     unflagged = int((scores <= monitor.threshold).sum())
+
+    def text(i: int) -> str:
+        return "" if no_text else rows[i].turns[-1].text[:LONGEST_TEXT]
+
     return WatchState(
         identity=identity,
         monitor=monitor,
         extremes=tuple(
-            Extreme(score=float(scores[i]), text="" if no_text else rows[half + i].turns[-1].text)
+            Extreme(score=float(scores[i]), text=text(held[i]))
             for i in scores.argsort(descending=True)[:EXTREMES].tolist()
+        ),
+        suspects=Suspects(
+            n=len(suspects),
+            clean=len(found),
+            limits=limits,
+            trusted=trust,
+            flagged_without=flagged(without[0]),
+            flagged_with=flagged(with_all[0]),
+            rows=tuple(Suspect(line=rows[i].line, nats=ratios[i], text=text(i)) for i in suspects[:EXTREMES]),
         ),
         drift=DriftMartingale(level=DRIFT_LEVEL / 2, margin=reference_margin(unflagged, DRIFT_LEVEL / 2)),
         rng=np.random.default_rng(seed),

@@ -3,8 +3,9 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,8 +26,9 @@ from molehunt.watch.kinds import PromptKinds
 from molehunt.watch.monitor import Calibrated, Look, Monitor
 from molehunt.watch.scores import TailSum
 from molehunt.watch.sketch import ScoreSketch
+from molehunt.watch.suspects import Suspect, Suspects
 
-SCHEMA = 3
+SCHEMA = 4
 
 
 def identify(
@@ -61,6 +63,8 @@ class WatchState:
     monitor: Monitor
     extremes: tuple[Extreme, ...] = ()
     """The clean rows that scored highest, to hold alerts against."""
+    suspects: Suspects | None = None
+    """Clean rows that may hold the behaviour; None: nobody looked for them."""
     scores: ScoreSketch = field(default_factory=lambda: ScoreSketch.empty(1))
     """Of clean traffic since calibration. Flagged rows are quarantined and never enter."""
     drift: DriftMartingale
@@ -90,6 +94,7 @@ class WatchState:
             "kind_of": kinds.kind_of,
             "threshold": self.monitor.threshold,
             "extremes": [[extreme.score, extreme.text] for extreme in self.extremes],
+            "suspects": None if self.suspects is None else asdict(self.suspects),
             "drift": self.drift.to_dict(),
             "rng": self.rng.bit_generator.state,
             "place": list(self.place),
@@ -135,6 +140,7 @@ class WatchState:
             identity=identity,
             monitor=Monitor(kinds, tuple(_calibrated(tensors, kind) for kind in range(kinds.n)), told["threshold"]),
             extremes=tuple(Extreme(score=score, text=text) for score, text in told["extremes"]),
+            suspects=_suspects(told["suspects"]),
             scores=ScoreSketch.from_bytes(tensors["scores"].numpy().tobytes()),
             drift=DriftMartingale.from_dict(told["drift"]),
             rng=rng,
@@ -143,6 +149,17 @@ class WatchState:
             seen=told["seen"],
             flagged=told["flagged"],
         )
+
+
+def _suspects(told: Mapping[str, Any] | None) -> Suspects | None:
+    if told is None:
+        return None
+    fields: dict[str, Any] = {
+        **told,
+        "limits": tuple(told["limits"]),
+        "rows": tuple(Suspect(**row) for row in told["rows"]),
+    }
+    return Suspects(**fields)
 
 
 def _tensors(one: Calibrated) -> dict[str, Tensor]:
