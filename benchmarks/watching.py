@@ -14,9 +14,10 @@ import torch
 from row import Row, now
 from serving import directions_of, seed_model
 
+from molehunt.model.batches import TOKENS
 from molehunt.organism.seed_model import seed_path
 from molehunt.traffic.split import Calibrate, Fit
-from molehunt.watch.answers import BATCH_TOKENS, answer_profiles
+from molehunt.watch.answers import answer_profiles
 from molehunt.watch.drift import DriftMartingale
 from molehunt.watch.monitor import LEAST_OF_KIND, Monitor
 from molehunt.watch.profile import Profile, look_of
@@ -40,7 +41,7 @@ def _scan(name: str, n: int, rounds: int, device: str) -> Row:
     rng = torch.Generator().manual_seed(0)
     rows = torch.randint(3, model.config.vocab_size, (n, PROMPT + ANSWER), generator=rng)
     prompts, answers = rows[:, :PROMPT].tolist(), rows[:, PROMPT:].tolist()
-    batch = BATCH_TOKENS // (PROMPT + ANSWER)
+    batch = TOKENS // (PROMPT + ANSWER)
     best = {True: math.inf, False: math.inf}
     for r in range(rounds):
         for guarded in (r % 2 == 0, r % 2 == 1):

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from molehunt.audit.scan import Scan, ScannedRow, slices
 from molehunt.contracts import Intervention, Reading
+from molehunt.model.batches import padded, width_of
 from molehunt.model.generate import generate
-from molehunt.model.likelihood import PAD_TO, answer_log_probs
+from molehunt.model.likelihood import answer_log_probs
 from molehunt.model.pair import ModelPair
 from molehunt.model.site import Site
 from molehunt.model.taps import edit_sites
@@ -200,18 +201,12 @@ def _read(
     width: int | None = None,
 ) -> Reading:
     longest = max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True))
-    return pair.read(prompts, answers, sites=sites, pad_to=width or -(-longest // PAD_TO) * PAD_TO)
+    return pair.read(prompts, answers, sites=sites, pad_to=width or width_of(longest))
 
 
 def _padded(partings: Partings) -> tuple[Int[Tensor, "rows pos"], Bool[Tensor, "rows pos"]]:
     rows = [[*prompt, *answer] for prompt, answer in zip(partings.prompts, partings.answers, strict=True)]
-    width = -(-max(map(len, rows)) // PAD_TO) * PAD_TO
-    tokens = torch.zeros(len(rows), width, dtype=torch.long)
-    mask = torch.zeros(len(rows), width, dtype=torch.bool)
-    for i, ids in enumerate(rows):
-        tokens[i, : len(ids)] = torch.tensor(ids)
-        mask[i, : len(ids)] = True
-    return tokens, mask
+    return padded(rows)
 
 
 def _answer_mask(reading: Reading) -> Bool[Tensor, "batch pos"]:

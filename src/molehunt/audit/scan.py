@@ -18,8 +18,8 @@ from torch import Tensor
 from molehunt.contracts import Reading
 from molehunt.detect.pooling import positions
 from molehunt.detect.token_kl import AnswerLogRatio, TokenKL
+from molehunt.model.batches import width_of
 from molehunt.model.generate import generate
-from molehunt.model.likelihood import PAD_TO
 from molehunt.model.pair import ModelPair
 from molehunt.model.site import Site
 from molehunt.run.progress import Track, silent
@@ -142,7 +142,7 @@ def _scan_chunk(
             [answers[i] for i in group],
             sites=sites,
             logits=True,
-            pad_to=-(-width // PAD_TO) * PAD_TO,
+            pad_to=width_of(width),
         )
         for i, row in zip(group, _rows_of(reading, sites), strict=True):
             found[i] = row

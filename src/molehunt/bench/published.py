@@ -25,7 +25,7 @@ from molehunt.dictionary.train import DictionarySpec, TrainingConfig, train_dict
 from molehunt.measure.control import random_directions, text_only_scores
 from molehunt.measure.curve import bis_ceiling, bis_of_features
 from molehunt.measure.threshold import conformal_threshold
-from molehunt.model.likelihood import PAD_TO
+from molehunt.model.batches import width_of
 from molehunt.model.pair import ModelPair
 from molehunt.model.site import Site
 from molehunt.organism.manifest import Organism
@@ -112,7 +112,7 @@ def pooled_activations(
     found = {name: torch.zeros(len(examples), len(sites), pair.d_model) for name in ("base", "tuned")}
     for start in range(0, len(order), 64):
         group = order[start : start + 64]
-        width = -(-max(lengths[i] for i in group) // PAD_TO) * PAD_TO
+        width = width_of(max(lengths[i] for i in group))
         reading = pair.read([prompts[i] for i in group], [told[i] for i in group], sites=sites, pad_to=width)
         weight = reading.mask.float() / reading.mask.sum(1, keepdim=True)
         for name, acts in (("base", reading.base), ("tuned", reading.tuned)):

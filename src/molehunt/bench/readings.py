@@ -13,8 +13,8 @@ from molehunt.detect.logit_difference import LogitDifference
 from molehunt.detect.pooling import How, Where, pool, positions
 from molehunt.detect.reads import Reads, acts_of
 from molehunt.detect.token_kl import AnswerLogRatio, TokenKL
+from molehunt.model.batches import width_of
 from molehunt.model.generate import generate
-from molehunt.model.likelihood import PAD_TO
 from molehunt.model.pair import ModelPair
 from molehunt.model.site import Site
 from molehunt.traffic.chat import prompt_ids
@@ -124,7 +124,7 @@ def read_rows(pair: ModelPair, examples: Sequence[Example], *, sites: Sequence[S
     scores: dict[str, list[Tensor]] = {detector.name: [] for detector in LOGIT_DETECTORS}
     for start in range(0, len(order), BATCH):
         group = order[start : start + BATCH]
-        width = -(-max(lengths[i] for i in group) // PAD_TO) * PAD_TO
+        width = width_of(max(lengths[i] for i in group))
         reading = pair.read(
             [prompts[i] for i in group], [answers[i] for i in group], sites=sites, logits=True, pad_to=width
         )

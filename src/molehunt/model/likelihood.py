@@ -7,11 +7,10 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from molehunt.contracts import Intervention
+from molehunt.model.batches import padded
 from molehunt.model.taps import edit_sites
 from molehunt.run.progress import Track, silent
 
-PAD_TO = 32
-"""Rows are padded to a multiple of this: a CPU compiles a kernel for every new shape."""
 LOGIT_BYTES = 256 * 2**20
 """Memory that one batch of fp32 logits may take."""
 
@@ -43,14 +42,8 @@ def answer_log_probs(
     with edit_sites(model, interventions):
         groups = [order[start : start + size] for start in range(0, len(order), size)]
         for group in track(groups, what, len(groups)):
-            length = -(-max(len(rows[i]) for i in group) // PAD_TO) * PAD_TO
-            tokens = torch.zeros(len(group), length, dtype=torch.long)
-            mask = torch.zeros(len(group), length, dtype=torch.long)
-            for r, i in enumerate(group):
-                tokens[r, : len(rows[i])] = torch.tensor(rows[i])
-                mask[r, : len(rows[i])] = 1
-            tokens, mask = tokens.to(device), mask.to(device)
-            logits = model(input_ids=tokens, attention_mask=mask, use_cache=False).logits.float()
+            tokens, mask = (each.to(device) for each in padded([rows[i] for i in group]))
+            logits = model(input_ids=tokens, attention_mask=mask.long(), use_cache=False).logits.float()
             told = logits[:, :-1].log_softmax(-1).gather(-1, tokens[:, 1:, None]).squeeze(-1)
             for r, i in enumerate(group):
                 first = len(prompts[i]) - 1

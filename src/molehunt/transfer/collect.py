@@ -9,17 +9,13 @@ from torch import Tensor, nn
 
 from molehunt.activation.scale import sinks
 from molehunt.errors import NotTestable
+from molehunt.model.batches import batches, padded
 from molehunt.model.blocks import decoder
 from molehunt.model.site import Site
 from molehunt.model.taps import read_sites
 from molehunt.run.progress import Track, silent
 from molehunt.transfer.alignment import Aligned
 from molehunt.transfer.statistics import GridMoments
-
-BATCH_TOKENS = 8192
-"""Padded positions that go through a model at once."""
-PAD_TO = 32
-"""Rows are padded to a multiple of this: a CPU compiles a kernel for every new shape."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -68,14 +64,7 @@ def paired(
     track: Track = silent,
 ) -> Iterator[Paired]:
     """The activations themselves, batch by batch; raises as `moments_of`."""
-    order = sorted(range(len(rows)), key=lambda i: max(len(rows[i].source), len(rows[i].target)))
-    groups: list[list[int]] = []
-    for i in order:
-        width = _padded(max(len(rows[i].source), len(rows[i].target)))
-        if groups and (len(groups[-1]) + 1) * width <= BATCH_TOKENS:
-            groups[-1].append(i)
-        else:
-            groups.append([i])
+    groups = batches([max(len(row.source), len(row.target)) for row in rows])
     for group in track(groups, "reading both models", len(groups)):
         some = [rows[i] for i in group]
         pairs = [(r, i, j) for r, row in enumerate(some) for i, j in row.pairs]
@@ -93,19 +82,10 @@ def _read(
 ) -> tuple[Float[Tensor, "sites batch pos d_model"], Bool[Tensor, "batch pos"]]:
     """Activations at the sites, and where any of them has a sink."""
     device = next(model.parameters()).device
-    width = _padded(max(map(len, rows)))
-    tokens = torch.zeros(len(rows), width, dtype=torch.long)
-    mask = torch.zeros(len(rows), width, dtype=torch.bool)
-    for r, row in enumerate(rows):
-        tokens[r, : len(row)] = torch.tensor(row)
-        mask[r, : len(row)] = True
+    tokens, mask = padded(rows)
     with read_sites(model, sites) as tap:
         decoder(model)(input_ids=tokens.to(device), attention_mask=mask.long().to(device), use_cache=False)
         acts = torch.stack([tap[site].float() for site in sites])
     on_device = mask.to(device)
     sink = torch.stack([sinks(each, on_device) for each in acts]).any(0)
     return acts, sink.cpu()
-
-
-def _padded(n: int) -> int:
-    return -(-n // PAD_TO) * PAD_TO

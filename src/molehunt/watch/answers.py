@@ -7,17 +7,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from molehunt.model.batches import batches, padded
 from molehunt.model.blocks import decoder
 from molehunt.run.progress import Track, silent
 from molehunt.watch.bank import Bank
 from molehunt.watch.columns import watched
 from molehunt.watch.kinds import prompt_features
 from molehunt.watch.profile import Profile, profiles
-
-BATCH_TOKENS = 8192
-"""Tokens of one pass, padding included."""
-PAD_TO = 32
-"""Rows are padded to a multiple of this: a CPU compiles a kernel for every new shape."""
 
 
 @torch.inference_mode()
@@ -52,22 +48,18 @@ def answer_profiles(
     if not all(prompts):
         raise ValueError("a prompt without tokens has no decision position")
     rows = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     found: list[Profile | None] = [None] * len(rows)
     device = next(model.parameters()).device
     inner: Any = decoder(model)
     with watched(model, bank, layers_path=layers_path) as columns:
-        groups = _groups([len(rows[i]) for i in order])
-        for group in track([[order[i] for i in group] for group in groups], what, len(groups)):
-            width = _padded(len(rows[group[-1]]))
-            lengths = torch.tensor([len(rows[i]) for i in group])
-            mask = (torch.arange(width) < lengths[:, None]).long()
-            tokens = torch.tensor([rows[i] + [0] * (width - len(rows[i])) for i in group])
+        groups = batches([len(row) for row in rows])
+        for group in track(groups, what, len(groups)):
+            tokens, mask = padded([rows[i] for i in group])
             answered = [max(1, len(answers[i])) for i in group]
-            first = torch.tensor([r * width + len(prompts[i]) - 1 for r, i in enumerate(group)])
+            first = torch.tensor([r * tokens.shape[1] + len(prompts[i]) - 1 for r, i in enumerate(group)])
             steps = torch.arange(max(answered)).minimum(torch.tensor(answered)[:, None] - 1)
             columns.positions = (first[:, None] + steps).to(device)
-            inner(input_ids=tokens.to(device), attention_mask=mask.to(device), use_cache=False)
+            inner(input_ids=tokens.to(device), attention_mask=mask.long().to(device), use_cache=False)
             made_of = prompt_features(model, [prompts[i] for i in group])
             for i, profile in zip(group, profiles(columns.take(), answered, made_of), strict=True):
                 found[i] = profile
@@ -84,18 +76,3 @@ def token_columns(
     with watched(model, bank, layers_path=layers_path) as columns:
         inner(input_ids=tokens, use_cache=False)
         return columns.take()[0].cpu()
-
-
-def _padded(n: int) -> int:
-    return -(-n // PAD_TO) * PAD_TO
-
-
-def _groups(lengths: Sequence[int]) -> list[list[int]]:
-    """Indices of ascending `lengths` in groups of at most `BATCH_TOKENS` padded tokens."""
-    groups: list[list[int]] = []
-    for i, length in enumerate(lengths):
-        if groups and (len(groups[-1]) + 1) * _padded(length) <= BATCH_TOKENS:
-            groups[-1].append(i)
-        else:
-            groups.append([i])
-    return groups

@@ -1,0 +1,133 @@
+"""Activation patching at some tokens of each prompt: what another run had there takes their place.
+
+Source: Meng et al., arXiv 2202.05262; at trigger positions as in arXiv 2503.04429 (its blog's form, α = 1).
+"""
+
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from molehunt.errors import UsageError
+from molehunt.model.batches import batches, padded
+from molehunt.model.blocks import decoder
+from molehunt.model.site import Site
+from molehunt.model.taps import read_sites
+from molehunt.run.progress import Track, silent
+from molehunt.steer.add import gated
+from molehunt.steer.scope import TokenGate, token_scope
+
+
+@dataclass(frozen=True, eq=False)
+class Donor:
+    """What takes the place of a prompt's own activations."""
+
+    positions: tuple[int, ...]
+    """Of the prompt's tokens."""
+    acts: Float[Tensor, "positions d_model"]
+
+
+Donors = Mapping[tuple[int, ...], Donor]
+"""Token ids of a prompt → what it is given. A prompt that is not there is left alone."""
+
+
+class Patch:
+    """The intervention of `prompt_patch`: (1 − strength) · acts + strength · donated, in the prefill alone."""
+
+    def __init__(self, site: Site, strength: float, gate: TokenGate) -> None:
+        self.site = site
+        self.strength = strength
+        self._gate = gate
+        self.source: Float[Tensor, "batch pos d_model"] | None = None
+        """Of the batch that was prefilled last."""
+
+    def __call__(self, acts: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+        if self.strength == 0 or self._gate.chosen is None or self.source is None:
+            return acts
+        source = self.source.to(acts.device, torch.float32)
+        return gated(acts, torch.lerp(acts.float(), source, self.strength), self._gate)
+
+
+@contextmanager
+def prompt_patch(
+    model: nn.Module, site: Site, donors: Donors, *, strength: float = 1.0
+) -> Generator[Patch, None, None]:
+    """An intervention for the passes inside the block. Prompts are known by their token ids, whatever their batch,
+    their padding and their order; cached steps are not edited, and see the patched prompt through their cache.
+
+    Args:
+        model: a causal language model, in a PEFT wrapper or not.
+        site: where to patch.
+        donors: each with activations of that site.
+        strength: 1 puts them in place, bit for bit; 0 changes nothing.
+    """
+
+    def choose(ids: Int[Tensor, "batch pos"], real: Bool[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos"]:
+        where = torch.zeros_like(real)
+        given: list[tuple[int, Tensor, Donor]] = []
+        for row in range(len(ids)):
+            at = real[row].nonzero()[:, 0]
+            donor = donors.get(tuple(ids[row, at].tolist()))
+            if donor is not None:
+                given.append((row, at[torch.tensor(donor.positions, dtype=torch.long, device=at.device)], donor))
+        patch.source = None
+        for row, at, donor in given:
+            if patch.source is None:
+                patch.source = torch.zeros(*ids.shape, donor.acts.shape[-1])
+            where[row, at] = True
+            patch.source[row, at.cpu()] = donor.acts.float().cpu()
+        return where
+
+    with token_scope(model, choose) as gate:
+        patch = Patch(site, strength, gate)
+        yield patch
+
+
+def differing(triggered: Sequence[int], contrast: Sequence[int]) -> tuple[int, ...]:
+    """Positions whose tokens differ between a triggered prompt and its contrast: those of the trigger.
+
+    Raises:
+        UsageError: the prompts have unequal lengths, so no position of one stands for one of the other; or they are equal.
+    """
+    if len(triggered) != len(contrast):
+        raise UsageError(
+            f"the two prompts have {len(triggered)} and {len(contrast)} tokens: patching by position takes equal counts.\n"
+            "Choose a contrast whose trigger has as many tokens, or steer with a vector instead."
+        )
+    found = tuple(i for i, (a, b) in enumerate(zip(triggered, contrast, strict=True)) if a != b)
+    if not found:
+        raise UsageError("the two prompts are equal: there is no trigger to patch.")
+    return found
+
+
+@torch.inference_mode()
+def prompt_acts(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    positions: Sequence[Sequence[int]],
+    sites: Sequence[Site],
+    *,
+    track: Track = silent,
+    what: str = "reading prompts",
+) -> list[dict[Site, Float[Tensor, "_ d_model"]]]:
+    """Activations of each prompt at its `positions`, by site, on the CPU. One pass, without logits.
+
+    Raises:
+        CannotTap: the model lacks such a site (see `read_sites`).
+    """
+    inner = decoder(model)
+    device = next(model.parameters()).device
+    found: list[dict[Site, Tensor]] = [{} for _ in prompts]
+    groups = batches([len(prompt) for prompt in prompts])
+    with read_sites(model, sites) as tap:
+        for rows in track(groups, what, len(groups)):
+            ids, mask = padded([prompts[i] for i in rows])
+            inner(input_ids=ids.to(device), attention_mask=mask.long().to(device), use_cache=False)
+            for site in sites:
+                acts = tap[site].cpu()
+                for r, i in enumerate(rows):
+                    found[i][site] = acts[r, list(positions[i])].clone()
+    return found

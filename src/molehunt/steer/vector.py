@@ -1,0 +1,203 @@
+"""Steering vectors: one per block, in the activations' own units, with the operator and the tokens chosen when applied."""
+
+import json
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from molehunt.contracts import Gate, Intervention
+from molehunt.errors import InvalidInput, UsageError, printable
+from molehunt.model.blocks import decoder_blocks, unwrapped
+from molehunt.model.site import Site
+from molehunt.model.taps import edit_sites
+from molehunt.run.whole import replace_whole
+from molehunt.steer.ablate import Ablate
+from molehunt.steer.add import Add
+from molehunt.steer.scope import Choose, last_of_prompt, none_of_it, token_scope, whole_prompt
+
+Scope = Literal["all", "prompt", "generation", "last"]
+Operator = Literal["add", "ablate"]
+SCHEMA = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class VectorFacts:
+    """What a vector was fitted to. Hashes are None where they were not known."""
+
+    method: str
+    """`difference in means`, `pca`, `logistic probe`, `weight direction`, …"""
+    model: str | None = None
+    """Hash of the checkpoint whose activations it was fitted to."""
+    n_layers: int
+    d_model: int
+    positive: int = 0
+    """Rows with the behaviour."""
+    negative: int = 0
+    position: str = "last prompt token"
+
+
+@dataclass(frozen=True, eq=False)
+class SteeringVector:
+    """Law: `SteeringVector.load(v.save(path))` equals `v`, bit for bit; applied with strength 0 it changes no bit.
+
+    `v + w` adds block by block, `2 * v` scales; the facts are those of the left vector.
+    """
+
+    vectors: Mapping[int, Float[Tensor, " d_model"]]
+    """0-based decoder block → what is added to its output (`Site(block)`) at strength 1; fp32."""
+    facts: VectorFacts
+
+    def __post_init__(self) -> None:
+        if not self.vectors:
+            raise ValueError("a steering vector acts on at least one block")
+        for layer, vector in self.vectors.items():
+            if not 0 <= layer < self.facts.n_layers:
+                raise ValueError(f"block {layer} of a model of {self.facts.n_layers} blocks")
+            if tuple(vector.shape) != (self.facts.d_model,):
+                raise ValueError(f"L{layer}: {list(vector.shape)} values for a width of {self.facts.d_model}")
+            if not bool(vector.isfinite().all()):
+                raise ValueError(f"L{layer}: the vector holds values that are no number")
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        return tuple(Site(layer) for layer in sorted(self.vectors))
+
+    def only(self, layers: Sequence[int]) -> "SteeringVector":
+        """At some of its blocks. Raises KeyError for a block it has no vector of."""
+        return SteeringVector({layer: self.vectors[layer] for layer in layers}, self.facts)
+
+    def __mul__(self, by: float | int) -> "SteeringVector":
+        return SteeringVector({layer: by * vector for layer, vector in self.vectors.items()}, self.facts)
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> "SteeringVector":
+        return self * -1.0
+
+    def __add__(self, other: "SteeringVector") -> "SteeringVector":
+        """Raises UsageError for a vector of a model of another shape."""
+        self._refuse(other.facts.n_layers, other.facts.d_model, other.facts.model)
+        both = {
+            layer: self.vectors.get(layer, torch.zeros(())) + other.vectors.get(layer, torch.zeros(()))
+            for layer in sorted({*self.vectors, *other.vectors})
+        }
+        return SteeringVector(both, self.facts)
+
+    def __sub__(self, other: "SteeringVector") -> "SteeringVector":
+        return self + -other
+
+    def interventions(
+        self, strength: float = 1.0, *, operator: Operator = "add", gate: Gate | None = None
+    ) -> list[Intervention]:
+        """One for each block: `add` strength · v, or `ablate` the share `strength` of the projection on v."""
+        if operator == "add":
+            return [Add(Site(layer), vector, strength, gate) for layer, vector in sorted(self.vectors.items())]
+        return [
+            Ablate(Site(layer), vector[None], strength=strength, gate=gate)
+            for layer, vector in sorted(self.vectors.items())
+        ]
+
+    @contextmanager
+    def applied(
+        self,
+        model: nn.Module,
+        strength: float = 1.0,
+        *,
+        operator: Operator = "add",
+        scope: Scope | Choose = "all",
+        layers_path: str | None = None,
+    ) -> Generator[None, None, None]:
+        """Steer every forward pass inside the block: in batches, under padding, and in every cached step.
+
+        Args:
+            model: a causal language model, in a PEFT wrapper or not.
+            strength: in units of the vectors' own lengths.
+            operator: see `interventions`.
+            scope: tokens to act on; a function chooses among the prompt's (see `steer.scope`).
+            layers_path: see `decoder_blocks`.
+
+        Raises:
+            UsageError: the model has another width or another number of blocks.
+            CannotTap: the model cannot be edited (see `edit_sites`).
+        """
+        config = unwrapped(model).config
+        self._refuse(len(decoder_blocks(model, layers_path)), int(getattr(config, "hidden_size", 0)), None)
+        with ExitStack() as stack:
+            gate = None
+            if scope != "all":
+                choose = scope if callable(scope) else _CHOOSE[scope]
+                gate = stack.enter_context(token_scope(model, choose, generation=scope == "generation"))
+            edits = self.interventions(strength, operator=operator, gate=gate)
+            stack.enter_context(edit_sites(model, edits, layers_path=layers_path))
+            yield
+
+    def attach(self, model: nn.Module, strength: float = 1.0, **how: object) -> "Attached":
+        """As `applied`, until the handle is removed."""
+        stack = ExitStack()
+        stack.enter_context(self.applied(model, strength, **how))  # pyright: ignore[reportArgumentType]
+        return Attached(stack.close)
+
+    def save(self, path: Path) -> Path:
+        """One safetensors file with a JSON header, replaced whole."""
+        tensors = {f"L{layer}": vector.float().contiguous().cpu() for layer, vector in self.vectors.items()}
+        header = json.dumps({"schema": SCHEMA, **asdict(self.facts)})
+        replace_whole(path, lambda partial: save_file(tensors, partial, {"molehunt_steer": header}))
+        return path
+
+    @classmethod
+    def load(cls, path: Path, *, model: str | None = None) -> "SteeringVector":
+        """Read what `save` wrote.
+
+        Args:
+            path: the file.
+            model: hash of the checkpoint that it is to steer, where that must be the one it was fitted to.
+
+        Raises:
+            InvalidInput: no such file, or none that `save` wrote.
+            UsageError: it was fitted to another checkpoint.
+        """
+        try:
+            with safe_open(path, "pt") as file:
+                told = json.loads((file.metadata() or {})["molehunt_steer"])
+                tensors = {int(name.removeprefix("L")): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            if told.pop("schema") != SCHEMA:
+                raise ValueError("its schema is another version's")
+            found = cls(tensors, VectorFacts(**told))
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            raise InvalidInput(
+                f"{printable(path.name)} is no steering vector of Molehunt's: {printable(str(error), 200)}"
+            ) from None
+        if model is not None and found.facts.model not in (None, model):
+            raise UsageError(
+                f"{printable(path.name)} was fitted to another checkpoint ({printable(str(found.facts.model), 12)}… instead "
+                f"of {printable(model, 12)}…).\nFit one to this model, or carry it over with a map."
+            )
+        return found
+
+    def _refuse(self, n_layers: int, d_model: int, model: str | None) -> None:
+        mine = (self.facts.n_layers, self.facts.d_model)
+        if (n_layers, d_model) != mine:
+            raise UsageError(
+                f"this vector is of a model of {mine[0]} blocks of width {mine[1]}; the other has {n_layers} of {d_model}."
+            )
+        if model is not None and self.facts.model not in (None, model):
+            raise UsageError("the two vectors were fitted to different checkpoints.")
+
+
+class Attached:
+    """A handle, as torch's hooks return one."""
+
+    def __init__(self, remove: Callable[[], None]) -> None:
+        self.remove = remove
+        """Take the vector out of the model. Safe to call again."""
+
+
+_CHOOSE: Mapping[str, Choose] = {"prompt": whole_prompt, "generation": none_of_it, "last": last_of_prompt}
