@@ -58,7 +58,7 @@ def test_the_whole_prompt_of_another_run_gives_its_first_token(site: Site) -> No
     with prompt_patch(model, site, donors(TRIGGERED, other, where, site)) as patch:
         got = answers(model, TRIGGERED, patch)
         assert [a[0] for a in got] == [a[0] for a in wanted]
-        patch.strength = 0.0
+    with prompt_patch(model, site, donors(TRIGGERED, other, where, site), strength=0.0) as patch:
         assert answers(model, TRIGGERED, patch) == plain
 
 

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from molehunt.contracts import Intervention
 from molehunt.errors import UsageError
 from molehunt.model.batches import batches, padded
 from molehunt.model.blocks import decoder
@@ -34,7 +35,7 @@ Donors = Mapping[tuple[int, ...], Donor]
 """Token ids of a prompt → what it is given. A prompt that is not there is left alone."""
 
 
-class Patch:
+class _Patch:
     """The intervention of `prompt_patch`: (1 − strength) · acts + strength · donated, in the prefill alone."""
 
     def __init__(self, site: Site, strength: float, gate: TokenGate) -> None:
@@ -54,7 +55,7 @@ class Patch:
 @contextmanager
 def prompt_patch(
     model: nn.Module, site: Site, donors: Donors, *, strength: float = 1.0
-) -> Generator[Patch, None, None]:
+) -> Generator[Intervention, None, None]:
     """An intervention for the passes inside the block. Prompts are known by their token ids, whatever their batch,
     their padding and their order; cached steps are not edited, and see the patched prompt through their cache.
 
@@ -82,7 +83,7 @@ def prompt_patch(
         return where
 
     with token_scope(model, choose) as gate:
-        patch = Patch(site, strength, gate)
+        patch = _Patch(site, strength, gate)
         yield patch
 
 
