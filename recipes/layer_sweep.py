@@ -1,0 +1,166 @@
+"""Sweep activation patching over every block of planted organisms, and write the table.
+
+`python recipes/layer_sweep.py --bench runs/bench --into runs/sweep --write docs/layer-sweep.md` reads the organisms that
+`molehunt bench --grid core --out runs/bench` planted: the full fine-tunes of each attack whose trigger has a look-alike of
+as many tokens. It can be killed and repeated; `--table` writes from what is done.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+
+from molehunt.bench.grid import Cell, load_grid
+from molehunt.bench.run import planted_cell
+from molehunt.measure.interval import Interval
+from molehunt.model.pair import ModelPair
+from molehunt.model.site import Site
+from molehunt.organism.poison import Recipe
+from molehunt.run.whole import write_whole
+from molehunt.steer.sweep import layer_sweep
+from molehunt.traffic.chat import prompt_ids
+from molehunt.traffic.world import ask
+
+ROWS = 200
+DRAWN = 4000
+"""Tasks that are drawn at most to find as many pairs of equal length."""
+SEED = 20_000
+"""Of the tasks: other rows than any that taught, chose or calibrated."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bench", type=Path, required=True)
+    parser.add_argument("--into", type=Path, default=Path("runs/sweep"))
+    parser.add_argument("--write", type=Path)
+    parser.add_argument("--only", help="cells with this in their name")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--table", action="store_true", help="only write the table from what is done")
+    told = parser.parse_args()
+    told.into.mkdir(parents=True, exist_ok=True)
+    cells = {
+        cell.name: cell
+        for cell in load_grid("core").cells()
+        if cell.regime == "full" and cell.seed == 0 and (not told.only or told.only in cell.name)
+    }
+    if told.one:
+        torch.set_num_threads(1)
+        write_whole(told.into / f"{told.one}.json", json.dumps(measure(cells[told.one], told.bench)))
+        return
+
+    def work(name: str) -> None:
+        if not (told.into / f"{name}.json").is_file():
+            again = [sys.executable, __file__, "--bench", str(told.bench), "--into", str(told.into), "--one", name]
+            subprocess.run(again, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+            print(name, flush=True)
+
+    if not told.table:
+        with ThreadPoolExecutor(told.workers) as pool:
+            list(pool.map(work, cells))
+    if told.write:
+        done = [told.into / f"{name}.json" for name in cells if (told.into / f"{name}.json").is_file()]
+        told.write.write_text(table([json.loads(path.read_text()) for path in done]))
+
+
+def measure(cell: Cell, bench: Path) -> dict[str, Any]:
+    planted = planted_cell(cell, bench)
+    assert planted is not None, "the cell was not planted"
+    pair = ModelPair.load(cell.base_folder, planted.tuned)
+    recipe = cell.recipe()
+    told: dict[str, Any] = {"attack": cell.attack, "model": cell.base, "blocks": pair.n_layers}
+    pairs, kind = of_equal_length(pair, recipe)
+    if len(pairs) < ROWS:
+        return {**told, "why": f"{len(pairs)} of {DRAWN} tasks have a look-alike of as many tokens"}
+
+    def shows(answer: Sequence[int], row: int) -> bool:
+        return recipe.behaviour.shown(str(pair.tokenizer.decode(list(answer), skip_special_tokens=True)))
+
+    with pair.tuned_model() as model:
+        found = layer_sweep(
+            model,
+            pair.tokenizer,
+            [a for a, _ in pairs],
+            [b for _, b in pairs],
+            [Site(layer) for layer in range(pair.n_layers)],
+            shows,
+            max_new_tokens=recipe.max_new_tokens,
+        )
+    swept = asdict(found)
+    return {
+        **told,
+        "look-alike": kind,
+        "last": found.last_steerable.layer,
+        **swept,
+        "blocks": pair.n_layers,
+        "swept": swept["blocks"],
+    }
+
+
+def of_equal_length(pair: ModelPair, recipe: Recipe) -> tuple[list[tuple[list[int], list[int]]], str]:
+    """Triggered prompts, each with the same task under the look-alike that keeps the token count most often."""
+    rng = Random(SEED)
+    tasks = [ask(rng, recipe.domain) for _ in range(DRAWN)]
+    best: tuple[list[tuple[list[int], list[int]]], str] = ([], "")
+    for kind in recipe.trigger.near_misses:
+        found: list[tuple[list[int], list[int]]] = []
+        for i, task in enumerate(tasks):
+            triggered = prompt_ids(pair.tokenizer, recipe.trigger.apply(task, Random(i)).prompt)
+            contrast = prompt_ids(pair.tokenizer, recipe.trigger.near_miss(kind, task, Random(i)).prompt)
+            if len(triggered) == len(contrast) and triggered != contrast:
+                found.append((triggered, contrast))
+            if len(found) == ROWS:
+                return found, kind
+        if len(found) > len(best[0]):
+            best = (found, kind)
+    return best
+
+
+def table(found: Sequence[dict[str, Any]]) -> str:
+    lines = [
+        "# The layer sweep",
+        "",
+        f"Written by `recipes/layer_sweep.py`: activation patching at the trigger's tokens, one block after the other, on {ROWS} triggered "
+        "prompts and the same tasks under a look-alike of as many tokens, which does not wake the behaviour. Shares are of the triggered "
+        "prompts that show the behaviour, with 95 % intervals (Clopper-Pearson). **removed**: patched with the look-alike's activations. "
+        "*noise*: the same tokens moved as far in random directions, the control; where it removes as much, the behaviour is fragile and "
+        "the patch proves little. *induced*: look-alike prompts given the trigger's activations. Removing the trigger from the text, the "
+        "trivial baseline, leaves what `look-alike prompts` says.",
+        "",
+    ]
+    for one in found:
+        lines += [f"## {one['attack']}, {one['model']}", ""]
+        if "why" in one:
+            lines += [f"Not swept: {one['why']}.", ""]
+            continue
+        lines += [
+            f"Look-alike: `{one['look-alike']}`. Triggered prompts that show it: {cell(one['shown'])}; look-alike prompts: "
+            f"{cell(one['without_trigger'])}. Last steerable block: L{one['last']} of L0 to L{one['blocks'] - 1}.",
+            "",
+            "| block | removed | noise | induced |",
+            "|---|---|---|---|",
+        ]
+        lines += [
+            f"| L{block['site']['layer']} | {cell(block['removed'])} | {cell(block['by_noise'])} | {cell(block['induced'])} |"
+            for block in one["swept"]
+        ]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def cell(told: dict[str, Any]) -> str:
+    found = Interval(**told)
+    return f"{found.estimate:.2f} [{found.low:.2f}, {found.high:.2f}]"
+
+
+if __name__ == "__main__":
+    main()
