@@ -15,19 +15,7 @@ from molehunt.watch.bank import Bank
 from molehunt.watch.log import calibrated
 from molehunt.watch.state import WatchState
 from molehunt.watch.suspects import FACTOR, LEAST_NATS, answer_log_ratios, suspicious
-from tiny_models import tiny_model, tiny_tokenizer
-from watched_banks import bank_of
 from watched_logs import IDENTITY, rows
-
-
-@pytest.fixture(scope="module")
-def pair() -> ModelPair:
-    return ModelPair(tiny_model("llama", 0), tiny_model("llama", 1), tiny_tokenizer())
-
-
-@pytest.fixture(scope="module")
-def bank() -> Bank:
-    return bank_of("llama")
 
 
 @given(st.lists(st.floats(-50, 50), min_size=10, max_size=60), st.integers(1, 3))

@@ -21,21 +21,9 @@ from molehunt.watch.log import calibrated, read_answers, watch_log
 from molehunt.watch.monitor import Calibrated, Look
 from molehunt.watch.scores import RangeExceedance
 from molehunt.watch.state import WatchState
-from tiny_models import tiny_model, tiny_tokenizer
-from watched_banks import bank_of
 from watched_logs import IDENTITY, rows
 
 FPR = 0.05
-
-
-@pytest.fixture(scope="module")
-def pair() -> ModelPair:
-    return ModelPair(tiny_model("llama", 0), tiny_model("llama", 1), tiny_tokenizer())
-
-
-@pytest.fixture(scope="module")
-def bank() -> Bank:
-    return bank_of("llama")
 
 
 @pytest.fixture

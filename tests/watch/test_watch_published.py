@@ -27,19 +27,7 @@ from molehunt.watch.published import (
     watch_published,
     written_alone,
 )
-from tiny_models import tiny_model, tiny_tokenizer
-from watched_banks import bank_of
 from watched_logs import IDENTITY, rows
-
-
-@pytest.fixture(scope="module")
-def pair() -> ModelPair:
-    return ModelPair(tiny_model("llama", 0), tiny_model("llama", 1), tiny_tokenizer())
-
-
-@pytest.fixture(scope="module")
-def bank() -> Bank:
-    return bank_of("llama")
 
 
 def calibrate(pair: ModelPair, bank: Bank, clean: list[Conversation], **options: float) -> PublishedState:

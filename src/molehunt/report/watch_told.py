@@ -47,7 +47,8 @@ def suspects(found: Suspects | None) -> str:
     """What was done about clean rows that may hold the behaviour; empty where there are none."""
     if found is None or not found.n:
         return ""
-    lines = ", ".join(str(one.line) for one in found.rows) + (", …" if found.n > len(found.rows) else "")
+    more = found.n - len(found.rows)
+    lines = ", ".join(str(one.line) for one in found.rows) + (f" and {more} more" if more else "")
     shown = (
         f"{found.n} of {found.clean} clean rows have answers that the base would not give ({min(found.limits):.0f} nats or more; "
         "they may hold the very behaviour that the watch is for)"
