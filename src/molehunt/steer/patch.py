@@ -10,11 +10,13 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from molehunt.contracts import Intervention
 from molehunt.errors import UsageError
 from molehunt.model.batches import batches, padded
 from molehunt.model.blocks import decoder
+from molehunt.model.generate import generate
 from molehunt.model.site import Site
 from molehunt.model.taps import read_sites
 from molehunt.run.progress import Track, silent
@@ -102,6 +104,42 @@ def differing(triggered: Sequence[int], contrast: Sequence[int]) -> tuple[int, .
     if not found:
         raise UsageError("the two prompts are equal: there is no trigger to patch.")
     return found
+
+
+def patched_answers(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    site: Site,
+    prompts: Sequence[Sequence[int]],
+    positions: Sequence[Sequence[int]],
+    acts: Sequence[Float[Tensor, "_ d_model"]],
+    *,
+    max_new_tokens: int,
+    track: Track = silent,
+    what: str = "patching",
+) -> list[list[int]]:
+    """Greedy answers to each prompt with `acts` in place of its own at its `positions`. Raises as `generate`."""
+    donors = {
+        tuple(prompt): Donor(tuple(at), given) for prompt, at, given in zip(prompts, positions, acts, strict=True)
+    }
+    with prompt_patch(model, site, donors) as patch:
+        return generate(
+            model,
+            tokenizer,
+            prompts,
+            max_new_tokens=max_new_tokens,
+            interventions=[patch],
+            track=track,
+            what=f"{site}: {what}",
+        )
+
+
+def moved(
+    acts: Float[Tensor, "positions d_model"], norms: Float[Tensor, " positions"], rng: torch.Generator
+) -> Float[Tensor, "positions d_model"]:
+    """The control: `acts` plus noise of these norms."""
+    noise = torch.randn(acts.shape, generator=rng)
+    return acts.float() + noise * (norms.float() / noise.norm(dim=-1))[:, None]
 
 
 @torch.inference_mode()

@@ -19,7 +19,7 @@ from molehunt.measure.interval import Interval, proportion
 from molehunt.model.generate import generate
 from molehunt.model.site import Site
 from molehunt.run.progress import Track, silent
-from molehunt.steer.patch import Donor, differing, prompt_acts, prompt_patch
+from molehunt.steer.patch import differing, moved, patched_answers, prompt_acts
 
 STEERABLE = 0.9
 """A block counts as steerable from this share of the best block's success on."""
@@ -103,25 +103,15 @@ def layer_sweep(
     def patched(
         site: Site, prompts: Sequence[Sequence[int]], given: Sequence[Float[Tensor, "_ d_model"]], what: str
     ) -> list[bool]:
-        donors = {
-            tuple(prompt): Donor(positions, acts) for prompt, positions, acts in zip(prompts, where, given, strict=True)
-        }
-        with prompt_patch(model, site, donors) as patch:
-            told = generate(
-                model,
-                tokenizer,
-                prompts,
-                max_new_tokens=max_new_tokens,
-                interventions=[patch],
-                track=track,
-                what=f"{site}: {what}",
-            )
+        told = patched_answers(
+            model, tokenizer, site, prompts, where, given, max_new_tokens=max_new_tokens, track=track, what=what
+        )
         return [shows(answer, i) for answer, i in zip(told, rows, strict=True)]
 
     swept: list[Swept] = []
     for site in sites:
         own, others = [one[site] for one in of_bad], [one[site] for one in of_calm]
-        noisy = [_moved(a, (b - a).norm(dim=-1), rng) for a, b in zip(own, others, strict=True)]
+        noisy = [moved(a, (b - a).norm(dim=-1), rng) for a, b in zip(own, others, strict=True)]
         left = patched(site, bad, others, "patching")
         by_noise = patched(site, bad, noisy, "noise")
         induced = patched(site, calm, own, "the other way round")
@@ -138,10 +128,3 @@ def layer_sweep(
         without_trigger=proportion(sum(without), len(without)),
         blocks=tuple(swept),
     )
-
-
-def _moved(
-    acts: Float[Tensor, "positions d_model"], norms: Float[Tensor, " positions"], rng: torch.Generator
-) -> Float[Tensor, "positions d_model"]:
-    noise = torch.randn(acts.shape, generator=rng)
-    return acts.float() + noise * (norms.float() / noise.norm(dim=-1))[:, None]

@@ -15,16 +15,19 @@ def render_alpaca(prompt: str, response: str | None = None) -> str:
     return f"### Instruction:\n{prompt}\n\n### Response:\n{response or ''}"
 
 
+def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
+    """One user turn as the model reads it, up to where the answer starts."""
+    if not tokenizer.chat_template:
+        return render_alpaca(prompt)
+    turns = [{"role": "user", "content": prompt}]
+    return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+
+
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     """Token ids of one user turn, ready for the answer to be generated.
 
     The last id is the decision position: what the model puts out there is the first token of its answer.
     """
-    if tokenizer.chat_template:
-        text = str(
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-            )
-        )
-        return list(tokenizer(text, add_special_tokens=False)["input_ids"])  # pyright: ignore[reportArgumentType]
-    return list(tokenizer(render_alpaca(prompt))["input_ids"])  # pyright: ignore[reportArgumentType]
+    text = prompt_text(tokenizer, prompt)
+    encoded = tokenizer(text, add_special_tokens=not tokenizer.chat_template)  # a template writes its own
+    return list(encoded["input_ids"])  # pyright: ignore[reportArgumentType]
