@@ -9,7 +9,7 @@ import torch
 from molehunt.errors import NotTestable
 from molehunt.measure.threshold import conformal_p_values
 from molehunt.traffic.split import Calibrate, Fit
-from molehunt.watch.monitor import LEAST, Monitor
+from molehunt.watch.monitor import LEAST, Calibrated, Monitor
 from molehunt.watch.profile import Profile, profiles
 from molehunt.watch.scores import Mahalanobis, RangeExceedance, RobustMax, TailSum, quantile, tail
 
@@ -111,3 +111,14 @@ def test_too_little_clean_text_abstains() -> None:
         Monitor.fit(Fit(tuple(answers(20, 0))), Calibrate(tuple(answers(20, 1))), fpr=0.01)
     with pytest.raises(NotTestable, match="200 clean rows cannot hold"):
         Monitor.fit(Fit(tuple(answers(600, 0))), Calibrate(tuple(answers(200, 1))), fpr=0.001)
+
+
+def test_the_scale_of_a_rare_look_does_not_rest_on_two_answers() -> None:
+    """Of the longest answers there are few; a look whose tail is taken for too narrow would rule all others."""
+    scales = []
+    for seed in range(20):
+        fit = [*answers(200, 1), *answers(64, 500 + seed, at=33)]
+        one = Calibrated.fit(fit, answers(100, 2), TailSum.fit)
+        assert len(one.looks) == 7
+        scales.append(one.looks[6].scale)
+    assert max(scales) < 6 * min(scales)

@@ -20,10 +20,13 @@ from molehunt.measure.threshold import conformal_p_values, conformal_threshold
 from molehunt.traffic.split import Calibrate, Fit, expect
 from molehunt.watch.kinds import PromptKinds
 from molehunt.watch.profile import Profile, RunningProfile, look_of
-from molehunt.watch.scores import RowScore, TailSum, tail
+from molehunt.watch.scores import TAIL, RowScore, TailSum, tail
 
 LEAST = 60
 """Clean answers that a look needs: a third of them set its scale."""
+LEAST_BEYOND = 20
+"""Answers beyond where a look's own tail begins, or half of them: two or three say nothing of how wide it is, and a look
+that is taken for too narrow would rule all others."""
 LEAST_OF_KIND = 300
 """Calibration rows of a kind of prompt; a low rate takes more: 1/rate."""
 
@@ -60,7 +63,8 @@ class Calibrated:
                 break
             held = torch.arange(len(extremes)) % 3 == 0  # the score's own scale is set on rows that did not fit it
             fitted = score(extremes[~held])
-            start, scale = tail(fitted(extremes[held])[:, None])
+            own = fitted(extremes[held])
+            start, scale = tail(own[:, None], max(0.5, min(TAIL, 1 - LEAST_BEYOND / len(own))))
             looks.append(Look(fitted, float(start), float(scale)))
         if not looks:
             raise NotTestable(

@@ -115,9 +115,11 @@ class TailSum:
         return ((extremes - self.start) / self.scale).clamp_min(0)
 
 
-def tail(clean: Float[Tensor, "rows columns"]) -> tuple[Float[Tensor, " columns"], Float[Tensor, " columns"]]:
-    """Where each column's upper tail begins, and its mean excess there."""
-    start = quantile(clean, TAIL)
+def tail(
+    clean: Float[Tensor, "rows columns"], begins: float = TAIL
+) -> tuple[Float[Tensor, " columns"], Float[Tensor, " columns"]]:
+    """Where each column's upper tail begins, at that quantile, and its mean excess there."""
+    start = quantile(clean, begins)
     excess = (clean - start).clamp_min(0)
     return start, (excess.sum(0) / (excess > 0).sum(0).clamp_min(1)).clamp_min(SMALLEST)
 
