@@ -188,8 +188,10 @@ main(["files"])
 
 
 def test_ctrl_c_ends_with_130_and_no_traceback() -> None:
+    # a shell's background jobs ignore SIGINT, and so would their children
+    heeded = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
     process = subprocess.Popen(
-        [sys.executable, "-c", SLOW.format(work="time.sleep(60)")],
+        [sys.executable, "-c", heeded + SLOW.format(work="time.sleep(60)")],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
