@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from molehunt.direction.weight import change_directions, difference
+from molehunt.model.batches import batches, padded
 from molehunt.model.blocks import module_role, unwrapped
 from molehunt.model.generate import generate
 from molehunt.model.pair import ModelPair
@@ -24,7 +25,6 @@ LONGEST = 400
 """Tokens of a prompt; the seed models read 512."""
 ANSWER_TOKENS = 40
 K = 8
-BATCH_TOKENS = 8192
 
 
 @dataclass(frozen=True)
@@ -118,15 +118,12 @@ def read_rows(pair: ModelPair, bank: Bank, published: Sequence[int], examples: S
     high, low, delta, ratio = torch.zeros(n, len(written)), torch.zeros(n, len(written)), torch.zeros(n), torch.zeros(n)
     found: list[Profile | None] = [None] * n
     middle = pair.n_layers // 2
-    for group in groups([len(a) + len(b) for a, b in zip(prompts, answers, strict=True)]):
-        width = -(-max(len(prompts[i]) + len(answers[i]) for i in group) // 32) * 32
-        tokens = torch.zeros(len(group), width, dtype=torch.long)
-        mask, answer = torch.zeros(len(group), width), torch.zeros(len(group), width, dtype=torch.bool)
+    rows = [[*prompt, *told] for prompt, told in zip(prompts, answers, strict=True)]
+    for group in batches([len(row) for row in rows]):
+        tokens, mask = padded([rows[i] for i in group])
+        answer = torch.zeros_like(mask)
         for r, i in enumerate(group):
-            row = [*prompts[i], *answers[i]]
-            tokens[r, : len(row)] = torch.tensor(row)
-            mask[r, : len(row)] = 1
-            answer[r, len(prompts[i]) - 1 : max(len(prompts[i]), len(row) - 1)] = True
+            answer[r, len(prompts[i]) - 1 : max(len(prompts[i]), len(rows[i]) - 1)] = True
         settings = {
             "input_ids": tokens,
             "attention_mask": mask.long(),
@@ -146,7 +143,7 @@ def read_rows(pair: ModelPair, bank: Bank, published: Sequence[int], examples: S
         if not base:
             continue
         cosines = values[..., written]
-        far = torch.where(mask[..., None] > 0, 0.0, torch.inf)
+        far = torch.where(mask[..., None], 0.0, torch.inf)
         high[group], low[group] = (cosines - far).amax(1), (cosines + far).amin(1)
         with pair.base_model() as model:
             on_base = model(**settings)
@@ -160,14 +157,3 @@ def read_rows(pair: ModelPair, bank: Bank, published: Sequence[int], examples: S
         row_of = answer[:, :-1].nonzero()[:, 0]
         ratio[group] = torch.zeros(len(group)).index_add(0, row_of, both[0] - both[1])
     return Read([one for one in found if one is not None], (high, low), delta, ratio)
-
-
-def groups(lengths: Sequence[int]) -> list[list[int]]:
-    """Rows in order of length, in batches of at most `BATCH_TOKENS`."""
-    found: list[list[int]] = []
-    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
-        if found and (len(found[-1]) + 1) * (-(-lengths[i] // 32) * 32) <= BATCH_TOKENS:
-            found[-1].append(i)
-        else:
-            found.append([i])
-    return found
