@@ -312,7 +312,8 @@ def a_token_unseen(backend: Continuous, forward: Any, parts: Any) -> Any:
 
     def taken(columns: Columns) -> torch.Tensor:
         Columns.take = take
-        return take(columns)[:, :-1]
+        columns.passed -= 1
+        return take(columns)
 
     Columns.take = taken
     return logits

@@ -91,6 +91,45 @@ def test_columns_work_under_a_lora_wrapper_and_step_by_step_under_a_cache() -> N
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-4, atol=1e-5)
 
 
+def test_steps_that_wait_are_scored_together_as_each_is_alone_even_where_places_have_unequal_numbers() -> None:
+    model, bank = tiny_model("llama", 1), bank_of("llama")
+    uneven = replace(
+        bank, read={name: rows[: 1 + i % 3] for i, (name, rows) in enumerate(bank.read.items())}, read_names={}
+    )
+    with torch.no_grad(), watched(model, uneven) as columns:
+        model(IDS)
+        expected = columns.take()
+        cache = model(IDS[:, :3], use_cache=True).past_key_values
+        with pytest.raises(ValueError, match="one token a row"):
+            columns.hold()
+        for i in range(3, IDS.shape[1]):
+            cache = model(IDS[:, i : i + 1], past_key_values=cache, use_cache=True).past_key_values
+            columns.hold()
+        assert columns.held == IDS.shape[1] - 3
+        torch.testing.assert_close(columns.take_held(), expected[:, 3:], rtol=1e-4, atol=1e-5)
+        assert not columns.held
+        with pytest.raises(RuntimeError, match="no step waits"):
+            columns.take_held()
+
+
+def test_some_tokens_are_scored_alone() -> None:
+    model, bank = tiny_model("llama", 1), bank_of("llama")
+    with torch.no_grad(), watched(model, bank) as columns:
+        model(IDS)
+        whole = columns.take()
+        last = torch.arange(1, len(IDS) + 1)[:, None] * IDS.shape[1] - 1
+        with columns.only(last):
+            model(IDS)
+        torch.testing.assert_close(columns.take(), whole[:, -1:])
+        assert columns.passed == IDS.shape[1]
+        model(IDS)
+        assert columns.take().equal(whole)
+        model(IDS)
+        columns.forget()
+        with pytest.raises(RuntimeError, match="not covered"):
+            columns.take()
+
+
 def test_a_pass_that_was_not_scored_cannot_be_taken() -> None:
     model, bank = tiny_model("llama", 1), bank_of("llama")
     with torch.no_grad(), watched(model, bank) as columns:

@@ -10,7 +10,8 @@ import pytest
 
 from label_server import says, sends, server
 from molehunt.errors import UsageError
-from molehunt.watch.label_endpoint import LABEL_CHARS, MOST_BYTES, LabelEndpoint, LabelUnavailable, prompt
+from molehunt.run.chat_endpoint import MOST_BYTES
+from molehunt.watch.label_endpoint import LABEL_CHARS, LabelEndpoint, LabelUnavailable, prompt
 
 
 @pytest.fixture(autouse=True)

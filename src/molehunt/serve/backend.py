@@ -23,6 +23,8 @@ from molehunt.watch.columns import Columns
 from molehunt.watch.kinds import prompt_features
 from molehunt.watch.profile import RunningProfile
 
+HELD_STEPS = 16
+"""Steps that are judged together where a verdict changes nothing before the answer ends."""
 PREFILL_TOKENS = 8192
 """Tokens of one prefill of the eager backend, padding included; a longer prompt is prefilled alone."""
 
@@ -84,6 +86,7 @@ class Rows:
         prompts = prompt_features(self._model, [row.asked.prompt for row in rows])
         growing = RunningProfile(prompts, columns.shape[-1], self._device)
         growing.extend(columns[:, None])
+        self._refuse_uncovered(rows)
         self._flag(rows, growing)
         return growing
 
@@ -98,14 +101,39 @@ class Rows:
 
     def judge(self, columns: Float[Tensor, "live columns"]) -> None:
         """Judge the newest token of every live row, in their order."""
+        self._refuse_uncovered(self.live)
+        self._take_up(columns[:, None])
+
+    def judge_step(self, columns: Columns) -> None:
+        """Judge the newest token of every live row; if it only matters in the end, together with those that follow."""
+        if self.guard.action in ("block", "steer"):
+            self.judge(columns.take()[:, -1])
+            return
+        columns.hold()
+        self._refuse_uncovered(self.live)
+        if columns.held == HELD_STEPS:
+            self.catch_up(columns)
+
+    def catch_up(self, columns: Columns) -> None:
+        """Judge the steps that wait. To be called before rows join or leave."""
+        if columns.held:
+            self._take_up(columns.take_held())
+
+    def _take_up(self, columns: Float[Tensor, "live steps columns"]) -> None:
         if self._growing is not None:
-            self._growing.extend(columns[:, None])
+            self._growing.extend(columns)
             self._flag(self.live, self._growing)
+
+    @staticmethod
+    def _refuse_uncovered(rows: Sequence[Row]) -> None:
+        for row in rows:
+            if row.seen < len(row):
+                row.ended = "content_filter"  # not scored, so not answered
 
     def _flag(self, rows: Sequence[Row], growing: RunningProfile) -> None:
         surprises: list[float] = self._monitor.running(growing).tolist()
         for i, (row, surprise) in enumerate(zip(rows, surprises, strict=True)):
-            if math.isnan(surprise) or row.seen < len(row):
+            if math.isnan(surprise):
                 row.ended = "content_filter"  # not scored, so not answered
             elif not row.flagged and self.guard.beyond(surprise):
                 row.flagged = True
@@ -116,9 +144,12 @@ class Rows:
                     row.steered = self.steering.against(judged)
 
     def emit(self, rows: Sequence[Row], logits: Float[Tensor, "rows vocab"]) -> None:
-        """Draw each row's next token and send the text that is certain. Their newest tokens were judged."""
+        """Draw each row's next token and send the text that is certain. Their newest tokens were judged, or are held."""
         tokens = next_tokens(logits, [row.sampler for row in rows])
+        broken: list[bool] = logits[:, 0].isnan().tolist()  # the last norm spreads a NaN over all of them
         for i, (row, token) in enumerate(zip(rows, tokens, strict=True)):
+            if broken[i]:
+                row.ended = row.ended or "content_filter"
             if row.cancelled:
                 row.ended = row.ended or "cancelled"
             if row.ended is not None:
@@ -233,37 +264,45 @@ class Eager:
     def begin(self, rows: Sequence[Row], columns: Columns) -> None:
         """Prefill. Where a flagged prompt is to be steered, all of them are prefilled again with it steered."""
         prompts = [row.asked.prompt for row in rows]
+        decisions = last_tokens(prompts)  # they decide how the answers begin
         fresh = DecodingBatch(self._model)
-        logits = fresh.begin(prompts)
-        found = columns.take()
+        with columns.only(decisions):
+            logits = fresh.begin(prompts)
         for row in rows:
-            row.seen = min(len(row.asked.prompt), found.shape[1])
-        growing = self._rows.judge_prompts(rows, found[:, -1])  # padded on the left: the last is every row's decision
+            row.seen = min(len(row.asked.prompt), columns.passed)
+        growing = self._rows.judge_prompts(rows, columns.take()[:, 0])
         if any(row.steered for row in rows):
             fresh = DecodingBatch(self._model)
-            with self._rows.steering.of([row.steered for row in rows]):
+            with self._rows.steering.of([row.steered for row in rows]), columns.only(decisions):
                 logits = fresh.begin(prompts)
             columns.take()  # the verdict is about what the model was going to do
+        self._rows.catch_up(columns)
         self._rows.join(rows, growing)
         self._batch.join(fresh)
-        self._emit(rows, logits)
+        self._emit(rows, logits, columns)
 
     def step(self, columns: Columns) -> None:
         rows = self._rows.live
         newest = torch.tensor([row.answer[-1] for row in rows], device=self._device)
         with self._rows.steering.of([row.steered for row in rows]):
             logits = self._batch.step(newest)
-        found = columns.take()
         for row in rows:
-            row.seen += found.shape[1]
-        self._rows.judge(found[:, -1])
-        self._emit(rows, logits)
+            row.seen += 1
+        self._rows.judge_step(columns)  # raises where a watched place was not reached
+        self._emit(rows, logits, columns)
 
-    def _emit(self, rows: Sequence[Row], logits: Float[Tensor, "rows vocab"]) -> None:
+    def _emit(self, rows: Sequence[Row], logits: Float[Tensor, "rows vocab"], columns: Columns) -> None:
         self._rows.emit(rows, logits)
+        if any(row.ended for row in self._rows.live):
+            self._rows.catch_up(columns)
         kept = self._rows.leave()
         if kept is not None:
             self._batch.keep(kept)
 
     def reset(self) -> None:
         self._batch = DecodingBatch(self._model)
+
+
+def last_tokens(prompts: Sequence[Sequence[int]]) -> Int[Tensor, "batch 1"]:
+    """Where the last token of each prompt lies, counted through a batch that is padded on the left."""
+    return torch.arange(1, len(prompts) + 1)[:, None] * max(map(len, prompts)) - 1

@@ -97,28 +97,29 @@ class Continuous:
 
     def step(self, columns: Columns) -> None:
         parts = self._next_parts()
-        with self._rows.steering.of([part.row.steered for part in parts for _ in range(part.length)]):
+        drawing = [part for part in parts if part.draws]
+        steered = [part.row.steered for part in parts for _ in range(part.length)]
+        decisions = torch.tensor([[part.last for part in drawing]], dtype=torch.long)
+        with self._rows.steering.of(steered), columns.only(decisions):
             logits = self._forward(parts)
         found = columns.take()[0]
-        if len(found) != parts[-1].last + 1:
-            raise RuntimeError(f"{parts[-1].last + 1} tokens ran, and {len(found)} passed the watched places")
+        if columns.passed != parts[-1].last + 1:
+            raise RuntimeError(f"{parts[-1].last + 1} tokens ran, and {columns.passed} passed the watched places")
         for part in parts:
             if part.start <= part.row.seen:  # else tokens before it never passed, and the row is not covered
                 part.row.seen = max(part.row.seen, part.start + part.length)
-        drawing = [part for part in parts if part.draws]
-        last = {part.row: part.last for part in drawing}
-        self._rows.judge(found[[last[row] for row in self._rows.live]])
+        place = {part.row: i for i, part in enumerate(drawing)}
+        self._rows.judge(found[[place[row] for row in self._rows.live]])
         again: list[Row] = []
         for row in [part.row for part in drawing if part.row in self._rows.joining]:
             growing = self._judged.pop(row, None)
             if growing is None:
-                growing = self._rows.judge_prompts([row], found[last[row]][None])
+                growing = self._rows.judge_prompts([row], found[place[row]][None])
                 if row.steered:
                     self._judged[row] = growing
                     again.append(row)
                     continue
             self._rows.join([row], growing)
-        place = {part.row: i for i, part in enumerate(drawing)}
         self._rows.emit(self._rows.live, logits[[place[row] for row in self._rows.live]])
         self._hand_back(drawing)
         self._drop([*again, *(row for row in self._rows.live if row.ended)])

@@ -155,6 +155,7 @@ class Engine:
                         log.exception("a batch failed")
                         self._rows.fail()
                         self._backend.reset()
+                        columns.forget()
         finally:
             self._closing = True
             self._rows.fail()

@@ -58,8 +58,8 @@ def answer_profiles(
             answered = [max(1, len(answers[i])) for i in group]
             first = torch.tensor([r * tokens.shape[1] + len(prompts[i]) - 1 for r, i in enumerate(group)])
             steps = torch.arange(max(answered)).minimum(torch.tensor(answered)[:, None] - 1)
-            columns.positions = (first[:, None] + steps).to(device)
-            inner(input_ids=tokens.to(device), attention_mask=mask.long().to(device), use_cache=False)
+            with columns.only(first[:, None] + steps):
+                inner(input_ids=tokens.to(device), attention_mask=mask.long().to(device), use_cache=False)
             made_of = prompt_features(model, [prompts[i] for i in group])
             for i, profile in zip(group, profiles(columns.take(), answered, made_of), strict=True):
                 found[i] = profile

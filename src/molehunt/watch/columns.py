@@ -1,12 +1,14 @@
-"""Scores of every token against every watched direction, in one matmul per place, on the model's own device."""
+"""Scores of every token against every watched direction: one matmul per place, or one for all places of a width."""
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from molehunt.errors import NotTestable, printable
 from molehunt.model.blocks import unwrapped
@@ -14,34 +16,137 @@ from molehunt.model.taps import observe_sites
 from molehunt.watch.bank import Bank
 
 
-class Columns:
-    """The columns of the last forward pass."""
+@dataclass(frozen=True, eq=False)
+class _Place:
+    """Where some of the columns are scored."""
 
-    def __init__(self, places: int) -> None:
-        self._parts: list[Tensor | None] = [None] * places
-        self.positions: Int[Tensor, "batch pos"] | None = None
-        """Which tokens are scored, counted through all rows of the pass; None: all."""
+    turned: Float[Tensor, "width k"]
+    """Its directions, one a column, on the model's device."""
+    cosine: bool
+    """Whether the activation's own length is divided out."""
+
+    def score(self, acts: Float[Tensor, "batch pos width"]) -> Float[Tensor, "batch pos k"]:
+        return _scored(acts.float(), self.turned, cosine=self.cosine)
+
+
+@dataclass(frozen=True, eq=False)
+class _Alike:
+    """Places that one product scores: of one side and width, filled up with empty directions to one number of them."""
+
+    at: tuple[int, ...]
+    turned: Float[Tensor, "places width k"]
+    cosine: bool
+
+    def score(self, steps: Sequence[Sequence[Tensor]]) -> Float[Tensor, "tokens columns"]:
+        """Of the newest tokens of every row in each of some steps: row by row, then step by step."""
+        acts = torch.stack([torch.cat([step[place] for step in steps], dim=1).flatten(0, 1) for place in self.at])
+        return _scored(acts.float(), self.turned, cosine=self.cosine).transpose(0, 1).flatten(1)
+
+
+def _scored(acts: Tensor, turned: Tensor, *, cosine: bool) -> Tensor:
+    columns = acts @ turned
+    return columns / acts.norm(dim=-1, keepdim=True).clamp_min(1e-12) if cosine else columns
+
+
+class Columns:
+    """The columns of the last forward pass; or of several cached steps, whose activations wait for one product.
+
+    A pass over many tokens is scored where it runs, so that no activation outlives its block. A step of one token a row
+    is a few kilobytes: there the calls cost, not the arithmetic, and all places are scored together.
+    """
+
+    def __init__(self, places: Sequence[_Place]) -> None:
+        self._places = places
+        self._alike, self._order = _grouped(places)
+        self.device = self._order.device
+        self._parts: list[Tensor | None] = [None] * len(places)
+        self._steps: list[list[Tensor]] = []
+        self._positions: Int[Tensor, "batch pos"] | None = None
+        self.passed = 0
+        """Tokens of each row, padding included, that the last pass brought to the watched places."""
+
+    @contextmanager
+    def only(self, positions: Int[Tensor, "batch pos"]) -> Generator[None, None, None]:
+        """Score some tokens of the passes inside the block, counted through all rows of a pass, and no others."""
+        self._positions = positions.to(self.device)
+        try:
+            yield
+        finally:
+            self._positions = None
 
     def take(self) -> Float[Tensor, "batch pos columns"]:
-        """Every column, in the bank's order, in fp32; each pass can be taken once.
+        """Every column of the last pass, in the bank's order, in fp32; each pass can be taken once.
 
         Raises:
             RuntimeError: a place was not reached since the last take.
         """
+        parts = self._reached()
+        if self._at_once(parts[0]):
+            return self._together([parts])
+        return torch.cat(parts, dim=-1)
+
+    def hold(self) -> None:
+        """Keep the last pass, a step of one token a row, until `take_held`. Raises as `take`; ValueError for another pass."""
+        parts = self._reached()
+        if not self._at_once(parts[0]):
+            raise ValueError("only a step of one token a row can be held")
+        self._steps.append(parts)
+
+    @property
+    def held(self) -> int:
+        """Steps that wait."""
+        return len(self._steps)
+
+    def take_held(self) -> Float[Tensor, "batch steps columns"]:
+        """Columns of all steps that wait, which were made by one batch. Raises RuntimeError where none does."""
+        if not self._steps:
+            raise RuntimeError("no step waits")
+        steps, self._steps = self._steps, []
+        return self._together(steps)
+
+    def forget(self) -> None:
+        """Drop what was seen: the batch that made it is gone."""
+        self._parts, self._steps = [None] * len(self._parts), []
+
+    def see(self, place: int, acts: Float[Tensor, "batch _ width"]) -> None:
+        """What a forward pass has brought to a place."""
+        self.passed = acts.shape[1]
+        if self._positions is not None:
+            acts = acts.flatten(0, 1).index_select(0, self._positions.flatten()).unflatten(0, self._positions.shape)
+        self._parts[place] = acts if self._at_once(acts) else self._places[place].score(acts)
+
+    @staticmethod
+    def _at_once(acts: Tensor) -> bool:
+        return acts.shape[1] == 1
+
+    def _reached(self) -> list[Tensor]:
         parts = [part for part in self._parts if part is not None]
         if len(parts) < len(self._parts):
             raise RuntimeError("a watched place was not reached by this forward pass: its tokens are not covered")
         self._parts = [None] * len(self._parts)
-        return torch.cat(parts, dim=-1)
+        return parts
 
-    def put(self, place: int, values: Tensor) -> None:
-        self._parts[place] = values
+    def _together(self, steps: Sequence[Sequence[Tensor]]) -> Float[Tensor, "batch steps columns"]:
+        columns = torch.cat([alike.score(steps) for alike in self._alike], dim=1)
+        return columns.index_select(1, self._order).unflatten(0, (-1, len(steps)))
 
-    def chosen(self, acts: Float[Tensor, "batch _ width"]) -> Float[Tensor, "batch pos width"]:
-        """What is scored, in fp32."""
-        if self.positions is not None:
-            acts = acts.flatten(0, 1).index_select(0, self.positions.flatten()).unflatten(0, self.positions.shape)
-        return acts.float()
+
+def _grouped(places: Sequence[_Place]) -> tuple[list[_Alike], Int[Tensor, " columns"]]:
+    """Places of one side and width together; and where each column of the bank lies among what the groups give."""
+    by_kind: dict[tuple[bool, int], list[int]] = {}
+    for at, place in enumerate(places):
+        by_kind.setdefault((place.cosine, len(place.turned)), []).append(at)
+    groups: list[_Alike] = []
+    starts: dict[int, int] = {}
+    width = 0
+    for (cosine, _), members in by_kind.items():
+        most = max(places[at].turned.shape[1] for at in members)
+        turned = torch.stack([pad(places[at].turned, (0, most - places[at].turned.shape[1])) for at in members])
+        groups.append(_Alike(tuple(members), turned, cosine))
+        starts |= {at: width + i * most for i, at in enumerate(members)}
+        width += most * len(members)
+    order = [starts[at] + column for at, place in enumerate(places) for column in range(place.turned.shape[1])]
+    return groups, torch.tensor(order, device=places[0].turned.device)
 
 
 @contextmanager
@@ -49,43 +154,35 @@ def watched(model: nn.Module, bank: Bank, *, layers_path: str | None = None) -> 
     """Score every forward pass inside the block against the directions of `bank`.
 
     Write side: cos(h, u) at each block's output (arXiv 2508.00161 §3). Read side: σ·(v·a) at each changed matrix's
-    input a, the coordinates of what the fine-tune adds to its output; ‖σVᵀa‖ is their length. Activations stay where
-    they are computed: only the columns are kept.
+    input a, the coordinates of what the fine-tune adds to its output; ‖σVᵀa‖ is their length. Activations stay on
+    the model's device.
 
     Raises:
         NotTestable: the model has no such matrix.
         CannotTap: hooks cannot see its blocks (see `taps`).
     """
     modules = dict(unwrapped(model).named_modules())
-    found = Columns(len(bank.write) + len(bank.read))
     device = next(model.parameters()).device
+    written = [_Place(rows.to(device).mT.contiguous(), cosine=True) for rows in bank.write.values()]
+    read = [_Place(rows.to(device).mT.contiguous(), cosine=False) for rows in bank.read.values()]
+    found = Columns([*written, *read])
 
-    def cosines(place: int, rows: Tensor) -> Callable[[Tensor], None]:
-        unit = rows.to(device).mT.contiguous()
+    def at_output(place: int) -> Callable[[Tensor], None]:
+        return lambda acts: found.see(place, acts)
 
-        def score(acts: Tensor) -> None:
-            acts = found.chosen(acts)
-            found.put(place, acts @ unit / acts.norm(dim=-1, keepdim=True).clamp_min(1e-12))
-
-        return score
-
-    def coordinates(place: int, rows: Tensor) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        turned = rows.to(device).mT.contiguous()
-
-        def score(module: nn.Module, args: tuple[Any, ...]) -> None:
-            found.put(place, found.chosen(args[0]) @ turned)
-
-        return score
+    def at_input(place: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        return lambda module, args: found.see(place, args[0])
 
     handles = []
     try:
-        for place, (name, rows) in enumerate(bank.read.items(), len(bank.write)):
+        for place, name in enumerate(bank.read, len(bank.write)):
             module = modules.get(name) or next((m for n, m in modules.items() if n.endswith(f".{name}")), None)
             if module is None:
                 raise NotTestable(f"This model has no {printable(name)}: the directions are of another model.")
-            handles.append(module.register_forward_pre_hook(coordinates(place, rows)))
-        readers = {site: cosines(place, rows) for place, (site, rows) in enumerate(bank.write.items())}
-        with observe_sites(model, readers, layers_path=layers_path):
+            handles.append(module.register_forward_pre_hook(at_input(place)))
+        with observe_sites(
+            model, {site: at_output(place) for place, site in enumerate(bank.write)}, layers_path=layers_path
+        ):
             yield found
     finally:
         for handle in handles:

@@ -111,12 +111,9 @@ class RunningProfile:
             start = stop
 
     def _advance(self, both: Tensor) -> None:
-        highest, at = both.max(dim=1)
-        if len(set(self.tokens)) > 1:
-            at = at + torch.tensor(self.tokens, device=at.device)[:, None]
-        else:
-            at = at + self.tokens[0]
-        self._peaks = torch.where(highest > self.extremes, at, self._peaks)
+        highest, at = both.max(dim=1) if both.shape[1] > 1 else (both[:, 0], 0)
+        seen = torch.tensor(self.tokens, device=both.device)[:, None] if len(set(self.tokens)) > 1 else self.tokens[0]
+        self._peaks = torch.where(highest > self.extremes, at + seen, self._peaks)
         self.extremes = self.extremes.maximum(highest)
         for row in range(len(self.tokens)):
             self.tokens[row] += both.shape[1]
