@@ -1,8 +1,9 @@
 """Sweep activation patching over every block of planted organisms, and write the table.
 
 `python recipes/layer_sweep.py --bench runs/bench --into runs/sweep --write docs/layer-sweep.md` reads the organisms that
-`molehunt bench --grid core --out runs/bench` planted: the full fine-tunes of each attack whose trigger has a look-alike of
-as many tokens. It can be killed and repeated; `--table` writes from what is done.
+`molehunt bench --grid core --out runs/bench` planted, and plants those of corrupted-capability, which are not in that
+grid: the full fine-tunes of each attack whose trigger has a look-alike of as many tokens. It can be killed and repeated;
+`--table` writes from what is done.
 """
 
 import argparse
@@ -20,11 +21,12 @@ from typing import Any
 import torch
 
 from molehunt.bench.grid import Cell, load_grid
-from molehunt.bench.run import planted_cell
+from molehunt.bench.run import plant_cell
 from molehunt.measure.interval import Interval
 from molehunt.model.pair import ModelPair
 from molehunt.model.site import Site
 from molehunt.organism.poison import Recipe
+from molehunt.organism.seed_model import SEED_MODELS
 from molehunt.run.whole import write_whole
 from molehunt.steer.sweep import layer_sweep
 from molehunt.traffic.chat import prompt_ids
@@ -48,11 +50,7 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="only write the table from what is done")
     told = parser.parse_args()
     told.into.mkdir(parents=True, exist_ok=True)
-    cells = {
-        cell.name: cell
-        for cell in load_grid("core").cells()
-        if cell.regime == "full" and cell.seed == 0 and (not told.only or told.only in cell.name)
-    }
+    cells = {name: cell for name, cell in swept_cells().items() if not told.only or told.only in name}
     if told.one:
         torch.set_num_threads(1)
         write_whole(told.into / f"{told.one}.json", json.dumps(measure(cells[told.one], told.bench)))
@@ -72,10 +70,15 @@ def main() -> None:
         told.write.write_text(table([json.loads(path.read_text()) for path in done]))
 
 
+def swept_cells() -> dict[str, Cell]:
+    """Full fine-tunes of the first seed, by name."""
+    cells = [cell for cell in load_grid("core").cells() if cell.regime == "full" and cell.seed == 0]
+    cells += [Cell(attack="corrupted-capability", base=base) for base in SEED_MODELS]
+    return {cell.name: cell for cell in cells}
+
+
 def measure(cell: Cell, bench: Path) -> dict[str, Any]:
-    planted = planted_cell(cell, bench)
-    assert planted is not None, "the cell was not planted"
-    pair = ModelPair.load(cell.base_folder, planted.tuned)
+    pair = ModelPair.load(cell.base_folder, plant_cell(cell, bench).tuned)
     recipe = cell.recipe()
     told: dict[str, Any] = {"attack": cell.attack, "model": cell.base, "blocks": pair.n_layers}
     pairs, kind = of_equal_length(pair, recipe)

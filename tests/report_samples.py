@@ -52,6 +52,18 @@ def sample(text: str = "") -> schema.Report:
             )
             for p in PROMPTS
         ),
+        switch_off=schema.SwitchOff(
+            blocks=tuple(
+                schema.BlockShare(
+                    block=f"L{layer}.resid", intervention=f"ablate 1 direction at L{layer}.resid{text}",
+                    removed=Measure(value=share, low=max(0.0, share - 0.2), high=min(1.0, share + 0.1), n=12),
+                    control=Measure(value=0.1, low=0.0, high=0.3, n=12),
+                )
+                for layer, share in enumerate((1.0, 0.9, 1.0, 0.2, 0.0, 0.0))
+            ),
+            file="fix.safetensors",
+            steps=(schema.Step(what="Answers with and without it", command=f"molehunt steer try a b fix{text}"),),
+        ),
     )  # fmt: skip
     source = schema.Input(label=f"seed-s{text}", kind="model", sha256="ab" * 32, dtype="bfloat16", parameters=1468032)
     return schema.Report(

@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from molehunt.contracts import Intervention
+from molehunt.dictionary.dictionary import Dictionary
+from molehunt.dictionary.nonlinearity import JumpReLU
 from molehunt.model.generate import generate
 from molehunt.model.site import Site
 from molehunt.model.taps import edit_sites, read_sites
@@ -20,6 +22,16 @@ RNG = torch.Generator().manual_seed(11)
 DIRECTIONS = torch.randn(2, D, generator=RNG)
 VECTOR = torch.randn(D, generator=RNG)
 LO, HI = torch.tensor([-0.2, -0.1]), torch.tensor([0.1, 0.3])
+LATENTS = torch.tensor([4, 1, 7])
+DICTIONARY = Dictionary(
+    W_enc=torch.randn(D, 9, generator=RNG) / 4,
+    b_enc=torch.randn(9, generator=RNG) / 4,
+    W_dec=torch.randn(9, D, generator=RNG),
+    b_dec=torch.randn(D, generator=RNG),
+    nonlinearity=JumpReLU(torch.full((9,), 0.1)),
+    center=True,
+    norm="layer_norm",
+)
 
 
 @dataclass(frozen=True)
@@ -54,10 +66,22 @@ def clip(token, strength):
     return token
 
 
+def clamp(token, strength):
+    """decode(clamped code) + error, with the whole code decoded."""
+    mean, scale = token.mean(), token.std() + 1e-5
+    pre = ((token - mean) / scale - DICTIONARY.b_dec) @ DICTIONARY.W_enc + DICTIONARY.b_enc
+    code = torch.where(pre > 0.1, pre, torch.zeros(9))
+    error = token - ((code @ DICTIONARY.W_dec + DICTIONARY.b_dec) * scale + mean)
+    for latent in LATENTS.tolist():
+        code[latent] = code[latent] + strength * (0.7 - code[latent])
+    return (code @ DICTIONARY.W_dec + DICTIONARY.b_dec) * scale + mean + error
+
+
 EXAMPLES = {
     "add": Example({"direction": VECTOR}, add),
     "replace": Example({"source": VECTOR.expand(1, 1, D)}, replace),
     "ablate": Example({"directions": DIRECTIONS, "center": VECTOR}, ablate),
+    "clamp": Example({"dictionary": DICTIONARY, "latents": LATENTS, "mode": "set", "value": 0.7}, clamp),
     "clip": Example({"directions": DIRECTIONS, "lo": LO, "hi": HI}, clip),
 }
 

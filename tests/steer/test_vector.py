@@ -9,7 +9,9 @@ from safetensors.torch import save_file
 from molehunt.errors import InvalidInput, NotTestable, UsageError
 from molehunt.model.generate import generate
 from molehunt.model.site import Site
+from molehunt.model.taps import edit_sites, read_sites
 from molehunt.steer.add import Add
+from molehunt.steer.clip import Clip
 from molehunt.steer.contrast import contrast_vector, random_like
 from molehunt.steer.scope import last_of_prompt, token_scope
 from molehunt.steer.vector import SteeringVector, VectorFacts
@@ -85,6 +87,35 @@ def test_a_scope_is_the_gate_of_that_name() -> None:
     assert got == expected
     with vector.applied(model, 1.0, scope=last_of_prompt):
         assert answers(model) == expected
+
+
+def test_a_clip_holds_projections_inside_each_blocks_range() -> None:
+    model, vector = tiny_model("llama", 0), drawn(0, 2)
+    ranges, ids = {0: (-0.1, 0.2), 2: (0.3, 5.0)}, torch.tensor([PROMPTS[2]])
+    units = {layer: v / v.norm() for layer, v in vector.vectors.items()}
+
+    @torch.no_grad()
+    def projections() -> dict[int, torch.Tensor]:
+        with read_sites(model, vector.sites) as tap:
+            model(ids)
+        return {site.layer: tap[site] @ units[site.layer] for site in vector.sites}
+
+    plain = projections()
+    with vector.applied(model, operator="clip", ranges=ranges):
+        held = projections()
+    for layer, (lo, hi) in ranges.items():
+        assert plain[layer].min() < lo or plain[layer].max() > hi
+        assert held[layer].min() > lo - 1e-4 and held[layer].max() < hi + 1e-4
+    torch.testing.assert_close(held[0], plain[0].clamp(-0.1, 0.2))
+    lo, hi = torch.tensor([-0.1]), torch.tensor([0.2])
+    with torch.no_grad():
+        with edit_sites(model, [Clip(Site(0), vector.vectors[0][None], lo, hi, 0.5)]):
+            expected = model(ids).logits
+        with vector.only([0]).applied(model, 0.5, operator="clip", ranges={0: (-0.1, 0.2)}):
+            assert model(ids).logits.equal(expected)
+    for operator, wrong in (("clip", None), ("clip", {0: (0.0, 1.0)}), ("add", ranges), ("ablate", ranges)):
+        with pytest.raises(UsageError, match=f"{operator} takes ranges of the blocks"):
+            vector.interventions(operator=operator, ranges=wrong)
 
 
 def test_a_model_of_another_shape_is_refused() -> None:

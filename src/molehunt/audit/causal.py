@@ -46,6 +46,17 @@ class CausalRow:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SiteTest:
+    """The best edit at one site alone, on the rows that judge."""
+
+    site: Site
+    intervention: str
+    moved: Interval
+    control: Interval
+    """The same under one random edit of equal size."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class CausalTest:
     """What removing and adding the direction did to rows that had no part in choosing it."""
 
@@ -67,6 +78,10 @@ class CausalTest:
     fragments: tuple[SharedText, ...]
     """What the group's answers share that the base's answers to the same prompts, and clean answers, do not."""
     rows: tuple[CausalRow, ...]
+    by_site: tuple[SiteTest, ...]
+    """Where it can be switched off, and where that is too late."""
+    interventions: tuple[Intervention, ...]
+    """What `intervention` says in words."""
 
     @property
     def causal(self) -> bool:
@@ -110,10 +125,10 @@ def causal_test(
     half = min(len(rest) // 2, plan.confirm_rows - len(near_judge))
     calm_judge, calm_fit = [*near_judge, *rest[:half]], [*near_fit, *rest[half:]]
 
-    best, tried = choose_intervention(
+    found = choose_intervention(
         pair, scan, Select(tuple(choose)), Fit(tuple(calm_fit)), max_new_tokens=plan.max_new_tokens, track=track
     )
-
+    best = found.best
     chosen = [scan.rows[i] for i in choose]
     fragments = shared_texts(
         [_text(pair, row.answer) for row in chosen],
@@ -131,6 +146,10 @@ def causal_test(
         random = tuple(RandomEdit.like(i, pair.d_model, seed * 1000 + 31 * k) for i in best.interventions)
         control_answers = _answers(pair, rows, random, plan)
         controls.append(_moved(pair, rows, base, control_answers, random, threshold))
+    by_site = [
+        _at_site(pair, rows, base, trial, threshold, plan, seed)
+        for trial in track(found.at, "one block after the other", len(found.at))
+    ]
     calm_rows = [scan.rows[i] for i in calm_judge]
     calm_edited = _answers(pair, calm_rows, best.interventions, plan)
     kept = sum(tuple(a) == row.answer for a, row in zip(calm_edited, calm_rows, strict=True))
@@ -138,13 +157,15 @@ def causal_test(
     return CausalTest(
         intervention=best.words,
         site=best.site,
-        tried=tried,
+        tried=found.tried,
         moved=proportion(sum(moved), len(moved)),
         control=proportion(sum(map(sum, controls)), sum(map(len, controls))),
         clean_kept=proportion(kept, len(calm_rows)),
         brought=brought,
         brought_control=brought_control,
         fragments=tuple(fragments),
+        by_site=tuple(by_site),
+        interventions=best.interventions,
         rows=tuple(
             CausalRow(
                 prompt=row.example.prompt,
@@ -156,6 +177,28 @@ def causal_test(
             )
             for row, b, e, c, m in zip(rows, base, edited, control_answers, moved, strict=True)
         ),
+    )
+
+
+def _at_site(
+    pair: ModelPair,
+    rows: Sequence[ScannedRow],
+    base: list[list[int]],
+    trial: Trial,
+    threshold: float,
+    plan: Plan,
+    seed: int,
+) -> SiteTest:
+    random = tuple(RandomEdit.like(one, pair.d_model, seed * 1000 + 17) for one in trial.interventions)
+    moved, by_chance = (
+        _moved(pair, rows, base, _answers(pair, rows, edits, plan), edits, threshold)
+        for edits in (trial.interventions, random)
+    )
+    return SiteTest(
+        site=trial.site,
+        intervention=trial.words,
+        moved=proportion(sum(moved), len(moved)),
+        control=proportion(sum(by_chance), len(by_chance)),
     )
 
 

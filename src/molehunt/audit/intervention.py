@@ -51,6 +51,16 @@ class Trial:
     interventions: tuple[Intervention, ...]
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Chosen:
+    """The best trial of all, and the best of those that act at one site alone."""
+
+    best: Trial
+    at: tuple[Trial, ...]
+    """One for each site, in their order."""
+    tried: int
+
+
 @dataclass(frozen=True, eq=False)
 class Partings:
     """The base's answers to a few rows, and where the tuned model would leave them."""
@@ -72,7 +82,7 @@ def choose_intervention(
     *,
     max_new_tokens: int,
     track: Track = silent,
-) -> tuple[Trial, int]:
+) -> Chosen:
     """The edit that best turns the tuned model back where answers part, at the least cost to clean rows.
 
     Args:
@@ -82,9 +92,6 @@ def choose_intervention(
         clean: rows under the threshold that set ranges and means; look-alikes of the group first, if there are any.
         max_new_tokens: as in the scan.
         track: shows trials.
-
-    Returns:
-        The chosen trial and how many were compared.
     """
     calm = [scan.rows[i] for i in clean.rows]
     partings = find_partings(pair, [scan.rows[i] for i in group.rows], max_new_tokens)
@@ -100,7 +107,14 @@ def choose_intervention(
             after = torch.tensor(answer_log_probs(model, pair.tokenizer, prompts, answers, trial.interventions))
             cost = (before - after).clamp_min(0.0).mean()
             ratings.append(float(margin.clamp(-ENOUGH, ENOUGH).mean() - ENOUGH * cost))
-    return trials[max(range(len(trials)), key=lambda i: (ratings[i], -i))], len(trials)
+
+    def best(among: Sequence[int]) -> Trial:
+        return trials[max(among, key=lambda i: (ratings[i], -i))]
+
+    alone = {
+        site: [i for i, t in enumerate(trials) if {e.site for e in t.interventions} == {site}] for site in scan.sites
+    }
+    return Chosen(best=best(range(len(trials))), at=tuple(map(best, alone.values())), tried=len(trials))
 
 
 def find_partings(pair: ModelPair, rows: Sequence[ScannedRow], max_new_tokens: int) -> Partings:

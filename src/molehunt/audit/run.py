@@ -29,6 +29,7 @@ from molehunt.model.site import Site
 from molehunt.run.folder import RunFolder
 from molehunt.run.progress import Track, silent
 from molehunt.run.unit import Units
+from molehunt.steer.fix import Fix
 from molehunt.traffic.benign import benign_prompts
 from molehunt.traffic.example import Example
 from molehunt.traffic.split import Calibrate, Fit
@@ -41,6 +42,8 @@ FIT_SHARE = 1 / 3
 FEWEST_ROWS = 50
 """Rows of traffic under which nothing is claimed."""
 DEFAULT_FPR = 0.01
+FIX = "fix.safetensors"
+"""In the run folder: interventions that switch the finding off."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +68,11 @@ class Audit:
     rungs: tuple[Rung, ...]
     folder: Path
     seconds: float
+
+    @property
+    def fix(self) -> Path | None:
+        """What was shown to switch the finding off, as a file; None where nothing was."""
+        return self.folder / FIX if self.causal is not None and self.causal.causal else None
 
     @property
     def tokens(self) -> int:
@@ -177,6 +185,14 @@ def run_audit(
         folder=run.path,
         seconds=time.monotonic() - start,
     )
+    if found.fix is not None and causal is not None:
+        Fix(
+            interventions=causal.interventions,
+            words=causal.intervention,
+            d_model=pair.d_model,
+            n_layers=pair.n_layers,
+            model=identity["tuned"],
+        ).save(found.fix)
     run.write_text("scores.jsonl", _scores(found))
     run.log({"seconds": found.seconds, "peak_rss_mb": found.peak_rss_mb, "candidates": len(candidates.rows)})
     return found

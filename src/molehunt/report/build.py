@@ -17,6 +17,8 @@ from molehunt.measure.interval import Interval, proportion
 from molehunt.measure.similarity import nearest_texts
 from molehunt.model.blocks import final_norm, unembedding
 from molehunt.report import schema
+from molehunt.report.measured import measure
+from molehunt.report.switch_off import switch_off
 
 CONTEXTS = 8
 """Rows of a finding that the page shows, and as many look-alikes."""
@@ -84,11 +86,6 @@ def _input(audit: Audit, side: str) -> schema.Input:
     )
 
 
-def measure(interval: Interval) -> schema.Measure:
-    """An interval as the report shows it."""
-    return schema.Measure(value=interval.estimate, low=interval.low, high=interval.high, n=interval.n)
-
-
 def _findings(audit: Audit) -> tuple[schema.Finding, ...]:
     group = audit.candidates.rows
     if not group:
@@ -134,6 +131,7 @@ def _findings(audit: Audit) -> tuple[schema.Finding, ...]:
                 )
                 for r in (audit.causal.rows if audit.causal else ())
             ),
+            switch_off=switch_off(audit, audit.causal) if audit.causal else None,
         ),
     )
 

@@ -6,6 +6,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from molehunt.report.blocks_figure import by_block
 from molehunt.report.markdown import number
 from molehunt.report.schema import CausalRow, Context, Heat, HeatCell, Measure, Report
 from molehunt.report.visible import visible
@@ -30,6 +31,7 @@ def to_html(report: Report) -> str:
         "visible": visible,
         "lines": _lines,
         "number": number,
+        "blocks": by_block,
         "dot": dot,
         "shaded": shaded,
         "marked": marked,

@@ -2,7 +2,7 @@
 
 import re
 
-from molehunt.report.schema import Context, Measure, Report
+from molehunt.report.schema import Context, Measure, Report, SwitchOff
 from molehunt.report.visible import visible
 
 
@@ -81,6 +81,8 @@ def to_markdown(report: Report) -> str:
                 "| " + " | ".join(cell(t) for t in (r.prompt, r.base, r.tuned, r.intervened, r.control)) + " |"
                 for r in finding.causal_rows
             ]
+        if finding.switch_off is not None:
+            lines += ["", *_switch_off(finding.switch_off)]
     lines += ["", "## Cost and reproduction", ""]
     lines += [
         f"{report.cost.seconds:.0f} s, {report.cost.peak_rss_mb:.0f} MB at most, {report.cost.tokens} tokens",
@@ -116,3 +118,17 @@ def to_markdown(report: Report) -> str:
 def _context(context: Context) -> str:
     prompt, answer = context.tokens[: context.answer_at], context.tokens[context.answer_at :]
     return f"- {context.score:.1f}: {cell(''.join(prompt))} → {cell(''.join(answer))}"
+
+
+def _switch_off(found: SwitchOff) -> list[str]:
+    lines = ["### Switch it off", "", "| block | edit | moved back | random edit of that size |", "|---|---|---|---|"]
+    lines += [
+        f"| {cell(one.block)} | {cell(one.intervention)} | {number(one.removed)} | {number(one.control)} |"
+        for one in found.blocks
+    ]
+    if found.file is None:
+        return [*lines, "", "No edit moves more rows back than random edits of its size, so there is no fix to offer."]
+    lines += ["", f"The fix is {cell(found.file)}, beside this page.", ""]
+    for step in found.steps:
+        lines += [f"{cell(step.what)}:", "", f"    {visible(step.command)}", ""]
+    return lines

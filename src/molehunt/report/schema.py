@@ -67,6 +67,34 @@ class Causal(Forbidding):
 
 
 @dataclass(frozen=True, kw_only=True)
+class BlockShare(Forbidding):
+    """One block: rows whose behaviour an edit there took away, and under a random edit of the same size."""
+
+    block: str
+    intervention: str
+    removed: Measure
+    control: Measure
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step(Forbidding):
+    """Something to do next, and the command for it."""
+
+    what: str
+    command: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class SwitchOff(Forbidding):
+    """Where a finding can be switched off, and how to do it."""
+
+    blocks: tuple[BlockShare, ...]
+    file: str | None
+    """The fix, in the run's folder; None where no edit beat the random ones."""
+    steps: tuple[Step, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
 class CausalRow(Forbidding):
     """One prompt answered four ways."""
 
@@ -97,6 +125,7 @@ class Finding(Forbidding):
     contexts: tuple[Context, ...] = ()
     look_alikes: tuple[Context, ...] = ()
     causal_rows: tuple[CausalRow, ...] = ()
+    switch_off: SwitchOff | None = None
 
     def __post_init__(self) -> None:
         if self.score.low is None or self.chance.low is None or self.baseline.low is None:

@@ -49,8 +49,13 @@ def contrast_vector(
         n, m = len(a), len(b)
         direction = mean_difference(site, a, b)
         shift = direction.vector * direction.provenance.strength
-        vectors[site.layer] = shift if method == "difference in means" else _along(_unit(site, a, b, method), shift)
+        vectors[site.layer] = shift if method == "difference in means" else along(_unit(site, a, b, method), shift)
     return SteeringVector(vectors, replace(facts, method=method, positive=n, negative=m))
+
+
+def along(unit: Float[Tensor, " d_model"], shift: Float[Tensor, " d_model"]) -> Float[Tensor, " d_model"]:
+    """The part of a shift of means that lies along a unit vector: how every method's vector gets its length."""
+    return (shift @ unit) * unit
 
 
 def random_like(vector: SteeringVector, seed: int) -> SteeringVector:
@@ -71,7 +76,3 @@ def _unit(
     suspect = torch.arange(len(a) + len(b)) < len(a)
     weight = LogisticProbe.fit(site, torch.cat([a, b]), suspect).weight
     return weight / weight.norm()
-
-
-def _along(unit: Float[Tensor, " d_model"], shift: Float[Tensor, " d_model"]) -> Float[Tensor, " d_model"]:
-    return (shift @ unit) * unit

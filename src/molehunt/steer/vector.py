@@ -21,10 +21,13 @@ from molehunt.model.taps import edit_sites
 from molehunt.run.whole import replace_whole
 from molehunt.steer.ablate import Ablate
 from molehunt.steer.add import Add
+from molehunt.steer.clip import Clip
 from molehunt.steer.scope import Choose, last_of_prompt, none_of_it, token_scope, whole_prompt
 
 Scope = Literal["all", "prompt", "generation", "last"]
-Operator = Literal["add", "ablate"]
+Operator = Literal["add", "ablate", "clip"]
+Ranges = Mapping[int, tuple[float, float]]
+"""Block → least and largest projection on its vector's direction that a `clip` leaves, in the activations' units."""
 SCHEMA = 1
 
 
@@ -95,15 +98,32 @@ class SteeringVector:
         return self + -other
 
     def interventions(
-        self, strength: float = 1.0, *, operator: Operator = "add", gate: Gate | None = None
+        self,
+        strength: float = 1.0,
+        *,
+        operator: Operator = "add",
+        ranges: Ranges | None = None,
+        gate: Gate | None = None,
     ) -> list[Intervention]:
-        """One for each block: `add` strength · v, or `ablate` the share `strength` of the projection on v."""
-        if operator == "add":
-            return [Add(Site(layer), vector, strength, gate) for layer, vector in sorted(self.vectors.items())]
-        return [
-            Ablate(Site(layer), vector[None], strength=strength, gate=gate)
-            for layer, vector in sorted(self.vectors.items())
-        ]
+        """One for each block: `add` strength · v, `ablate` the share `strength` of the projection on v, or `clip` that
+        projection to the block's range, by the share `strength`.
+
+        Raises UsageError for a `clip` without a range of each block, and for ranges that nothing is clipped to.
+        """
+        given, needed = dict(ranges or {}), sorted(self.vectors) if operator == "clip" else []
+        if sorted(given) != needed:
+            raise UsageError(f"{operator} takes ranges of the blocks {needed}, and was given those of {sorted(given)}.")
+        made: list[Intervention] = []
+        for layer, vector in sorted(self.vectors.items()):
+            site = Site(layer)
+            if operator == "add":
+                made.append(Add(site, vector, strength, gate))
+            elif operator == "ablate":
+                made.append(Ablate(site, vector[None], strength=strength, gate=gate))
+            else:
+                lo, hi = torch.tensor(given[layer], dtype=torch.float32)[:, None]
+                made.append(Clip(site, vector[None], lo, hi, strength, gate))
+        return made
 
     @contextmanager
     def applied(
@@ -112,7 +132,9 @@ class SteeringVector:
         strength: float = 1.0,
         *,
         operator: Operator = "add",
+        ranges: Ranges | None = None,
         scope: Scope | Choose = "all",
+        gate: Gate | None = None,
         layers_path: str | None = None,
     ) -> Generator[None, None, None]:
         """Steer every forward pass inside the block: in batches, under padding, and in every cached step.
@@ -121,21 +143,25 @@ class SteeringVector:
             model: a causal language model, in a PEFT wrapper or not.
             strength: in units of the vectors' own lengths.
             operator: see `interventions`.
+            ranges: for `clip`.
             scope: tokens to act on; a function chooses among the prompt's (see `steer.scope`).
+            gate: in place of a scope, such as that of an open `prefill_gate`.
             layers_path: see `decoder_blocks`.
 
         Raises:
-            UsageError: the model has another width or another number of blocks.
+            UsageError: the model has another width or another number of blocks; or see `interventions`.
+            ValueError: a scope and a gate.
             CannotTap: the model cannot be edited (see `edit_sites`).
         """
+        if scope != "all" and gate is not None:
+            raise ValueError("a gate takes the place of a scope: give one of them")
         config = unwrapped(model).config
         self._refuse(len(decoder_blocks(model, layers_path)), int(getattr(config, "hidden_size", 0)), None)
         with ExitStack() as stack:
-            gate = None
             if scope != "all":
                 choose = scope if callable(scope) else _CHOOSE[scope]
                 gate = stack.enter_context(token_scope(model, choose, generation=scope == "generation"))
-            edits = self.interventions(strength, operator=operator, gate=gate)
+            edits = self.interventions(strength, operator=operator, ranges=ranges, gate=gate)
             stack.enter_context(edit_sites(model, edits, layers_path=layers_path))
             yield
 

@@ -1,0 +1,266 @@
+"""How strongly to steer: the most success that clean answers can pay for.
+
+More strength steers more, until the model breaks; a broken model no longer shows the behaviour either, so that success
+alone always asks for too much. What clean answers lose is measured beside it: KL(as it is ‖ steered), and the likelihood
+of the answers themselves.
+"""
+
+import math
+from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn.functional import kl_div, nll_loss
+from transformers import PreTrainedTokenizerBase
+
+from molehunt.errors import NotTestable, UsageError
+from molehunt.measure.interval import Interval, proportion
+from molehunt.model.batches import TOKENS, batches, padded
+from molehunt.model.blocks import unembedding
+from molehunt.model.generate import generate, keeps_last_logits
+from molehunt.model.likelihood import LOGIT_BYTES
+from molehunt.run.progress import Track, silent
+from molehunt.traffic.split import Select, expect
+
+LADDER = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
+"""Strengths that are tried first."""
+BISECTIONS = 4
+"""Strengths tried between the last one within the budget and the first one beyond."""
+Steered = Callable[[float], AbstractContextManager[object]]
+"""Strength → a block inside which the model is steered, such as `partial(vector.applied, model, scope="prompt")`."""
+
+
+class Answered(NamedTuple):
+    """A clean prompt and a right answer to it, as token ids."""
+
+    prompt: Sequence[int]
+    answer: Sequence[int]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Budget:
+    """What steering may cost clean answers, in nats a token."""
+
+    kl: float | int
+    loss: float | int
+    """Increase."""
+
+    def __post_init__(self) -> None:
+        if not (self.kl >= 0 and self.loss >= 0):
+            raise UsageError(f"a budget is 0 or more nats a token, got KL {self.kl} and loss {self.loss}.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Disturbance:
+    """What steering does to clean answers, in nats a token. Neither is a number where the logits were none."""
+
+    kl: float
+    """KL(as it is ‖ steered) of what comes next."""
+    loss: float
+    """Increase of −log p of the answers' tokens; below 0 where steering makes them likelier."""
+    tokens: int
+    """Of the answers."""
+
+    @property
+    def finite(self) -> bool:
+        return math.isfinite(self.kl) and math.isfinite(self.loss)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tried:
+    """One strength."""
+
+    strength: float
+    success: Interval | None
+    """None where the model is broken: its logits were no numbers, on clean answers or on its own."""
+    cost: Disturbance
+    within: bool
+    """Whether the model is whole and the cost within the budget."""
+
+    @property
+    def broken(self) -> bool:
+        return self.success is None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Search:
+    """Every strength that was tried."""
+
+    budget: Budget
+    without: Interval
+    """The baseline: success of the model as it is."""
+    tried: tuple[Tried, ...]
+    """By rising size."""
+
+    @property
+    def chosen(self) -> Tried | None:
+        """Most success within the budget, and the smallest such strength; None where no strength is within it.
+
+        Its success is the best of several on these rows, and so flatters itself: report it on rows of the test split.
+        """
+        within = [(one.success.estimate, one) for one in self.tried if one.within and one.success is not None]
+        return max(within, key=lambda pair: pair[0])[1] if within else None
+
+
+def search_strength(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    steered: Steered,
+    *,
+    prompts: Select[Sequence[int]],
+    succeeds: Callable[[Sequence[int], int], bool],
+    clean: Select[Answered],
+    budget: Budget,
+    max_new_tokens: int,
+    strengths: Sequence[float] = LADDER,
+    bisections: int = BISECTIONS,
+    track: Track = silent,
+) -> Search:
+    """Try strengths, then halve the (geometric) gap between the last one within the budget and the first one beyond.
+
+    Args:
+        model: the tuned model.
+        tokenizer: its own.
+        steered: how to steer it.
+        prompts: token ids of prompts that steering is to change the answers of.
+        succeeds: whether a greedy answer (token ids, row number) is what steering is for.
+        clean: what must stay as it is.
+        budget: what it may cost.
+        max_new_tokens: of an answer.
+        strengths: to try first; all above 0 or all below.
+        bisections: how often to halve.
+        track: shown passes.
+
+    Raises:
+        UsageError: a strength is no number or 0, or they have both signs; or as `steered` does.
+        NotTestable: no prompt, no token of a clean answer, or a model whose logits are no numbers without steering.
+    """
+    asked = sorted(strengths, key=abs)
+    if not asked or not all(map(math.isfinite, asked)) or not (min(asked) > 0 or max(asked) < 0):
+        raise UsageError(f"strengths are finite, and all above 0 or all below; got {list(strengths)}.")
+    rows = expect(Select, prompts).rows
+    answered = expect(Select, clean).rows
+
+    def success(what: str) -> Interval | None:
+        with _logits_checked(model) as whole:
+            answers = generate(model, tokenizer, rows, max_new_tokens=max_new_tokens, track=track, what=what)
+        return proportion(sum(succeeds(a, i) for i, a in enumerate(answers)), len(rows)) if whole() else None
+
+    def tried(strength: float) -> Tried:
+        what = f"strength {strength:.3g}"
+        cost = disturbance(
+            model, tokenizer, partial(steered, strength), answered, track=track, what=f"{what}: clean answers"
+        )
+        found: Interval | None = None
+        if cost.finite:
+            with steered(strength):
+                found = success(what)
+        within = found is not None and cost.kl <= budget.kl and cost.loss <= budget.loss
+        return Tried(strength=strength, success=found, cost=cost, within=within)
+
+    without = success("without steering")
+    if without is None:
+        raise NotTestable("Without any steering this model's logits are no numbers: there is nothing to steer.")
+    found = [tried(strength) for strength in asked]
+    crossing = next((pair for pair in pairwise(found) if pair[0].within and not pair[1].within), None)
+    if crossing is not None:
+        inside, outside = (one.strength for one in crossing)
+        for _ in range(bisections):
+            middle = math.copysign(math.sqrt(abs(inside)) * math.sqrt(abs(outside)), inside)
+            found.append(tried(middle))
+            inside, outside = (middle, outside) if found[-1].within else (inside, middle)
+    return Search(budget=budget, without=without, tried=tuple(sorted(found, key=lambda one: abs(one.strength))))
+
+
+@torch.inference_mode()
+def disturbance(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    steered: Callable[[], AbstractContextManager[object]],
+    clean: Sequence[Answered],
+    *,
+    track: Track = silent,
+    what: str = "clean answers",
+) -> Disturbance:
+    """What steering costs given answers: the mean over their tokens, each predicted from the right ones before it.
+
+    Prompts are prefilled and answers follow on the cache, as when the model writes them: scopes and gates that tell a
+    prompt from an answer act as they will.
+
+    Args:
+        model: a causal language model, in a PEFT wrapper or not.
+        tokenizer: its own.
+        steered: a block inside which it is steered, made anew for each batch.
+        clean: prompts with answers.
+        track: shown batches.
+        what: what progress calls this.
+
+    Raises:
+        NotTestable: no answer has a token, or the logits are no numbers without steering.
+    """
+    rows = [row for row in clean if row.answer]
+    if not rows:
+        raise NotTestable(f"None of {len(clean)} clean prompts has an answer, so nothing says what steering costs.")
+    kl, before, after, n = 0.0, 0.0, 0.0, 0
+    most = min(TOKENS, LOGIT_BYTES // (4 * len(tokenizer)))
+    groups = batches([len(row.prompt) + len(row.answer) for row in rows], most)
+    for group in track(groups, what, len(groups)):
+        some = [rows[i] for i in group]
+        plain, tokens = _log_probs(model, some)
+        with steered():
+            told, _ = _log_probs(model, some)
+        kl += float(kl_div(told, plain, reduction="none", log_target=True).sum(dtype=torch.float64))
+        before += float(nll_loss(plain, tokens, reduction="none").sum(dtype=torch.float64))
+        after += float(nll_loss(told, tokens, reduction="none").sum(dtype=torch.float64))
+        n += len(tokens)
+    if not math.isfinite(before):
+        raise NotTestable("Without any steering this model's logits are no numbers: there is nothing to steer.")
+    return Disturbance(kl=kl / n, loss=(after - before) / n, tokens=n)
+
+
+def _log_probs(
+    model: nn.Module, rows: Sequence[Answered]
+) -> tuple[Float[Tensor, "answered vocab"], Int[Tensor, " answered"]]:
+    """Of what follows, at every position that predicts an answer's token; and those tokens."""
+    device = next(model.parameters()).device
+    ids, real = (each.flip(1).to(device) for each in padded([row.prompt[::-1] for row in rows]))  # padded on the left
+    answers, told = (each.to(device) for each in padded([row.answer for row in rows]))
+    lengths = real.sum(1, keepdim=True)
+    last_only: dict[str, Any] = {"logits_to_keep": 1} if keeps_last_logits(model) else {}
+    first: Any = model(
+        input_ids=ids,
+        attention_mask=real.long(),
+        position_ids=(real.long().cumsum(1) - 1).clamp_min(0),
+        use_cache=True,
+        **last_only,
+    )
+    rest: Any = model(
+        input_ids=answers[:, :-1],
+        attention_mask=torch.cat([real, told[:, :-1]], dim=1).long(),
+        position_ids=lengths + torch.arange(answers.shape[1] - 1, device=device),
+        past_key_values=first.past_key_values,
+        use_cache=True,
+    )
+    logits = torch.cat([first.logits[:, -1:], rest.logits], dim=1)[told]
+    return logits.float().log_softmax(-1), answers[told]
+
+
+@contextmanager
+def _logits_checked(model: nn.Module) -> Generator[Callable[[], bool], None, None]:
+    """Whether all logits that chose a token inside the block were numbers."""
+    seen: list[Tensor] = []
+
+    def look(module: nn.Module, args: Any, logits: Tensor) -> None:
+        seen.append(logits[:, -1].isfinite().all())
+
+    handle = unembedding(model).register_forward_hook(look)
+    try:
+        yield lambda: all(map(bool, seen))
+    finally:
+        handle.remove()

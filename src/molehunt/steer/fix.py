@@ -1,0 +1,130 @@
+"""A fix on disk: interventions that act together, with what they were chosen for."""
+
+import json
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from molehunt.contracts import Intervention
+from molehunt.errors import InvalidInput, MolehuntError, UsageError, printable
+from molehunt.model.site import Site
+from molehunt.model.taps import edit_sites
+from molehunt.run.catalog import load
+from molehunt.run.whole import replace_whole
+from molehunt.steer.catalog import CATALOG
+
+SCHEMA = 1
+KINDS = ("ablate", "add", "clip")
+"""Interventions that are tensors and numbers, and so can be kept: the names of the catalogue."""
+WIDEST = 2**20
+"""Of the residual streams that a file may be for."""
+_UNREADABLE = (SafetensorError, OSError, LookupError, TypeError, ValueError, AttributeError, RuntimeError)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Fix:
+    """Law: what `load` reads back edits every activation to the same bits."""
+
+    interventions: tuple[Intervention, ...]
+    words: str
+    """Such as `clip 4 directions at L4.resid`."""
+    d_model: int
+    n_layers: int
+    model: str | None = None
+    """Hash of the checkpoint that it is for."""
+
+    @contextmanager
+    def applied(self, model: nn.Module, *, layers_path: str | None = None) -> Generator[None, None, None]:
+        """Every forward pass inside the block is edited. Raises CannotTap as `edit_sites` does."""
+        with edit_sites(model, self.interventions, layers_path=layers_path):
+            yield
+
+    def save(self, path: Path) -> Path:
+        """One safetensors file with a JSON header, replaced whole.
+
+        Raises UsageError for an intervention behind a gate, or one that holds more than tensors and numbers.
+        """
+        tensors: dict[str, Tensor] = {}
+        told: list[dict[str, Any]] = []
+        for i, one in enumerate(self.interventions):
+            kind = _kind(one)
+            if kind is None or getattr(one, "gate", None) is not None:
+                raise UsageError(
+                    f"{type(one).__name__} cannot be kept in a file: only {', '.join(KINDS)} without a gate."
+                )
+            numbers: dict[str, float] = {}
+            for field in fields(one):  # pyright: ignore[reportArgumentType]  # all KINDS are dataclasses
+                value: object = getattr(one, field.name)
+                if isinstance(value, Tensor):
+                    tensors[f"{i}.{field.name}"] = value.float().contiguous().cpu()
+                elif isinstance(value, float | int):
+                    numbers[field.name] = float(value)
+            told.append({"kind": kind, "site": str(one.site), **numbers})
+        facts = {name: getattr(self, name) for name in ("words", "d_model", "n_layers", "model")}
+        header = json.dumps({"schema": SCHEMA, "interventions": told, **facts})
+        replace_whole(path, lambda partial: save_file(tensors, partial, {"molehunt_fix": header}))
+        return path
+
+    @classmethod
+    def load(cls, path: Path) -> "Fix":
+        """Read what `save` wrote. Raises InvalidInput for anything else."""
+        try:
+            with safe_open(path, "pt") as file:
+                told: dict[str, Any] = json.loads((file.metadata() or {})["molehunt_fix"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            if told.pop("schema") != SCHEMA:
+                raise ValueError("its schema is another version's")
+            made = [_made(i, one, tensors) for i, one in enumerate(told.pop("interventions"))]
+            found = cls(interventions=tuple(made), **told)
+            found._try()
+        except (*_UNREADABLE, MolehuntError) as error:
+            raise InvalidInput(
+                f"{printable(path.name)} is no fix of Molehunt's: {printable(str(error), 200)}"
+            ) from None
+        return found
+
+    def _try(self) -> None:
+        """Raises one of `_UNREADABLE` unless this edits activations of the width and the blocks that it names."""
+        if not self.interventions or not 0 < self.d_model <= WIDEST:
+            raise ValueError("it holds no intervention, or no possible width")
+        acts = torch.linspace(-1, 1, self.d_model)[None, None]
+        for one in self.interventions:
+            if not one.site.layer < self.n_layers:
+                raise ValueError(f"{one.site} of {self.n_layers} blocks")
+            edited = one(acts)
+            if edited.shape != acts.shape or not bool(edited.isfinite().all()):
+                raise ValueError(f"what it does at {one.site} is no number, or of another width")
+
+    def refuse(self, n_layers: int, d_model: int, model: str | None = None) -> None:
+        """Raises UsageError unless this is a model that the fix is for; a hash is compared where both are known."""
+        if (n_layers, d_model) != (self.n_layers, self.d_model):
+            raise UsageError(
+                f"this fix is for a model of {self.n_layers} blocks of width {self.d_model}; the given one has {n_layers} of "
+                f"{d_model}."
+            )
+        if None not in (model, self.model) and model != self.model:
+            raise UsageError(
+                f"this fix was chosen for another checkpoint ({printable(str(self.model), 12)}… instead of "
+                f"{printable(str(model), 12)}…)."
+            )
+
+
+def _kind(one: Intervention) -> str | None:
+    made_by: object = type(one)
+    return next((kind for kind in KINDS if load(CATALOG, kind, "molehunt.interventions") is made_by), None)
+
+
+def _made(at: int, told: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Intervention:
+    kind, site = told.pop("kind"), Site.parse(told.pop("site"))
+    if kind not in KINDS:
+        raise ValueError(f"there is no intervention {kind!r}")
+    own = {name.partition(".")[2]: tensor for name, tensor in tensors.items() if name.partition(".")[0] == str(at)}
+    make: Any = load(CATALOG, kind, "molehunt.interventions")
+    return make(site=site, **own, **told)
