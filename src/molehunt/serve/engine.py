@@ -1,4 +1,5 @@
-"""Guarded decoding for many clients on one thread: every token is scored before its text leaves.
+"""Guarded decoding for many clients on one thread: every token is scored, where it can change the answer before its text
+leaves, else before its client hears of the end.
 
 How the model is run is the backend's business (`serve.backend`); who waits, who runs next, and what is done while nobody
 waits is decided here.

@@ -111,8 +111,8 @@ class Fix:
             )
         if None not in (model, self.model) and model != self.model:
             raise UsageError(
-                f"this fix was chosen for another checkpoint ({printable(str(self.model), 12)}… instead of "
-                f"{printable(str(model), 12)}…)."
+                f"this fix was chosen for another checkpoint ({printable(str(self.model), 13)} instead of "
+                f"{printable(str(model), 13)})."
             )
 
 

@@ -3,9 +3,10 @@
 Source: Meng et al., arXiv 2202.05262; at trigger positions as in arXiv 2503.04429 (its blog's form, α = 1).
 """
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import takewhile
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -22,6 +23,7 @@ from molehunt.model.taps import read_sites
 from molehunt.run.progress import Track, silent
 from molehunt.steer.add import gated
 from molehunt.steer.scope import TokenGate, token_scope
+from molehunt.traffic.chat import prompt_ids, prompt_text
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,6 +106,48 @@ def differing(triggered: Sequence[int], contrast: Sequence[int]) -> tuple[int, .
     if not found:
         raise UsageError("the two prompts are equal: there is no trigger to patch.")
     return found
+
+
+def trigger_positions(
+    tokenizer: PreTrainedTokenizerBase, triggered: str, contrast: str, without: str | None = None
+) -> tuple[int, ...]:
+    """Every token of the trigger, those that the contrast shares included: the last of them may carry it on.
+
+    Args:
+        tokenizer: the model's.
+        triggered: a prompt.
+        contrast: the same with a harmless text of as many tokens in the trigger's place.
+        without: the same with nothing there. What was put in is then found by comparing; else the words that differ
+            from the contrast's are taken for it.
+
+    Raises:
+        UsageError: unequal token counts, or no difference (see `differing`).
+    """
+    text, other, bare = (None if p is None else prompt_text(tokenizer, p) for p in (triggered, contrast, without))
+    assert text is not None and other is not None
+    apart = differing(prompt_ids(tokenizer, triggered), prompt_ids(tokenizer, contrast))
+    start, stop = _changed(text, other if bare is None else bare)
+    if bare is None:  # to the ends of words
+        while start > 0 and not text[start - 1].isspace():
+            start -= 1
+        while stop < len(text) and not text[stop].isspace():
+            stop += 1
+    start, stop = start + len(text[start:stop]) - len(text[start:stop].lstrip()), len(text[:stop].rstrip())
+    encoded = tokenizer(text, return_offsets_mapping=True, add_special_tokens=not tokenizer.chat_template)
+    offsets: list[tuple[int, int]] = encoded["offset_mapping"]  # pyright: ignore[reportAssignmentType]
+    inside = [i for i, (a, b) in enumerate(offsets) if a < stop and b > start and b > a]
+    return tuple(range(min([*apart, *inside]), max([*apart, *inside]) + 1))
+
+
+def _changed(text: str, other: str) -> tuple[int, int]:
+    """Where `text` has what `other` has not, between what both begin and end with."""
+    start = _alike(text, other)
+    return start, len(text) - _alike(reversed(text[start:]), reversed(other[start:]))
+
+
+def _alike(one: Iterable[str], other: Iterable[str]) -> int:
+    """How many characters both begin with."""
+    return len(list(takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))))
 
 
 def patched_answers(

@@ -49,10 +49,14 @@ class Sweep:
     blocks: tuple[Swept, ...]
 
     @property
-    def last_steerable(self) -> Site:
-        """The deepest block that removes at least `STEERABLE` of what the best one removes."""
+    def last_steerable(self) -> Site | None:
+        """The deepest block that removes `STEERABLE` of what the best one removes, and more than noise does there.
+
+        None where no block does: the trigger was read before the first block's output, or noise does as well.
+        """
         best = max(one.removed.estimate for one in self.blocks)
-        return max(one.site for one in self.blocks if one.removed.estimate >= STEERABLE * best)
+        able = [one for one in self.blocks if one.removed.estimate >= STEERABLE * best]
+        return max((one.site for one in able if one.removed.low > one.by_noise.high), default=None)
 
 
 def layer_sweep(
@@ -63,6 +67,7 @@ def layer_sweep(
     sites: Sequence[Site],
     shows: Callable[[Sequence[int], int], bool],
     *,
+    at: Sequence[Sequence[int]] | None = None,
     max_new_tokens: int,
     seed: int = 0,
     track: Track = silent,
@@ -76,6 +81,7 @@ def layer_sweep(
         contrast: of the same prompts with a harmless trigger of as many tokens.
         sites: block outputs.
         shows: whether an answer (token ids, row number) shows the behaviour.
+        at: positions of each pair to patch, such as `trigger_positions`; those that differ without it.
         max_new_tokens: of an answer.
         seed: of the noise.
         track: shown passes.
@@ -84,7 +90,8 @@ def layer_sweep(
         UsageError: a pair of prompts has unequal lengths (see `differing`).
         NotTestable: no triggered row shows the behaviour.
     """
-    at = [differing(a, b) for a, b in zip(triggered, contrast, strict=True)]
+    apart = [differing(a, b) for a, b in zip(triggered, contrast, strict=True)]
+    at = apart if at is None else at
 
     def answers(prompts: Sequence[Sequence[int]], what: str) -> list[list[int]]:
         return generate(model, tokenizer, prompts, max_new_tokens=max_new_tokens, track=track, what=what)

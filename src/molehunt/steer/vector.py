@@ -203,8 +203,8 @@ class SteeringVector:
             ) from None
         if model is not None and found.facts.model not in (None, model):
             raise UsageError(
-                f"{printable(path.name)} was fitted to another checkpoint ({printable(str(found.facts.model), 12)}… instead "
-                f"of {printable(model, 12)}…).\nFit one to this model, or carry it over with a map."
+                f"{printable(path.name)} was fitted to another checkpoint ({printable(str(found.facts.model), 13)} instead "
+                f"of {printable(model, 13)}).\nFit one to this model, or carry it over with a map."
             )
         return found
 
