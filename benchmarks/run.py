@@ -2,7 +2,7 @@
 
 python benchmarks/run.py [--quick] [--json] [--only PARTS] [--peers PYTHON] [--nnsight PYTHON] [--device cuda]
 
-Parts: directions, lora, memory, taps, training, harvest, store, together, scoring, watch, serve. A peer that no Python was given for, and that
+Parts: directions, lora, memory, taps, training, harvest, store, together, scoring, watch, serve, transfer. A peer that no Python was given for, and that
 this one lacks, has a row that says how to install it.
 """
 
@@ -19,6 +19,7 @@ import dictionaries
 import directions
 import fold
 import harvesting
+import mapping
 import memory
 import serving
 import stores
@@ -36,7 +37,9 @@ def main() -> None:
     parser.add_argument("--peers", type=Path, help="a Python that has sae-lens and dictionary-learning")
     parser.add_argument("--nnsight", type=Path, help="a Python that has torch, transformers, jaxtyping, nnsight")
     parser.add_argument("--scratch", type=Path, help="folder for synthetic pairs and stores (deleted afterwards)")
-    parser.add_argument("--device", default="cpu", help="of training, harvest, scoring, watch and serve: cpu or cuda")
+    parser.add_argument(
+        "--device", default="cpu", help="of training, harvest, scoring, watch, serve, transfer: cpu or cuda"
+    )
     parser.add_argument(
         "--cpu-time", action="store_true", help="count CPU seconds: for a machine with other work on it"
     )
@@ -58,6 +61,7 @@ def main() -> None:
         "scoring": lambda: fold.against_loop_and_outputs(**where),
         "watch": lambda: watching.scan_state_and_memory(**where),
         "serve": lambda: serving.guarded_against_unguarded(**where),
+        "transfer": lambda: mapping.closed_form_and_grid(**where),
     }
     asked = args.only.split(",") if args.only else list(parts)
     unknown = set(asked) - parts.keys()

@@ -48,3 +48,10 @@ def test_a_slow_tokenizer_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(type(S), "is_fast", False)
     with pytest.raises(UsageError, match="cannot be aligned"):
         align(S, X, "a")
+
+
+def test_special_tokens_are_not_paired_even_where_they_are_written_out() -> None:
+    found = align(S, X, "one river <|end|> two rivers")
+    (source_at,), (target_at,) = ([i for i, id in enumerate(ids) if id == 0] for ids in (found.source, found.target))
+    assert source_at not in dict(found.pairs) and target_at not in dict(found.pairs).values()
+    assert {S.decode(found.source[: i + 1]) for i, _ in found.pairs} >= {"one river", "one river <|end|> two"}

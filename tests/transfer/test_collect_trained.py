@@ -1,13 +1,17 @@
 """Reading two models at once, and maps trained by gradient."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from molehunt.activation.scale import sinks
-from molehunt.errors import NotTestable
+from molehunt.errors import NotTestable, UsageError
 from molehunt.model.site import Site
 from molehunt.transfer.alignment import Aligned
-from molehunt.transfer.collect import moments_of, paired
+from molehunt.transfer.collect import PairActs, acts_of, moments_of, paired
+from molehunt.transfer.linear_map import LinearMap
+from molehunt.transfer.map_file import Models
 from molehunt.transfer.ridge import ridge_path
 from molehunt.transfer.statistics import PairMoments
 from molehunt.transfer.trained import TrainedConfig, quality, train_map
@@ -68,31 +72,120 @@ def test_rows_that_nothing_pairs_are_refused() -> None:
     model = tiny_model("llama", 0)
     with pytest.raises(NotTestable, match="no position of 1 rows"):
         moments_of(model, model, [Aligned(source=(1, 2), target=(1, 2), pairs=())], sources=SITES, targets=SITES)
+    with pytest.raises(NotTestable, match="no position of 1 rows"):
+        acts_of(model, model, [Aligned(source=(1, 2), target=(1, 2), pairs=())], *SITES)
 
 
-def data(n: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+def test_the_activations_of_one_pair_are_those_of_the_grid_and_know_their_texts() -> None:
+    source, target = tiny_model("llama", 0), tiny_model("llama", 1)
+    some, models = rows(12), Models(source="a", target="b")
+    got = acts_of(source, target, some, SITES[0], SITES[1], models=models)
+    grid = moments_of(source, target, some, sources=SITES[:1], targets=SITES[1:], models=models)
+    for name in ("source", "target", "cross", "target_mean"):
+        ours, theirs = getattr(got.moments(), name), getattr(grid.pair(*SITES), name)
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+    assert got.moments().models == grid.pair(*SITES).models == models
+    for i in (0, 5):
+        (alone,) = paired(source, target, some[i : i + 1], sources=SITES[:1], targets=SITES[1:])
+        torch.testing.assert_close(got.x[got.row == i], alone.x[0], rtol=1e-4, atol=1e-5)
+
+
+def test_no_block_after_the_deepest_site_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    source, target = tiny_model("llama", 0), tiny_model("llama", 1)
+
+    def never(*_, **__):
+        raise AssertionError("a block ran that nobody reads")
+
+    for model in (source, target):
+        monkeypatch.setattr(model.model.layers[2], "forward", never)
+    assert moments_of(source, target, rows(4), sources=SITES[:1], targets=SITES[1:]).count
+
+
+def data(n: int, seed: int) -> PairActs:
     rng, fixed = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(5)
     weight = torch.randn(8, 6, generator=fixed)
     x = torch.randn(n, 8, generator=rng) + 1
-    return x, x @ weight + 0.1 * torch.randn(n, 6, generator=rng)
+    y = x @ weight + 0.1 * torch.randn(n, 6, generator=rng)
+    return PairActs(source_site=Site(0), target_site=Site(1), x=x, y=y, row=torch.arange(n) // 10)
 
 
 @pytest.mark.parametrize("kind", ["affine", "autoencoder"])
 def test_training_learns_what_is_linear_and_ridge_is_at_least_as_good(kind) -> None:
-    x, y = data(2000, 0)
-    held_out = data(500, 1)
-    config = TrainedConfig(kind=kind, lr=1e-2, epochs=30, batch=200)
-    map = train_map(Site(0), Site(1), x, y, held_out, config)
-    fvu, cosine = quality(map, *held_out)
-    best = PairMoments.of(Site(0), Site(1), *held_out).fvu(ridge_path(PairMoments.of(Site(0), Site(1), x, y), [0.0])[0])
+    fit, held_out = data(2000, 0), data(500, 1)
+    config = TrainedConfig(lr=1e-2, epochs=30, texts=20)
+    map = train_map(kind, fit, held_out, config)
+    fvu, cosine = quality(map, held_out)
+    best = held_out.moments().fvu(ridge_path(fit.moments(), [0.0])[0])
     assert best <= fvu < 0.1 and cosine > 0.95
-    assert map.history[-1][1:] == (fvu, cosine) and map.history[0][1] > fvu
-    again = train_map(Site(0), Site(1), x, y, held_out, config)
-    assert again(x[:5]).equal(map(x[:5]))
+    assert map.history[-1] == (300, fvu, cosine, None) and map.history[0].fvu > fvu
+    again = train_map(kind, fit, held_out, config)
+    assert again(held_out.x[:5]).equal(map(held_out.x[:5]))
+    other = train_map(kind, fit, held_out, TrainedConfig(lr=1e-2, epochs=30, texts=20, seed=1))
+    assert not other(held_out.x[:5]).equal(map(held_out.x[:5]))
+    x = held_out.x
     torch.testing.assert_close(map.difference(x[:3], x[3:6]), map(x[:3]) - map(x[3:6]))
 
 
-def test_training_that_diverges_says_so() -> None:
-    x, y = data(400, 0)
+def test_unexplained_variance_is_that_of_the_moments() -> None:
+    fit, held_out = data(400, 0), data(100, 1)
+    map = train_map("affine", fit, held_out, TrainedConfig(epochs=1))
+    linear = LinearMap(Site(0), Site(1), map.net.weight.mT, map.net.bias)
+    assert quality(map, held_out)[0] == pytest.approx(held_out.moments().fvu(linear), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "steps", "evaluations"),
+    [({"texts": 10}, 12, 12), ({"texts": 40, "epochs": 1}, 1, 1), ({"texts": 10, "epochs": 2, "evaluations": 2}, 8, 4)],
+)
+def test_a_step_takes_as_many_texts_as_asked(options, steps, evaluations) -> None:
+    history = train_map("affine", data(400, 0), data(50, 1), TrainedConfig(**options)).history
+    assert history[-1].step == steps and len(history) == evaluations
+
+
+def test_tokens_go_with_their_text_wherever_they_lie() -> None:
+    fit, held_out = data(400, 0), data(50, 1)
+    order = torch.arange(400).reshape(40, 10).mT.flatten()  # the first token of each text, then the second of each
+    apart = replace(fit, x=fit.x[order], y=fit.y[order], row=fit.row[order])
+    config = TrainedConfig(texts=3)
+    whole, mixed = (train_map("affine", some, held_out, config) for some in (fit, apart))
+    assert mixed(held_out.x).equal(whole(held_out.x))
+
+
+def test_the_hidden_width_is_the_geometric_mean_or_as_asked() -> None:
+    fit, held_out = data(200, 0), data(50, 1)
+    assert train_map("autoencoder", fit, held_out).net[0].weight.shape == (7, 8)
+    assert train_map("autoencoder", fit, held_out, TrainedConfig(hidden=8)).net[0].weight.shape == (8, 8)
+    assert train_map("affine", fit, held_out).widths == (8, 6)
+    assert train_map("autoencoder", fit, held_out).widths == (8, 6)
+
+
+def test_what_is_watched_is_kept_and_changes_nothing() -> None:
+    fit, held_out = data(400, 0), data(50, 1)
+    seen = []
+
+    def monitor(map) -> float:
+        seen.append(map(held_out.x[:1]).clone())
+        return float(len(seen))
+
+    watched = train_map("affine", fit, held_out, monitor=monitor)
+    assert [one.kl for one in watched.history] == [float(i + 1) for i in range(len(seen))]
+    assert not seen[0].equal(seen[-1])
+    assert watched(held_out.x).equal(train_map("affine", fit, held_out)(held_out.x))
+
+
+def test_the_rate_falls_when_nothing_is_gained() -> None:
+    fit, held_out = data(400, 0), data(50, 1)
+    fvus = []
+    for patience in (1000, 3):
+        config = TrainedConfig(lr=0.5, epochs=60, texts=5, evaluations=1, patience=patience)
+        fvus.append(train_map("affine", fit, held_out, config).history[-1].fvu)
+    assert fvus[1] < 0.7 * fvus[0]
+
+
+def test_training_that_diverges_or_other_widths_are_told() -> None:
+    fit, held_out = data(400, 0), data(50, 1)
+    huge = PairActs(source_site=Site(0), target_site=Site(1), x=fit.x * 1e30, y=fit.y, row=fit.row)
     with pytest.raises(NotTestable, match="diverged"):
-        train_map(Site(0), Site(1), x * 1e30, y, (x, y), TrainedConfig(kind="autoencoder", lr=1e30, batch=100))
+        train_map("autoencoder", huge, huge, TrainedConfig(lr=1e30))
+    with pytest.raises(UsageError, match=r"from 8 dimensions at L0.resid; the activations have 6"):
+        train_map("affine", fit, held_out)(held_out.y)

@@ -7,12 +7,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
-from molehunt.errors import InvalidInput, NotTestable
+from molehunt.errors import InvalidInput, NotTestable, UsageError
 from molehunt.model.site import Site
 from molehunt.transfer.linear_map import LinearMap
+from molehunt.transfer.map_file import Models
 from molehunt.transfer.procrustes import identity, procrustes
-from molehunt.transfer.ridge import PENALTIES, reduced_rank, ridge, ridge_path
+from molehunt.transfer.ridge import PENALTIES, RANK_SLACK, Solver, of_rank, reduced_rank, ridge, ridge_path
 from molehunt.transfer.statistics import GridMoments, PairMoments
 
 A, B = Site(1), Site(2)
@@ -105,16 +108,36 @@ def test_a_map_of_full_rank_is_itself_and_of_lower_rank_the_best_there_is() -> N
     x, y = planted(500, 0, noise=1.0)
     fit = moments(x, y)
     (full,) = ridge_path(fit, [0.0])
-    torch.testing.assert_close(reduced_rank(full, fit, 9).weight, full.weight, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(of_rank(full, fit, 9).weight, full.weight, rtol=1e-6, atol=1e-8)
     predictions = (x - x.mean(0)) @ full.weight
     u, s, vh = torch.linalg.svd(predictions, full_matrices=False)
     for rank in (1, 2, 4):
-        got = reduced_rank(full, fit, rank)
+        got = of_rank(full, fit, rank)
         assert torch.linalg.matrix_rank(got.weight) == rank
         expected = u[:, :rank] * s[:rank] @ vh[:rank]
         torch.testing.assert_close((x - x.mean(0)) @ got.weight, expected, rtol=1e-5, atol=1e-5)
-    fvus = [fit.fvu(reduced_rank(full, fit, rank)) for rank in range(1, 7)]
+    fvus = [fit.fvu(of_rank(full, fit, rank)) for rank in range(1, 7)]
     assert fvus == sorted(fvus, reverse=True)
+
+
+def test_the_lowest_rank_that_is_about_as_good_is_taken() -> None:
+    rng = torch.Generator().manual_seed(0)
+    narrow = torch.randn(6, 2, generator=rng, dtype=torch.float64) @ torch.randn(2, 9, generator=rng).double()
+    fit, held_out = (
+        moments(x, x @ narrow + 0.1 * torch.randn(n, 9, generator=rng, dtype=torch.float64))
+        for n in (500, 300)
+        for x in (torch.randn(n, 6, generator=rng, dtype=torch.float64),)
+    )
+    got, full = reduced_rank(fit, held_out), ridge(fit, held_out)
+    assert torch.linalg.matrix_rank(got.weight) == 2 and got.facts.method.endswith("rank 2")
+    assert held_out.fvu(got) <= (1 + RANK_SLACK) * held_out.fvu(full)
+    sizes = torch.tensor([1, 1, 0.25, 0.25, 0, 0], dtype=torch.float64).diag()
+    x, noise = (torch.randn(9000, 6, generator=rng, dtype=torch.float64) for _ in range(2))
+    halves = [PairMoments.of(A, B, x[i::2], x[i::2] @ sizes + 0.5 * noise[i::2]) for i in (0, 1)]
+    loses = halves[1].fvu(of_rank(ridge(*halves), halves[0], 2)) / halves[1].fvu(ridge(*halves))
+    assert 1.05 < loses < 1.12 and reduced_rank(*halves).facts.method.endswith("rank 4")
+    full_rank = [moments(*planted(n, n)) for n in (500, 300)]
+    assert reduced_rank(*full_rank).weight.equal(ridge(*full_rank).weight)
 
 
 @pytest.mark.parametrize("widths", [(6, 6), (5, 9), (9, 5)])
@@ -175,9 +198,9 @@ def test_differences_lose_the_bias() -> None:
 def test_a_map_comes_back_from_disk_and_other_files_are_refused(tmp_path: Path) -> None:
     map = ridge_path(moments(*planted(100, 0)), [1e-3])[0]
     path = tmp_path / "map.safetensors"
-    map.save(path, method="ridge")
-    again = LinearMap.load(path)
+    again = LinearMap.load(map.save(path))
     assert again.weight.equal(map.weight) and again.bias.equal(map.bias) and (again.source, again.target) == (A, B)
+    assert again.facts == map.facts and map.facts.method == "ridge, λ = 0.001" and map.facts.tokens == 100
     path.write_bytes(path.read_bytes()[:50])
     with pytest.raises(InvalidInput, match="is no map"):
         LinearMap.load(path)
@@ -191,8 +214,88 @@ def test_too_little_is_said_with_the_numbers() -> None:
         ridge_path(moments(x, y))
     with pytest.raises(NotTestable, match="never vary"):
         procrustes(moments(torch.ones(50, 3), torch.ones(50, 3)))
-    grid = GridMoments.empty([A], [B], 6, 9)
-    with pytest.raises(ValueError, match="other sites"):
-        grid.merge(GridMoments.empty([B], [B], 6, 9))
+    x[3, 0] = float("inf")
+    with pytest.raises(NotTestable, match=r"L1.resid or L2.resid hold values that are no number"):
+        procrustes(moments(x, y))
     with pytest.raises(KeyError, match="was not read"):
-        grid.pair(B, B)
+        GridMoments.empty([A], [B], 6, 9).pair(B, B)
+
+
+def test_moments_of_other_sites_or_models_are_not_merged() -> None:
+    named = GridMoments.empty([A], [B], 6, 9, Models(source="a" * 64, target="b" * 64))
+    with pytest.raises(UsageError, match=r"these are of L1.resid to L2.resid, those of L2.resid to L2.resid"):
+        named.merge(GridMoments.empty([B], [B], 6, 9))
+    with pytest.raises(UsageError, match=r"source a{12}…, target b{12}…, those of unnamed models"):
+        named.merge(GridMoments.empty([A], [B], 6, 9))
+    x, y = planted(50, 0)
+    fit = named.with_tokens(x[None], y[None]).pair(A, B)
+    assert ridge(fit, fit).facts.models == Models(source="a" * 64, target="b" * 64)
+    assert ridge(fit.reversed(), fit.reversed()).facts.models.source == "b" * 64
+
+
+def test_what_spans_too_few_dimensions_has_a_ridge_and_no_least_squares() -> None:
+    x, y = planted(100, 0)
+    x[:, 4] = x[:, 0] + x[:, 1]
+    x[:, 5] = 7.0
+    fit = moments(x, y)
+    with pytest.raises(NotTestable, match=r"the 100 tokens at L1.resid span 4 of 6 dimensions"):
+        ridge_path(fit, [1e-3, 0.0])
+    alone = moments(x[:, :4], y)
+    for penalty in (1e-6, 1e-3):
+        (got,) = ridge_path(fit, [penalty])
+        assert got.weight.isfinite().all() and not got.weight[5].abs().max() > 1e-6
+        assert fit.fvu(got) == pytest.approx(alone.fvu(ridge_path(alone, [penalty])[0]), rel=0.05, abs=1e-6)
+
+
+@given(st.integers(0, 30))
+def test_all_penalties_at_once_are_each_one_alone(seed: int) -> None:
+    fit, held_out = moments(*planted(60, seed, noise=5.0)), moments(*planted(40, seed + 100, noise=5.0))
+    got = Solver.of(fit.source).unexplained(fit, held_out, PENALTIES)
+    assert got == pytest.approx([held_out.fvu(map) for map in ridge_path(fit)], rel=1e-7, abs=1e-9)
+
+
+def test_shuffled_moments_are_distributed_as_those_of_shuffled_tokens() -> None:
+    x, y = planted(40, 0, d_source=2, d_target=2, noise=30.0)
+    fit = PairMoments.of(A, B, x, y)
+    rng = torch.Generator().manual_seed(1)
+    by_hand = torch.stack([moments(x, y[torch.randperm(40, generator=rng)]).cross for _ in range(3000)])
+    drawn = torch.stack([fit.shuffled(seed).cross for seed in range(3000)])
+    unit = by_hand.std(0)
+    torch.testing.assert_close(drawn.mean(0) / unit, torch.zeros(2, 2, dtype=torch.float64), rtol=0, atol=0.08)
+    a, b = (torch.cov((each / unit).flatten(1).mT) for each in (by_hand, drawn))
+    torch.testing.assert_close(a, b, rtol=0, atol=0.1)
+    assert fit.shuffled(3).cross.equal(fit.shuffled(3).cross) and fit.shuffled(3).source.equal(fit.source)
+
+
+def test_activations_and_moments_of_another_width_are_refused_with_the_numbers() -> None:
+    map = ridge_path(moments(*planted(100, 0)), [1e-3])[0]
+    with pytest.raises(UsageError, match=r"from 6 dimensions at L1.resid; the activations have 5"):
+        map(torch.zeros(3, 5))
+    with pytest.raises(UsageError, match="the activations have 5"):
+        map.difference(torch.zeros(3, 5), torch.zeros(3, 5))
+    with pytest.raises(UsageError, match="from 6 to 9 dimensions cannot be judged on activations of 5 and 9"):
+        moments(*planted(100, 0, d_source=5)).fvu(map)
+
+
+@pytest.mark.parametrize("broken", ["text", "no header", "a width", "a site", "a schema", "missing"])
+def test_what_holds_no_moments_is_refused(tmp_path: Path, broken: str) -> None:
+    path = tmp_path / "shard.safetensors"
+    grid = GridMoments.empty([A], [B], 2, 3).with_tokens(torch.randn(1, 9, 2), torch.randn(1, 9, 3))
+    grid.save(path)
+    tensors = load_file(path)
+    with safe_open(path, "pt") as file:
+        header = file.metadata()
+    if broken == "text":
+        path.write_text("none")
+    elif broken == "no header":
+        save_file(tensors, path)
+    elif broken == "a width":
+        save_file({**tensors, "source_mean": torch.zeros(1, 5, dtype=torch.float64)}, path, header)
+    elif broken == "a site":
+        save_file(tensors, path, {name: value.replace("L1.resid", "L1.elsewhere") for name, value in header.items()})
+    elif broken == "a schema":
+        save_file(tensors, path, {name: value.replace('"schema": 1', '"schema": 2') for name, value in header.items()})
+    else:
+        path.unlink()
+    with pytest.raises(InvalidInput, match="holds no moments"):
+        GridMoments.load(path)

@@ -15,8 +15,8 @@ class Aligned:
     source: tuple[int, ...]
     target: tuple[int, ...]
     pairs: tuple[tuple[int, int], ...]
-    """Positions (source, target), ascending, whose prefixes are the same characters. Without BOS and the first token,
-    which attention uses as a sink."""
+    """Positions (source, target), ascending, whose prefixes are the same characters. Without special tokens and the
+    first one, which attention uses as a sink."""
 
     @property
     def coverage(self) -> float:
@@ -46,7 +46,7 @@ def by_index(source: PreTrainedTokenizerBase, target: PreTrainedTokenizerBase, t
 
 
 def _ends(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[Sequence[int], list[int]]:
-    """Token ids, and the character that each one's prefix ends at; 0 for special tokens, which cover none."""
+    """Token ids, and the character that each one's prefix ends at; 0 for special tokens, written out or not."""
     if not tokenizer.is_fast:
         raise UsageError(
             f"the tokenizer of {printable(tokenizer.name_or_path)} does not say which characters a token covers, so it "
@@ -55,4 +55,5 @@ def _ends(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[Sequence[int],
     encoded = tokenizer(text, return_offsets_mapping=True, add_special_tokens=not tokenizer.chat_template)
     ids: list[int] = encoded["input_ids"]  # pyright: ignore[reportAssignmentType]
     offsets: list[tuple[int, int]] = encoded["offset_mapping"]  # pyright: ignore[reportAssignmentType]
-    return ids, [end if end > start else 0 for start, end in offsets]
+    special = set(tokenizer.all_special_ids)
+    return ids, [end if end > start and id not in special else 0 for id, (start, end) in zip(ids, offsets, strict=True)]

@@ -1,10 +1,10 @@
 """One pass of the same text through two models: moments of every pair of layers, and the activations of one pair."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from molehunt.activation.scale import sinks
@@ -15,7 +15,8 @@ from molehunt.model.site import Site
 from molehunt.model.taps import read_sites
 from molehunt.run.progress import Track, silent
 from molehunt.transfer.alignment import Aligned
-from molehunt.transfer.statistics import GridMoments
+from molehunt.transfer.map_file import Models
+from molehunt.transfer.statistics import GridMoments, PairMoments
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -24,6 +25,47 @@ class Paired:
 
     x: Float[Tensor, "sources tokens d_source"]
     y: Float[Tensor, "targets tokens d_target"]
+    row: Int[Tensor, " tokens"]
+    """Which text each token is of."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class PairActs:
+    """As `Paired`, of one pair of sites: what a map that is trained by gradient takes."""
+
+    source_site: Site
+    target_site: Site
+    x: Float[Tensor, "tokens d_source"]
+    y: Float[Tensor, "tokens d_target"]
+    row: Int[Tensor, " tokens"]
+    models: Models = field(default_factory=Models)
+
+    def moments(self) -> PairMoments:
+        return replace(PairMoments.of(self.source_site, self.target_site, self.x, self.y), models=self.models)
+
+
+def acts_of(
+    source: nn.Module,
+    target: nn.Module,
+    rows: Sequence[Aligned],
+    source_site: Site,
+    target_site: Site,
+    *,
+    models: Models | None = None,
+    track: Track = silent,
+) -> PairActs:
+    """Activations at one pair of sites, all in memory. Raises as `moments_of`."""
+    read = list(paired(source, target, rows, sources=[source_site], targets=[target_site], track=track))
+    if not sum(len(some.row) for some in read):
+        raise _nothing(rows)
+    return PairActs(
+        source_site=source_site,
+        target_site=target_site,
+        x=torch.cat([some.x[0] for some in read]),
+        y=torch.cat([some.y[0] for some in read]),
+        row=torch.cat([some.row for some in read]),
+        models=models or Models(),
+    )
 
 
 def moments_of(
@@ -33,11 +75,13 @@ def moments_of(
     *,
     sources: Sequence[Site],
     targets: Sequence[Site],
+    models: Models | None = None,
     track: Track = silent,
 ) -> GridMoments:
-    """Moments of every source site with every target site over the aligned tokens of `rows`.
+    """Moments of every source site with every target site over the aligned tokens of `rows`, in one pass of each model.
 
-    Attention sinks of either model are left out: a few of them would make up most of the variance.
+    Attention sinks of either model are left out: a few of them would make up most of the variance. Neither model runs
+    further than its deepest site.
 
     Raises:
         NotTestable: no position of any row is aligned.
@@ -46,14 +90,17 @@ def moments_of(
     found: GridMoments | None = None
     for some in paired(source, target, rows, sources=sources, targets=targets, track=track):
         if found is None:
-            found = GridMoments.empty(sources, targets, some.x.shape[-1], some.y.shape[-1])
+            found = GridMoments.empty(sources, targets, some.x.shape[-1], some.y.shape[-1], models)
         found = found.with_tokens(some.x, some.y)
     if found is None or not found.count:
-        raise NotTestable(f"no position of {len(rows)} rows reads the same text in both models' tokens")
+        raise _nothing(rows)
     return found
 
 
-@torch.inference_mode()
+def _nothing(rows: Sequence[Aligned]) -> NotTestable:
+    return NotTestable(f"no position of {len(rows)} rows reads the same text in both models' tokens")
+
+
 def paired(
     source: nn.Module,
     target: nn.Module,
@@ -71,21 +118,22 @@ def paired(
         if not pairs:
             continue
         r, i, j = torch.tensor(pairs).mT
-        x, x_sink = _read(source, [row.source for row in some], sources)
-        y, y_sink = _read(target, [row.target for row in some], targets)
+        x, x_sink = read_rows(source, [row.source for row in some], sources)
+        y, y_sink = read_rows(target, [row.target for row in some], targets)
         calm = ~(x_sink[r, i] | y_sink[r, j])
-        yield Paired(x=x[:, r[calm], i[calm]], y=y[:, r[calm], j[calm]])
+        yield Paired(x=x[:, r[calm], i[calm]], y=y[:, r[calm], j[calm]], row=torch.tensor(group)[r[calm]])
 
 
-def _read(
+@torch.inference_mode()
+def read_rows(
     model: nn.Module, rows: Sequence[Sequence[int]], sites: Sequence[Site]
 ) -> tuple[Float[Tensor, "sites batch pos d_model"], Bool[Tensor, "batch pos"]]:
     """Activations at the sites, and where any of them has a sink."""
     device = next(model.parameters()).device
     tokens, mask = padded(rows)
-    with read_sites(model, sites) as tap:
+    with read_sites(model, sites, stop_early=True) as tap:
         decoder(model)(input_ids=tokens.to(device), attention_mask=mask.long().to(device), use_cache=False)
-        acts = torch.stack([tap[site].float() for site in sites])
+    acts = torch.stack([tap[site].float() for site in sites])
     on_device = mask.to(device)
     sink = torch.stack([sinks(each, on_device) for each in acts]).any(0)
     return acts, sink.cpu()

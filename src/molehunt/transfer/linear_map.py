@@ -1,61 +1,79 @@
 """An affine map between activation spaces, whichever way it was fitted."""
 
-import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from molehunt.errors import InvalidInput, printable
+from molehunt.errors import UsageError
 from molehunt.model.site import Site
-from molehunt.run.whole import replace_whole
+from molehunt.transfer.map_file import MapFacts, Saved, read_map, write_map
 
-SCHEMA = 1
+KIND = "linear"
 
 
 @dataclass(frozen=True, eq=False)
 class LinearMap:
-    """acts @ weight + bias, from one model's activations at `source` to another's at `target`."""
+    """acts @ weight + bias, from one model's activations at `source` to another's at `target`.
+
+    Law: `LinearMap.load(map.save(path))` maps as `map` does, bit for bit.
+    """
 
     source: Site
     target: Site
     weight: Float[Tensor, "d_source d_target"]
     bias: Float[Tensor, " d_target"]
+    facts: MapFacts = field(default_factory=MapFacts)
 
-    def __call__(self, acts: Float[Tensor, "tokens d_source"]) -> Float[Tensor, "tokens d_target"]:
-        """Mapped activations, in fp32."""
-        return acts.float() @ self.weight.to(acts.device, torch.float32) + self.bias.to(acts.device, torch.float32)
+    def __post_init__(self) -> None:
+        if self.weight.ndim != 2 or self.bias.shape != self.weight.shape[1:]:
+            raise ValueError(f"a weight {list(self.weight.shape)} and a bias {list(self.bias.shape)} are no affine map")
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """Dimensions of the source and of the target."""
+        return self.weight.shape[0], self.weight.shape[1]
+
+    def __call__(self, acts: Float[Tensor, "tokens d"]) -> Float[Tensor, "tokens d_target"]:
+        """Mapped activations, in fp32. Raises UsageError for activations of another width."""
+        return self._times(acts) + self.bias.to(acts.device, torch.float32)
 
     def difference(
-        self, plus: Float[Tensor, "tokens d_source"], minus: Float[Tensor, "tokens d_source"]
+        self, plus: Float[Tensor, "tokens d"], minus: Float[Tensor, "tokens d"]
     ) -> Float[Tensor, "tokens d_target"]:
-        """What a difference of activations becomes: the bias cancels."""
-        return (plus.float() - minus.float()) @ self.weight.float()
+        """What a difference of activations becomes: the bias cancels. Raises as a call."""
+        return self._times(plus.float() - minus.float())
+
+    def _times(self, acts: Tensor) -> Tensor:
+        if acts.shape[-1] != self.weight.shape[0]:
+            raise UsageError(
+                f"this map is from {self.weight.shape[0]} dimensions at {self.source}; the activations have "
+                f"{acts.shape[-1]}.\nGive those of the model that it was fitted to."
+            )
+        return acts.float() @ self.weight.to(acts.device, torch.float32)
 
     def inverse(self) -> "LinearMap":
         """The way back by pseudo-inverse, as published; a ridge of its own is the better one (see `ridge`)."""
         back = torch.linalg.pinv(self.weight.double())
-        return LinearMap(self.target, self.source, back, -self.bias.double() @ back)
+        facts = replace(
+            self.facts, method=f"pseudo-inverse of {self.facts.method}", models=self.facts.models.reversed()
+        )
+        return LinearMap(self.target, self.source, back, -self.bias.double() @ back, facts)
 
-    def save(self, path: Path, **told: str) -> None:
-        """One safetensors file, whole or not at all; `told` goes into its header beside the two sites."""
-        header = {"schema": SCHEMA, "source": str(self.source), "target": str(self.target), **told}
-        tensors = {"weight": self.weight.contiguous(), "bias": self.bias.contiguous()}
-        replace_whole(path, lambda partial: save_file(tensors, partial, {"molehunt_map": json.dumps(header)}))
+    def save(self, path: Path) -> Path:
+        """One safetensors file, whole or not at all. Returns `path`."""
+        return write_map(path, KIND, self, self.facts, {"weight": self.weight, "bias": self.bias})
 
     @classmethod
     def load(cls, path: Path) -> "LinearMap":
-        """Read what `save` wrote, bit for bit. Raises InvalidInput for anything else."""
-        try:
-            with safe_open(path, "pt") as file:
-                header = json.loads((file.metadata() or {})["molehunt_map"])
-                weight, bias = file.get_tensor("weight"), file.get_tensor("bias")
-            if header["schema"] != SCHEMA or bias.shape != weight.shape[1:]:
-                raise ValueError(f"schema {header['schema']}, weight {tuple(weight.shape)}, bias {tuple(bias.shape)}")
-            return cls(Site.parse(header["source"]), Site.parse(header["target"]), weight, bias)
-        except (SafetensorError, KeyError, ValueError, TypeError, OSError) as error:
-            raise InvalidInput(f"{printable(path.name)} is no map of this program: {printable(str(error))}") from None
+        """Read what `save` wrote. Raises InvalidInput for anything else."""
+        return read_map(path, cls.of_saved)
+
+    @classmethod
+    def of_saved(cls, saved: Saved) -> "LinearMap":
+        """Raises ValueError for a map of another kind."""
+        if saved.kind != KIND:
+            raise ValueError(f"it is a {saved.kind} map, not a linear one")
+        return cls(saved.source, saved.target, saved.tensors["weight"], saved.tensors["bias"], saved.facts)

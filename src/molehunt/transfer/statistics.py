@@ -3,20 +3,26 @@
 One pass over text serves every pair of layers, and shards merge to what one pass would have given.
 """
 
+import json
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
 from jaxtyping import Float, Float64
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
-from molehunt.errors import NotTestable
+from molehunt.errors import InvalidInput, NotTestable, UsageError, printable
 from molehunt.model.site import Site
 from molehunt.run.whole import replace_whole
 from molehunt.transfer.linear_map import LinearMap
+from molehunt.transfer.map_file import MapFacts, Models
 
+SCHEMA = 1
+HEADER = "molehunt_moments"
 CHUNK = 8192
 """Tokens that are multiplied at once."""
 
@@ -33,6 +39,7 @@ class PairMoments:
     source: Float64[Tensor, "d_source d_source"]
     target: Float64[Tensor, "d_target d_target"]
     cross: Float64[Tensor, "d_source d_target"]
+    models: Models = field(default_factory=Models)
 
     @classmethod
     def of(
@@ -57,18 +64,38 @@ class PairMoments:
             source=self.target,
             target=self.source,
             cross=self.cross.mT,
+            models=self.models.reversed(),
         )
 
-    def map(self, weight: Float[Tensor, "d_source d_target"]) -> LinearMap:
+    def shuffled(self, seed: int) -> "PairMoments":
+        """The control: as if each token of the source stood beside a random one of the target. No token is read again.
+
+        Under a random permutation the cross scatter has mean 0 and covariance Cxx ⊗ Cyy / (n − 1), exactly, and is
+        normal in the limit (Hoeffding 1951, "A combinatorial central limit theorem"): it is drawn from that.
+        """
+        drawn = torch.randn(self.cross.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        cross = _root(self.source) @ drawn @ _root(self.target).mT / math.sqrt(max(self.count - 1, 1))
+        return replace(self, cross=cross)
+
+    def map(self, weight: Float[Tensor, "d_source d_target"], method: str = "given") -> LinearMap:
         """The map with this weight whose bias takes the source's mean to the target's."""
         weight = weight.double()
-        return LinearMap(self.source_site, self.target_site, weight, self.target_mean - self.source_mean @ weight)
+        bias = self.target_mean - self.source_mean @ weight
+        facts = MapFacts(method=method, tokens=self.count, models=self.models)
+        return LinearMap(self.source_site, self.target_site, weight, bias, facts)
 
     def fvu(self, map: LinearMap) -> float:
         """Fraction of the target's variance, each dimension about its own mean, that a map leaves unexplained here.
 
         Exact for the tokens that these moments are of; no activation is kept for it.
+
+        Raises UsageError for a map between spaces of other widths.
         """
+        if map.widths != self.cross.shape:
+            raise UsageError(
+                f"a map from {map.widths[0]} to {map.widths[1]} dimensions cannot be judged on activations of "
+                f"{self.cross.shape[0]} and {self.cross.shape[1]}.\nGive moments of the models that it was fitted to."
+            )
         weight, bias = map.weight.double(), map.bias.double()
         explained = 2 * (weight * self.cross).sum() - (weight * (self.source @ weight)).sum()
         missed = self.target_mean - self.source_mean @ weight - bias
@@ -84,17 +111,19 @@ class PairMoments:
 
         Source: Raghu et al., arXiv 1706.05806.
         """
-        correlations = torch.linalg.svdvals(
-            _whitening(self.source, kept).mT @ self.cross @ _whitening(self.target, kept)
-        )
-        return float(correlations.clamp(0, 1).mean())
+        return mean_correlation(whitening(self.source, kept), self.cross, whitening(self.target, kept))
 
     def need(self, tokens: int) -> None:
-        """Raises NotTestable with the numbers where these moments are of fewer tokens, or of ones that never vary."""
+        """Raises NotTestable with the numbers: fewer tokens, or activations that never vary or are no numbers."""
         if self.count < tokens:
             raise NotTestable(
                 f"{self.count} aligned tokens are too few for a map from {len(self.source_mean)} to "
                 f"{len(self.target_mean)} dimensions; it takes at least {tokens}.\nGive more text."
+            )
+        if not all(bool(scatter.isfinite().all()) for scatter in (self.source, self.target, self.cross)):
+            raise NotTestable(
+                f"activations at {self.source_site} or {self.target_site} hold values that are no number, or overflow.\n"
+                "Read the models in a wider dtype (bf16 or fp32)."
             )
         if not bool(self.target.trace() > 0) or not bool(self.source.trace() > 0):
             raise NotTestable(
@@ -102,7 +131,23 @@ class PairMoments:
             )
 
 
-def _whitening(scatter: Float64[Tensor, "d d"], kept: float) -> Float64[Tensor, "d k"]:
+def _root(scatter: Float64[Tensor, "d d"]) -> Float64[Tensor, "d d"]:
+    """R with R Rᵀ = scatter."""
+    values, vectors = torch.linalg.eigh(scatter)
+    return vectors * values.clamp_min(0).sqrt()
+
+
+def mean_correlation(
+    left: Float64[Tensor, "d_source k"],
+    cross: Float64[Tensor, "d_source d_target"],
+    right: Float64[Tensor, "d_target m"],
+) -> float:
+    """Mean canonical correlation of two sites, given their `whitening` and cross scatter."""
+    return float(torch.linalg.svdvals(left.mT @ cross @ right).clamp(0, 1).mean())
+
+
+def whitening(scatter: Float64[Tensor, "d d"], kept: float = 0.99) -> Float64[Tensor, "d k"]:
+    """Columns that make the leading components uncorrelated and of unit scatter; they hold a share `kept` of it."""
     values, vectors = torch.linalg.eigh(scatter)
     values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
     share = values.cumsum(0) / values.sum()
@@ -123,9 +168,17 @@ class GridMoments:
     source: Float64[Tensor, "sources d_source d_source"]
     target: Float64[Tensor, "targets d_target d_target"]
     cross: Float64[Tensor, "sources targets d_source d_target"]
+    models: Models = field(default_factory=Models)
 
     @classmethod
-    def empty(cls, sources: Sequence[Site], targets: Sequence[Site], d_source: int, d_target: int) -> "GridMoments":
+    def empty(
+        cls,
+        sources: Sequence[Site],
+        targets: Sequence[Site],
+        d_source: int,
+        d_target: int,
+        models: Models | None = None,
+    ) -> "GridMoments":
         """Of no token: merging it changes nothing."""
 
         def zeros(*shape: int) -> Tensor:
@@ -141,6 +194,7 @@ class GridMoments:
             source=zeros(s, d_source, d_source),
             target=zeros(t, d_target, d_target),
             cross=zeros(s, t, d_source, d_target),
+            models=models or Models(),
         )
 
     def with_tokens(
@@ -160,9 +214,8 @@ class GridMoments:
         t, _, d_target = y.shape
         wide_x, wide_y = x.transpose(0, 1).reshape(n, -1), y.transpose(0, 1).reshape(n, -1)
         cross = (wide_x.mT @ wide_y).reshape(s, d_source, t, d_target).transpose(1, 2)  # one product for all pairs
-        return GridMoments(
-            sources=self.sources,
-            targets=self.targets,
+        return replace(
+            self,
             count=n,
             source_mean=x_mean.cpu(),
             target_mean=y_mean.cpu(),
@@ -172,18 +225,23 @@ class GridMoments:
         )
 
     def merge(self, other: "GridMoments") -> "GridMoments":
-        """Of both sets together (Chan, Golub & LeVeque 1979). Raises ValueError for other sites."""
+        """Of both sets together (Chan, Golub & LeVeque 1979). Raises UsageError for other sites or models."""
         if (self.sources, self.targets) != (other.sources, other.targets):
-            raise ValueError("moments of other sites cannot be merged")
+            mine, theirs = (f"{' '.join(map(str, (*g.sources, 'to', *g.targets)))}" for g in (self, other))
+            raise UsageError(f"moments of other sites cannot be merged: these are of {mine}, those of {theirs}.")
+        if self.models != other.models:
+            raise UsageError(
+                f"moments of other models cannot be merged: these are of {_told(self.models)}, those of "
+                f"{_told(other.models)}."
+            )
         count = self.count + other.count
         if not self.count or not other.count:
             return other if other.count else self
         share = other.count / count
         x, y = other.source_mean - self.source_mean, other.target_mean - self.target_mean
         between = self.count * share
-        return GridMoments(
-            sources=self.sources,
-            targets=self.targets,
+        return replace(
+            self,
             count=count,
             source_mean=self.source_mean + share * x,
             target_mean=self.target_mean + share * y,
@@ -206,24 +264,44 @@ class GridMoments:
             source=self.source[i],
             target=self.target[j],
             cross=self.cross[i, j],
+            models=self.models,
         )
 
-    def save(self, path: Path) -> None:
-        """One shard's moments, whole or not at all."""
+    def save(self, path: Path) -> Path:
+        """One shard's moments, whole or not at all. Returns `path`."""
         tensors = {name: value.contiguous() for name, value in vars(self).items() if isinstance(value, Tensor)}
-        header = {
-            "count": str(self.count),
-            "sources": " ".join(map(str, self.sources)),
-            "targets": " ".join(map(str, self.targets)),
+        told = {
+            "schema": SCHEMA,
+            "count": self.count,
+            "sources": list(map(str, self.sources)),
+            "targets": list(map(str, self.targets)),
+            "models": asdict(self.models),
         }
-        replace_whole(path, lambda partial: save_file(tensors, partial, header))
+        return replace_whole(path, lambda partial: save_file(tensors, partial, {HEADER: json.dumps(told)}))
 
     @classmethod
     def load(cls, path: Path) -> "GridMoments":
-        """Read what `save` wrote."""
-        from safetensors import safe_open
+        """Read what `save` wrote, bit for bit. Raises InvalidInput for anything else."""
+        try:
+            with safe_open(path, "pt") as file:
+                told = json.loads((file.metadata() or {})[HEADER])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            if told["schema"] != SCHEMA:
+                raise ValueError(f"its schema is {told['schema']}, not {SCHEMA}")
+            sources, targets = (tuple(map(Site.parse, told[name])) for name in ("sources", "targets"))
+            d_source, d_target = tensors["cross"].shape[2:]
+            wanted = cls.empty(sources, targets, d_source, d_target)
+            for name, value in vars(wanted).items():
+                if isinstance(value, Tensor) and tensors[name].shape != value.shape:
+                    raise ValueError(f"{name} is {list(tensors[name].shape)}, not {list(value.shape)}")
+            return replace(wanted, count=int(told["count"]), models=Models(**told["models"]), **tensors)
+        except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
+            raise InvalidInput(
+                f"{printable(path.name)} holds no moments of Molehunt's: {printable(str(error), 200)}"
+            ) from None
 
-        with safe_open(path, "pt") as file:
-            header = file.metadata()
-        sources, targets = (tuple(map(Site.parse, header[name].split())) for name in ("sources", "targets"))
-        return cls(sources=sources, targets=targets, count=int(header["count"]), **load_file(path))
+
+def _told(models: Models) -> str:
+    """The hashes, short."""
+    shown = {name: str(value)[:12] for name, value in asdict(models).items() if value is not None}
+    return ", ".join(f"{name.replace('_', ' ')} {value}…" for name, value in shown.items()) or "unnamed models"

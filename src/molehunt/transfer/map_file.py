@@ -1,0 +1,96 @@
+"""What a map tells of itself, and the file it is kept in: safetensors, with a JSON header."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from molehunt.contracts import TransferMap
+from molehunt.errors import InvalidInput, printable
+from molehunt.model.site import Site
+from molehunt.run.whole import replace_whole
+
+SCHEMA = 1
+HEADER = "molehunt_map"
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Models:
+    """Which two models: hashes of their checkpoints and tokenizers, None where they were not known."""
+
+    source: str | None = None
+    target: str | None = None
+    source_tokenizer: str | None = None
+    target_tokenizer: str | None = None
+
+    def reversed(self) -> "Models":
+        return Models(
+            source=self.target,
+            target=self.source,
+            source_tokenizer=self.target_tokenizer,
+            target_tokenizer=self.source_tokenizer,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MapFacts:
+    """Where a map comes from."""
+
+    method: str = "given"
+    """`ridge, λ = 0.001`, `procrustes`, `autoencoder`, …"""
+    tokens: int = 0
+    """Aligned tokens that it was fitted to."""
+    models: Models = field(default_factory=Models)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Saved:
+    """What a file holds."""
+
+    kind: str
+    source: Site
+    target: Site
+    facts: MapFacts
+    more: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+
+
+def write_map(
+    path: Path, kind: str, map: TransferMap, facts: MapFacts, tensors: Mapping[str, Tensor], **more: object
+) -> Path:
+    """One file, whole or not at all; `more` must be JSON. Returns `path`."""
+    told = {"schema": SCHEMA, "kind": kind, "source": str(map.source), "target": str(map.target)}
+    header = {HEADER: json.dumps({**told, "facts": asdict(facts), "more": more})}
+    plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    return replace_whole(path, lambda partial: save_file(plain, partial, header))
+
+
+def read_map(path: Path, build: Callable[[Saved], T]) -> T:
+    """`build` of what `write_map` wrote. Raises InvalidInput for any other file, and where `build` cannot use it."""
+    try:
+        with safe_open(path, "pt") as file:
+            told = json.loads((file.metadata() or {})[HEADER])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if told["schema"] != SCHEMA:
+            raise ValueError(f"its schema is {told['schema']}, not {SCHEMA}")
+        if broken := [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]:
+            raise ValueError(f"{broken[0]} holds values that are no number")
+        facts: dict[str, Any] = {**told["facts"], "models": Models(**told["facts"]["models"])}
+        return build(
+            Saved(
+                kind=told["kind"],
+                source=Site.parse(told["source"]),
+                target=Site.parse(told["target"]),
+                facts=MapFacts(**facts),
+                more=told["more"],
+                tensors=tensors,
+            )
+        )
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError, RuntimeError) as error:
+        raise InvalidInput(f"{printable(path.name)} is no map of Molehunt's: {printable(str(error), 200)}") from None

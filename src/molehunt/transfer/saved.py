@@ -1,0 +1,79 @@
+"""A saved map of either kind, refused for models that it was not fitted to."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from molehunt.errors import UsageError, printable
+from molehunt.model.blocks import unwrapped
+from molehunt.model.site import Site
+from molehunt.transfer.linear_map import KIND, LinearMap
+from molehunt.transfer.map_file import Saved, read_map
+from molehunt.transfer.trained import TrainedMap
+
+FittedMap = LinearMap | TrainedMap
+
+
+@dataclass(frozen=True, kw_only=True)
+class End:
+    """A model that a map is to start from or lead to. A hash that is None is not compared."""
+
+    site: Site
+    d_model: int
+    checkpoint: str | None = None
+    tokenizer: str | None = None
+
+    @classmethod
+    def of(cls, model: nn.Module, site: Site, *, checkpoint: str | None = None, tokenizer: str | None = None) -> "End":
+        """Of a causal language model, in a PEFT wrapper or not."""
+        config: Any = unwrapped(model).config
+        d_model = int(config.get_text_config(decoder=True).hidden_size)
+        return cls(site=site, d_model=d_model, checkpoint=checkpoint, tokenizer=tokenizer)
+
+
+def load_map(path: Path, *, source: End | None = None, target: End | None = None) -> FittedMap:
+    """Read a map that `LinearMap.save` or `TrainedMap.save` wrote.
+
+    Args:
+        path: the file.
+        source: the model whose activations it is to map.
+        target: the model that they are to serve.
+
+    Raises:
+        InvalidInput: it is no such file.
+        UsageError: the map is of another site, width, checkpoint or tokenizer.
+    """
+    map = read_map(path, _of_saved)
+    models = map.facts.models
+    for name, end, site, width, checkpoint, tokenizer in (
+        ("source", source, map.source, map.widths[0], models.source, models.source_tokenizer),
+        ("target", target, map.target, map.widths[1], models.target, models.target_tokenizer),
+    ):
+        if end is not None:
+            _refuse(f"{printable(path.name)}: the {name}", end, site, width, checkpoint, tokenizer)
+    return map
+
+
+def _of_saved(saved: Saved) -> FittedMap:
+    return LinearMap.of_saved(saved) if saved.kind == KIND else TrainedMap.of_saved(saved)
+
+
+def _refuse(where: str, end: End, site: Site, width: int, checkpoint: str | None, tokenizer: str | None) -> None:
+    if end.d_model != width:
+        raise UsageError(
+            f"{where} of this map has {width} dimensions, this model {end.d_model}: it was fitted to another model.\n"
+            "Give that one, or fit a map to this one."
+        )
+    if end.site != site:
+        raise UsageError(
+            f"{where} of this map is {site}, not {end.site}: activations of other layers are other spaces.\n"
+            f"Use it at {site}, or fit one for {end.site}."
+        )
+    for what, mine, given in (("checkpoint", checkpoint, end.checkpoint), ("tokenizer", tokenizer, end.tokenizer)):
+        if mine is not None and given is not None and mine != given:
+            raise UsageError(
+                f"{where} of this map was another {what} ({printable(mine, 13)} instead of {printable(given, 13)}).\n"
+                "Fit a map to this one."
+            )
