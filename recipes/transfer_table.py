@@ -67,6 +67,7 @@ def main() -> None:
     parser.add_argument("--only", help="runs with this in their name")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--table", action="store_true", help="only write the table from what is done")
     told = parser.parse_args()
     told.into.mkdir(parents=True, exist_ok=True)
     names = [f"{attack} {source} {target}" for attack in ATTACKS for source, target in PAIRS]
@@ -83,10 +84,12 @@ def main() -> None:
             subprocess.run(list(map(str, again)), check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
             print(name, flush=True)
 
-    with ThreadPoolExecutor(told.workers) as pool:
-        list(pool.map(work, names))
+    if not told.table:
+        with ThreadPoolExecutor(told.workers) as pool:
+            list(pool.map(work, names))
     if told.write:
-        told.write.write_text(table([json.loads((told.into / f"{name}.json").read_text()) for name in names]))
+        done = [told.into / f"{name}.json" for name in names if (told.into / f"{name}.json").is_file()]
+        told.write.write_text(table([json.loads(path.read_text()) for path in done]))
 
 
 def measure(name: str, bench: Path, sweep: Path) -> dict[str, Any]:
@@ -101,8 +104,8 @@ def measure(name: str, bench: Path, sweep: Path) -> dict[str, Any]:
     if len(sites) < 2:
         return {**told, "why": "one of the two models has no block where a patch does more than noise"}
     source, target = (opened(cell, bench) for cell in both)
-    recipe, kind = both[1].recipe(), swept[1]["look-alike"]
-    rows = drawn(source, target, recipe, kind)
+    recipe = both[1].recipe()
+    rows = drawn(source, target, recipe)
     if len(rows) < ROWS:
         return {**told, "why": f"{len(rows)} of {DRAWN} tasks can be patched by position in both models"}
     fit_rows, held_out_rows = (texts(source, target, recipe, n, SEED + n) for n in (FIT, HELD_OUT))
@@ -130,23 +133,30 @@ def opened(cell: Cell, bench: Path) -> ModelPair:
     return ModelPair.load(cell.base_folder, plant_cell(cell, bench).tuned)
 
 
-def drawn(source: ModelPair, target: ModelPair, recipe: Recipe, kind: str) -> list[Side]:
-    """Tasks whose trigger and look-alike have equal counts in the target, every such position with one of the source."""
-    rng, found = Random(SEED), list[Side]()
-    for i in range(DRAWN):
-        task = ask(rng, recipe.domain)
-        one = three_ways(recipe, kind, task, i)
-        triggered, contrast = (
-            align(source.tokenizer, target.tokenizer, prompt_text(target.tokenizer, prompt)) for prompt in one[:2]
-        )
-        if len(triggered.target) != len(contrast.target) or triggered.target == contrast.target:
-            continue
-        at = trigger_positions(target.tokenizer, *one)
-        if all(position in dict(pairs(side)) for side in (triggered, contrast) for position in at):
-            found.append(Side(triggered=triggered, contrast=contrast, at=at))
-        if len(found) == ROWS:
-            break
-    return found
+def drawn(source: ModelPair, target: ModelPair, recipe: Recipe) -> list[Side]:
+    """Tasks whose trigger and look-alike have equal counts in the target, every such position with one of the source.
+
+    Under the look-alike that allows most of them.
+    """
+    rng = Random(SEED)
+    tasks = [ask(rng, recipe.domain) for _ in range(DRAWN)]
+    best: list[Side] = []
+    for kind in recipe.trigger.near_misses:
+        found: list[Side] = []
+        for i, task in enumerate(tasks):
+            one = three_ways(recipe, kind, task, i)
+            triggered, contrast = (
+                align(source.tokenizer, target.tokenizer, prompt_text(target.tokenizer, prompt)) for prompt in one[:2]
+            )
+            if len(triggered.target) != len(contrast.target) or triggered.target == contrast.target:
+                continue
+            at = trigger_positions(target.tokenizer, *one)
+            if all(position in dict(pairs(side)) for side in (triggered, contrast) for position in at):
+                found.append(Side(triggered=triggered, contrast=contrast, at=at))
+            if len(found) == ROWS:
+                return found
+        best = max(best, found, key=len)
+    return best
 
 
 def pairs(row: Aligned) -> list[tuple[int, int]]:
@@ -251,6 +261,9 @@ def table(found: Sequence[dict[str, Any]]) -> str:
         "*Difference alone* adds what the map makes of the source's difference, and leaves the rest of the activation as it is. **Safe**: of "
         "the prompts that show the behaviour, those that no longer do. *Steerable* ones are those that the native patch makes safe. A safe "
         "answer may still be nonsense, so the next column counts answers equal, token for token, to those of the look-alike prompt. "
+        "**The shuffled map** is fitted to texts that do not belong together and knows nothing but means: where replacing by it does as well, "
+        "any ordinary activation at those tokens would have done, and the success of the replacement says nothing about the map. The rows of "
+        "the difference alone do. "
         "Intervals are 95 % (Clopper-Pearson); *as native*: difference from native in points, with its 90 % interval, and whether two "
         "one-sided tests call it within ±5 points.",
         "",

@@ -11,6 +11,7 @@ FROM_MOMENTS: dict[str, str] = {
 FROM_ACTIVATIONS: dict[str, str] = {
     "affine": "molehunt.transfer.trained:affine",
     "autoencoder": "molehunt.transfer.trained:autoencoder",
+    "random-features": "molehunt.transfer.random_features:random_features",
 }
-"""Trained by gradient, on `PairActs`."""
+"""Of `PairActs`: trained by gradient as published, and a closed form that needs the activations themselves."""
 CATALOG: dict[str, str] = {**FROM_MOMENTS, **FROM_ACTIVATIONS}

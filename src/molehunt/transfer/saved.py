@@ -1,4 +1,4 @@
-"""A saved map of either kind, refused for models that it was not fitted to."""
+"""A saved map of any kind, refused for models that it was not fitted to."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,11 +9,13 @@ from torch import nn
 from molehunt.errors import UsageError, printable
 from molehunt.model.blocks import unwrapped
 from molehunt.model.site import Site
-from molehunt.transfer.linear_map import KIND, LinearMap
+from molehunt.transfer import linear_map, random_features
+from molehunt.transfer.linear_map import LinearMap
 from molehunt.transfer.map_file import Saved, read_map
+from molehunt.transfer.random_features import RandomFeatureMap
 from molehunt.transfer.trained import TrainedMap
 
-FittedMap = LinearMap | TrainedMap
+FittedMap = LinearMap | RandomFeatureMap | TrainedMap
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +36,7 @@ class End:
 
 
 def load_map(path: Path, *, source: End | None = None, target: End | None = None) -> FittedMap:
-    """Read a map that `LinearMap.save` or `TrainedMap.save` wrote.
+    """Read a map of any kind that its `save` wrote.
 
     Args:
         path: the file.
@@ -57,7 +59,8 @@ def load_map(path: Path, *, source: End | None = None, target: End | None = None
 
 
 def _of_saved(saved: Saved) -> FittedMap:
-    return LinearMap.of_saved(saved) if saved.kind == KIND else TrainedMap.of_saved(saved)
+    closed = {linear_map.KIND: LinearMap.of_saved, random_features.KIND: RandomFeatureMap.of_saved}
+    return closed.get(saved.kind, TrainedMap.of_saved)(saved)
 
 
 def _refuse(where: str, end: End, site: Site, width: int, checkpoint: str | None, tokenizer: str | None) -> None:

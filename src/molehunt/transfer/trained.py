@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, mse_loss
 
+from molehunt.contracts import TransferMap
 from molehunt.errors import NotTestable, UsageError
 from molehunt.model.site import Site
 from molehunt.transfer.collect import PairActs
@@ -174,7 +175,7 @@ def train_map(
     return found
 
 
-def quality(map: TrainedMap, held_out: PairActs) -> tuple[float, float]:
+def quality(map: TransferMap, held_out: PairActs) -> tuple[float, float]:
     """Fraction of variance unexplained, each dimension about its own mean, and mean cosine."""
     mapped, y = map(held_out.x), held_out.y
     missed = (mapped.double() - y.double()).square().sum() / (y.double() - y.double().mean(0)).square().sum()
