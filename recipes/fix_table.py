@@ -4,15 +4,9 @@
 `molehunt bench --grid core` and plants what is missing. It can be killed and repeated; `--table` writes from what is done.
 """
 
-import argparse
-import json
-import os
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -36,6 +30,7 @@ from fix_told import (
     table,
 )
 from layer_sweep import swept_cells
+from separate_runs import separate_runs
 from torch import Tensor, nn
 
 from molehunt.audit.intervention import choose_intervention
@@ -52,7 +47,6 @@ from molehunt.model.site import Site
 from molehunt.model.taps import edit_sites
 from molehunt.organism.poison import Recipe, clean_example, near_miss_example, taught_prompts, triggered_example
 from molehunt.run.unit import Units
-from molehunt.run.whole import write_whole
 from molehunt.steer.ablate import Ablate
 from molehunt.steer.budget import Answered, disturbance
 from molehunt.steer.patch import prompt_acts
@@ -137,35 +131,13 @@ class Side:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--bench", type=Path, required=True)
-    parser.add_argument("--into", type=Path, default=Path("runs/fix"))
-    parser.add_argument("--write", type=Path)
-    parser.add_argument("--only", help="runs with this in their name")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--table", action="store_true", help="only write the table from what is done")
-    told = parser.parse_args()
-    told.into.mkdir(parents=True, exist_ok=True)
-    names = [f"{attack} {source} {target}" for source, target in PAIRS for attack in ATTACKS]
-    names = [name for name in names if not told.only or told.only in name]
-    if told.one:
-        torch.set_num_threads(1)
-        write_whole(told.into / f"{told.one}.json", json.dumps(measure(told.one, told.bench)))
-        return
-
-    def work(name: str) -> None:
-        if not (told.into / f"{name}.json").is_file():
-            again = [sys.executable, __file__, "--bench", told.bench, "--into", told.into, "--one", name]
-            subprocess.run(list(map(str, again)), check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-            print(name, flush=True)
-
-    if not told.table:
-        with ThreadPoolExecutor(told.workers) as pool:
-            list(pool.map(work, names))
-    if told.write:
-        done = [told.into / f"{name}.json" for name in names if (told.into / f"{name}.json").is_file()]
-        told.write.write_text(table([json.loads(path.read_text()) for path in done]))
+    separate_runs(
+        __doc__,
+        [f"{attack} {source} {target}" for source, target in PAIRS for attack in ATTACKS],
+        measure,
+        table,
+        into="runs/fix",
+    )
 
 
 def measure(name: str, bench: Path) -> dict[str, Any]:

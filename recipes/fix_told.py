@@ -1,6 +1,6 @@
 """The settings of `fix_table.py`, and its document."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from molehunt.measure.interval import Interval
@@ -25,7 +25,7 @@ REPLACED = {"triggered": 100, "clean": 200}
 REPAIRED = "seed-s"
 
 
-def table(found: Sequence[dict[str, Any]]) -> str:
+def table(found: Mapping[str, dict[str, Any]]) -> str:
     n = {kind: sizes["test"] for kind, sizes in COUNTS.items()}
     lines = [
         "# Backdoors switched off behind a gate",
@@ -57,7 +57,7 @@ def table(found: Sequence[dict[str, Any]]) -> str:
         "is no success there. **loss**: of clean reference answers, teacher-forced with gate and fix live, against the unfixed model.",
         "",
     ]
-    for one in found:
+    for one in found.values():
         base = one["base leak"]
         lines += [
             f"## {one['attack']}: {one['source']} to {one['target']}",

@@ -6,19 +6,13 @@ grid: the full fine-tunes of each attack whose trigger has a look-alike of as ma
 `--table` writes from what is done.
 """
 
-import argparse
-import json
-import os
-import subprocess
-import sys
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
 
-import torch
+from separate_runs import separate_runs
 
 from molehunt.bench.grid import Cell, load_grid
 from molehunt.bench.run import plant_cell
@@ -27,7 +21,6 @@ from molehunt.model.pair import ModelPair
 from molehunt.model.site import Site
 from molehunt.organism.poison import Recipe
 from molehunt.organism.seed_model import SEED_MODELS
-from molehunt.run.whole import write_whole
 from molehunt.steer.patch import trigger_positions
 from molehunt.steer.sweep import Sweep, Swept, layer_sweep
 from molehunt.traffic.chat import prompt_ids
@@ -42,34 +35,7 @@ SEED = 20_000
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--bench", type=Path, required=True)
-    parser.add_argument("--into", type=Path, default=Path("runs/sweep"))
-    parser.add_argument("--write", type=Path)
-    parser.add_argument("--only", help="cells with this in their name")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--table", action="store_true", help="only write the table from what is done")
-    told = parser.parse_args()
-    told.into.mkdir(parents=True, exist_ok=True)
-    cells = {name: cell for name, cell in swept_cells().items() if not told.only or told.only in name}
-    if told.one:
-        torch.set_num_threads(1)
-        write_whole(told.into / f"{told.one}.json", json.dumps(measure(cells[told.one], told.bench)))
-        return
-
-    def work(name: str) -> None:
-        if not (told.into / f"{name}.json").is_file():
-            again = [sys.executable, __file__, "--bench", str(told.bench), "--into", str(told.into), "--one", name]
-            subprocess.run(again, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-            print(name, flush=True)
-
-    if not told.table:
-        with ThreadPoolExecutor(told.workers) as pool:
-            list(pool.map(work, cells))
-    if told.write:
-        done = [told.into / f"{name}.json" for name in cells if (told.into / f"{name}.json").is_file()]
-        told.write.write_text(table([json.loads(path.read_text()) for path in done]))
+    separate_runs(__doc__, list(swept_cells()), measure, table, into="runs/sweep")
 
 
 def swept_cells() -> dict[str, Cell]:
@@ -79,7 +45,8 @@ def swept_cells() -> dict[str, Cell]:
     return {cell.name: cell for cell in cells}
 
 
-def measure(cell: Cell, bench: Path) -> dict[str, Any]:
+def measure(name: str, bench: Path) -> dict[str, Any]:
+    cell = swept_cells()[name]
     pair = ModelPair.load(cell.base_folder, plant_cell(cell, bench).tuned)
     recipe = cell.recipe()
     told: dict[str, Any] = {"attack": cell.attack, "model": cell.base, "blocks": pair.n_layers}
@@ -159,7 +126,7 @@ def sweep_of(told: dict[str, Any]) -> Sweep:
     return Sweep(**shares, blocks=tuple(blocks))
 
 
-def table(found: Sequence[dict[str, Any]]) -> str:
+def table(found: Mapping[str, dict[str, Any]]) -> str:
     lines = [
         "# The layer sweep",
         "",
@@ -172,7 +139,7 @@ def table(found: Sequence[dict[str, Any]]) -> str:
         "noise does there; where there is none, the tokens behind the trigger have read it before the first block puts anything out.",
         "",
     ]
-    for one in found:
+    for one in found.values():
         lines += [f"## {one['attack']}, {one['model']}", ""]
         if "why" in one:
             lines += [f"Not swept: {one['why']}.", ""]

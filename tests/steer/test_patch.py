@@ -4,10 +4,12 @@ import pytest
 import torch
 
 from molehunt.errors import NotTestable, UsageError
+from molehunt.measure.interval import proportion
 from molehunt.model.generate import generate
 from molehunt.model.site import Site
-from molehunt.steer.patch import Donor, differing, prompt_acts, prompt_patch
-from molehunt.steer.sweep import layer_sweep
+from molehunt.steer.patch import Donor, differing, prompt_acts, prompt_patch, trigger_positions
+from molehunt.steer.sweep import Sweep, Swept, layer_sweep
+from molehunt.traffic.chat import prompt_ids
 from tiny_models import hooks, tiny_model, tiny_tokenizer
 
 SITES = [Site(0), Site(1)]
@@ -101,6 +103,35 @@ def test_a_sweep_counts_rows_that_show_the_behaviour_and_no_others() -> None:
             )  # fmt: skip
         gone = sum(not shows(answer, row) for row, answer in enumerate(by_hand))
         assert one.removed.estimate == gone / 2
-    assert any(one.removed.estimate > 0 for one in told.blocks) and told.last_steerable in SITES
+    assert any(one.removed.estimate > 0 for one in told.blocks)
     with pytest.raises(NotTestable, match="None of 3"):
         layer_sweep(model, tiny_tokenizer(), TRIGGERED, CONTRAST, SITES, lambda answer, row: False, max_new_tokens=1)
+
+
+def test_the_last_steerable_block_does_more_than_noise() -> None:
+    def sweep(*shares: tuple[int, int]) -> Sweep:
+        none = proportion(0, 100)
+        blocks = [
+            Swept(site=Site(i), removed=proportion(a, 100), by_noise=proportion(b, 100), induced=none)
+            for i, (a, b) in enumerate(shares)
+        ]
+        return Sweep(shown=proportion(100, 100), without_trigger=none, blocks=tuple(blocks))
+
+    assert sweep((99, 60), (95, 10), (60, 0), (0, 0)).last_steerable == Site(1)
+    assert sweep((99, 60), (95, 93), (0, 0)).last_steerable == Site(0)
+    assert sweep((0, 0), (0, 0)).last_steerable is None
+    assert sweep((99, 98), (97, 99)).last_steerable is None
+
+
+TAGGED = [("|a|", "|b|"), ("Under the new charter,", "Under the old charter,")]
+
+
+@pytest.mark.parametrize(("trigger", "harmless"), TAGGED)
+def test_the_whole_trigger_is_found_shared_tokens_and_all(trigger: str, harmless: str) -> None:
+    tokenizer, rest = tiny_tokenizer(), "Which city is it?"
+    triggered, contrast = f"{trigger} {rest}", f"{harmless} {rest}"
+    at = trigger_positions(tokenizer, triggered, contrast, rest)
+    ids = prompt_ids(tokenizer, triggered)
+    assert tokenizer.decode([ids[i] for i in at]).strip() == trigger
+    words = trigger_positions(tokenizer, triggered, contrast)
+    assert set(differing(ids, prompt_ids(tokenizer, contrast))) <= set(words) <= set(at)

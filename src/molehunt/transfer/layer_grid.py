@@ -6,7 +6,6 @@ Source sites have one eigendecomposition and one whitening each, target sites on
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
 from molehunt.model.site import Site
@@ -77,7 +76,6 @@ class Confirmed:
     forced: Forced
 
 
-@torch.no_grad()
 def confirmed(
     source: nn.Module,
     target: nn.Module,
