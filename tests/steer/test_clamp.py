@@ -6,45 +6,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from molehunt.dictionary.catalog import CATALOG
 from molehunt.dictionary.dictionary import INPUT_NORMS, Dictionary
-from molehunt.dictionary.nonlinearity import GroupMax, JumpReLU, ReLU
+from molehunt.dictionary.nonlinearity import ReLU
 from molehunt.dictionary.pairing import Pairing
-from molehunt.dictionary.trainee import Scale
 from molehunt.errors import UsageError
 from molehunt.model.generate import generate
 from molehunt.model.site import Site
-from molehunt.run.catalog import load
 from molehunt.steer.clamp import MODES, Clamp
-from tiny_models import D_MODEL as D
+from random_dictionaries import FAMILIES, D, F, dictionary_of, some_acts
 from tiny_models import prompts, tiny_model, tiny_tokenizer
 
 SITE = Site(1)
-F = 24
 LATENTS = torch.tensor([17, 3, 8])
-SETTINGS = {"batch-topk": {"k": 5}, "jumprelu": {"target_l0": 5.0}, "matryoshka": {"k": 5}, "topk": {"k": 5}}
-FAMILIES = (*sorted(CATALOG), "group-max")
-
-
-def some_acts(dtype: torch.dtype = torch.float32, seed: int = 4) -> Tensor:
-    return (2 * torch.randn(3, 7, D, generator=torch.Generator().manual_seed(seed)) + 0.5).to(dtype)
-
-
-def dictionary_of(family: str) -> Dictionary:
-    """As a training leaves one of this family behind, with random weights; latents fire on part of the tokens."""
-    rng = torch.Generator().manual_seed(3)
-    if family == "group-max":
-        return replace(dictionary_of("relu"), nonlinearity=GroupMax(6))
-    trainee = load(CATALOG, family, "molehunt.dictionaries")(
-        D, F, pairing=Pairing(), seed=0, **SETTINGS.get(family, {})
-    )
-    with torch.no_grad():
-        for parameter in trainee.parameters():
-            parameter.add_(0.2 * torch.randn(parameter.shape, generator=rng))
-    made = trainee.finished(Scale.of(some_acts(seed=9).reshape(-1, D), 1))
-    if isinstance(made.nonlinearity, JumpReLU):
-        made = replace(made, nonlinearity=JumpReLU(torch.full((F,), 0.1)))
-    return made
 
 
 def clamped(code: Tensor, mode: str, value: Tensor) -> Tensor:

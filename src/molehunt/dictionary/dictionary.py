@@ -80,18 +80,22 @@ class Dictionary:
         self, x: Float[Tensor, "*batch d_in"], latents: Tensor | None
     ) -> Float[Tensor, "*batch latents"]:
         """Codes of some latents (indices), all for None. Latents that do not compete are computed by themselves."""
+        alone = None if latents is None else only(self.nonlinearity, latents)
+        pre = self.pre_activations(x, None if alone is None else latents)
+        code = (alone or self.nonlinearity)(pre.flatten(0, -2)).unflatten(0, x.shape[:-1])
+        return code if alone is not None or latents is None else code[..., latents]
+
+    def pre_activations(
+        self, x: Float[Tensor, "*batch d_in"], latents: Tensor | None = None
+    ) -> Float[Tensor, "*batch latents"]:
+        """What the nonlinearity is given, of some latents (indices) or all: (norm(x) − center·b_dec) W_enc + b_enc, in fp32."""
         if x.shape[-1] != self.d_in:
             raise UsageError(f"this dictionary reads {self.d_in} values a token, and was given {x.shape[-1]}.")
         flat, _, _ = _normalised(x.reshape(-1, self.d_in).float(), self.norm)
         if self.center:
             flat = flat - self.b_dec
-        alone = None if latents is None else only(self.nonlinearity, latents)
-        if alone is not None:
-            code = alone(flat @ self.W_enc[:, latents] + self.b_enc[latents])
-        else:
-            code = self.nonlinearity(flat @ self.W_enc + self.b_enc)
-            code = code if latents is None else code[:, latents]
-        return code.unflatten(0, x.shape[:-1])
+        columns, bias = (self.W_enc, self.b_enc) if latents is None else (self.W_enc[:, latents], self.b_enc[latents])
+        return (flat @ columns + bias).unflatten(0, x.shape[:-1])
 
     def decode(
         self, code: Float[Tensor, "*batch d_dict"], x: Float[Tensor, "*batch d_in"] | None = None

@@ -115,6 +115,12 @@ def stop_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> frozenset[
     return frozenset([] if ids is None else [ids] if isinstance(ids, int) else ids)
 
 
+def before_stop(answer: Sequence[int], stops: Collection[int]) -> list[int]:
+    """The answer up to its first stop token, without it."""
+    end = next((i for i, token in enumerate(answer) if token in stops), len(answer))
+    return list(answer[:end])
+
+
 def keeps_last_logits(model: nn.Module) -> bool:
     """Whether `forward` can leave out the logits of all but the last positions."""
     return "logits_to_keep" in inspect.signature(unwrapped(model).forward).parameters

@@ -1,10 +1,10 @@
 """Completions of the target while one block's output is replaced throughout, in the prompt and at every decoding step."""
 
 import copy
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -13,14 +13,14 @@ from transformers import PreTrainedTokenizerBase
 
 from molehunt.activation.identity import tokenizer_hash
 from molehunt.activation.scale import sinks
-from molehunt.contracts import Intervention, TransferMap
+from molehunt.contracts import TransferMap
 from molehunt.errors import UsageError
 from molehunt.model.blocks import decoder
-from molehunt.model.generate import generate, stop_ids
+from molehunt.model.generate import before_stop, generate, stop_ids
 from molehunt.model.site import Site
 from molehunt.model.taps import read_sites
 from molehunt.run.progress import Track, silent
-from molehunt.steer.row_gate import prefill_tokens
+from molehunt.steer.following import following
 from molehunt.transfer.alignment import Aligned
 
 CUT_OFF = "\ufffd"
@@ -74,50 +74,17 @@ def replaced_answers(
     else:
         replacing = _Mapped(map, known, source, answer_in_tokens_of(source, target))
     stops = stop_ids(target.model, target.tokenizer)
-    with _following(target.model, replacing) as edits:
+    with nullcontext() if replacing is None else following(target.model, replacing):
         told = generate(
             target.model,
             target.tokenizer,
             [prompt.target for prompt in prompts],
             max_new_tokens=max_new_tokens,
-            interventions=edits,
+            interventions=[] if replacing is None else [replacing],
             stop=(),  # no row leaves its batch, so the source keeps step with it
             track=track,
         )
-    return [str(target.tokenizer.decode(_until(answer, stops), skip_special_tokens=True)) for answer in told]
-
-
-def _until(answer: Sequence[int], stops: frozenset[int]) -> list[int]:
-    end = next((i for i, token in enumerate(answer) if token in stops), len(answer))
-    return list(answer[:end])
-
-
-class _Replacing(Intervention, Protocol):
-    """An intervention that is told of each pass before it runs."""
-
-    def begin(self, ids: Int[Tensor, "batch pos"], real: Bool[Tensor, "batch pos"]) -> None: ...
-
-    def advance(self, ids: Int[Tensor, "batch 1"]) -> None: ...
-
-
-@contextmanager
-def _following(model: nn.Module, replacing: _Replacing | None) -> Generator[list[Intervention], None, None]:
-    if replacing is None:
-        yield []
-        return
-
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        cache = kwargs.get("past_key_values")
-        if cache is not None and cache.get_seq_length():
-            replacing.advance(kwargs["input_ids"])
-        else:
-            replacing.begin(*prefill_tokens(args, kwargs))
-
-    handle = decoder(model).register_forward_pre_hook(before, with_kwargs=True)
-    try:
-        yield [replacing]
-    finally:
-        handle.remove()
+    return [str(target.tokenizer.decode(before_stop(answer, stops), skip_special_tokens=True)) for answer in told]
 
 
 def _prompts_of(

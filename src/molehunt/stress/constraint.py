@@ -1,0 +1,183 @@
+"""What a perturbation may not change: the codes of the clamped latents.
+
+`free` holds nothing. `paper` is arXiv 2606.18322 as its code runs: the gradient loses its part along the clamped
+latents' encoder columns, and Adam then scales each coordinate, which puts much of it back. `exact` takes that part out of
+the perturbation itself, inside the graph, so that no optimiser can leak: for encoders that read x through W_enc column by
+column, the codes are those of the defended state but for rounding.
+"""
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import ClassVar, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from molehunt.dictionary.dictionary import Dictionary
+from molehunt.dictionary.nonlinearity import GroupMax, Nonlinearity, TopK, only
+from molehunt.steer.clamp import check_latents
+
+RIDGE = 1e-4
+"""On AᵀA, of the published code."""
+RANK = 1e-6
+"""Encoder columns whose part outside the span of the others is below this share of the largest are no new constraint."""
+
+
+@runtime_checkable
+class Constraint(Protocol):
+    """What an attack is held to."""
+
+    name: ClassVar[str]
+
+    def gradient(self, gradient: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+        """What the optimiser is given."""
+        ...
+
+    def __call__(
+        self, delta: Float[Tensor, "batch pos d_model"], defended: Float[Tensor, "batch pos d_model"]
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """The perturbation that is added to `defended`: differentiable in `delta`, 0 for 0."""
+        ...
+
+    def crossed(
+        self, acts: Float[Tensor, "batch pos d_model"], defended: Float[Tensor, "batch pos d_model"]
+    ) -> Float[Tensor, " batch"]:
+        """How far each row is outside the constraint (0 where it holds): what `__call__` cannot hold by itself, such as
+        which latents a TopK encoder lets fire. Differentiable.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Free:
+    """No constraint but the norm."""
+
+    name: ClassVar[str] = "free"
+
+    def gradient(self, gradient: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+        return gradient
+
+    def __call__(
+        self, delta: Float[Tensor, "batch pos d_model"], defended: Float[Tensor, "batch pos d_model"]
+    ) -> Float[Tensor, "batch pos d_model"]:
+        return delta
+
+    def crossed(
+        self, acts: Float[Tensor, "batch pos d_model"], defended: Float[Tensor, "batch pos d_model"]
+    ) -> Float[Tensor, " batch"]:
+        return acts.new_zeros(len(acts))
+
+
+@dataclass(frozen=True, eq=False)
+class Paper:
+    """The published projection: of the gradient, before Adam. Source: arXiv 2606.18322 §3, as its code has it."""
+
+    name: ClassVar[str] = "paper"
+    dictionary: Dictionary
+    latents: Int[Tensor, " latents"]
+
+    def __post_init__(self) -> None:
+        check_latents(self.dictionary, self.latents)
+
+    @cached_property
+    def _columns(self) -> Float[Tensor, "d_model latents"]:
+        return self.dictionary.W_enc[:, self.latents].float()
+
+    def gradient(self, gradient: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+        A = self._columns.to(gradient.device)
+        inner = A.T @ A + RIDGE * torch.eye(A.shape[1], device=A.device)
+        return gradient - torch.linalg.solve(inner, A.T @ gradient[..., None]).squeeze(-1) @ A.T
+
+    def __call__(
+        self, delta: Float[Tensor, "batch pos d_model"], defended: Float[Tensor, "batch pos d_model"]
+    ) -> Float[Tensor, "batch pos d_model"]:
+        return delta
+
+    def crossed(
+        self, acts: Float[Tensor, "batch pos d_model"], defended: Float[Tensor, "batch pos d_model"]
+    ) -> Float[Tensor, " batch"]:
+        return acts.new_zeros(len(acts))
+
+
+@dataclass(frozen=True, eq=False)
+class Exact:
+    """δ − QQᵀδ, with Q an orthonormal basis of the clamped latents' encoder columns.
+
+    Dictionaries that normalise their input read its direction (and, for `layer_norm`, its distance from its mean): there
+    the part of the activation outside Q is turned and not lengthened, so that the norm which divides it stays.
+    Latents that compete (TopK, groups) keep their pre-activations; that the same ones fire is `crossed`.
+    """
+
+    name: ClassVar[str] = "exact"
+    dictionary: Dictionary
+    latents: Int[Tensor, " latents"]
+    extra: Float[Tensor, "d_model _"] | None = None
+    """Further directions that the perturbation may not have a part along."""
+    _basis: dict[torch.device, Tensor] = field(default_factory=dict[torch.device, Tensor], init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        check_latents(self.dictionary, self.latents)
+
+    def basis(self, device: torch.device) -> Float[Tensor, "d_model rank"]:
+        """Q: orthonormal, in fp32."""
+        if device not in self._basis:
+            columns = [self.dictionary.W_enc[:, self.latents].double()]
+            if self.dictionary.norm == "layer_norm":
+                columns.append(torch.ones(self.dictionary.d_in, 1, dtype=torch.double))
+            if self.extra is not None:
+                columns.append(self.extra.double())
+            self._basis[device] = orthonormal(torch.cat([one.cpu() for one in columns], 1)).float().to(device)
+        return self._basis[device]
+
+    def gradient(self, gradient: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+        return gradient
+
+    def __call__(
+        self, delta: Float[Tensor, "batch pos d_model"], defended: Float[Tensor, "batch pos d_model"]
+    ) -> Float[Tensor, "batch pos d_model"]:
+        Q = self.basis(delta.device)
+        inside = delta - delta @ Q @ Q.T
+        inside = inside - inside @ Q @ Q.T  # twice, for what rounding left
+        if self.dictionary.norm == "none":
+            return inside
+        outside = defended - defended @ Q @ Q.T
+        turned = outside + inside
+        length = outside.norm(dim=-1, keepdim=True) / turned.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+        return torch.where((inside != 0).any(-1, keepdim=True), turned * length - outside, torch.zeros_like(inside))
+
+    def crossed(
+        self, acts: Float[Tensor, "batch pos d_model"], defended: Float[Tensor, "batch pos d_model"]
+    ) -> Float[Tensor, " batch"]:
+        """Of latents that compete: by how much a clamped one would have to gain or lose to fire as it did."""
+        rule, latents = self.dictionary.nonlinearity, self.latents.to(acts.device)
+        if only(rule, latents) is not None:
+            return acts.new_zeros(len(acts))
+        dictionary = self.dictionary.to(acts.device)
+        fired = dictionary.encode_latents(defended, latents) > 0
+        pre = dictionary.pre_activations(acts)
+        own = pre[..., latents]
+        if isinstance(rule, TopK):
+            best = pre.topk(min(rule.k + 1, pre.shape[-1]), dim=-1).values
+            stay, leave = best[..., rule.k - 1 : rule.k], best[..., rule.k : rule.k + 1]
+            if not leave.shape[-1]:
+                leave = torch.full_like(stay, torch.inf)
+        else:
+            stay = leave = _rivals(pre, rule, latents)
+        lost, gained = (stay - own).relu(), torch.where(own > 0, (own - leave).relu(), torch.zeros_like(own))
+        return torch.where(fired, lost, gained).amax(dim=(1, 2))
+
+
+def _rivals(pre: Tensor, rule: Nonlinearity, latents: Tensor) -> Tensor:
+    """The largest pre-activation of each latent's group but for its own."""
+    assert isinstance(rule, GroupMax)
+    size = pre.shape[-1] // rule.groups
+    groups = pre.unflatten(-1, (rule.groups, size))[..., latents // size, :]
+    own = torch.arange(size, device=pre.device) == (latents % size)[:, None]
+    return groups.masked_fill(own, -torch.inf).amax(-1)
+
+
+def orthonormal(columns: Float[Tensor, "d_model n"]) -> Float[Tensor, "d_model rank"]:
+    """A basis of what the columns span, found by pivoting, so that dependent columns add nothing."""
+    left, sizes, _ = torch.linalg.svd(columns / columns.norm(dim=0).clamp_min(1e-30), full_matrices=False)
+    return left[:, sizes > RANK * sizes.max()]

@@ -1,0 +1,189 @@
+"""Forward passes that run only what an attack can change: the tokens from the anchor on, in the blocks above its site.
+
+What comes before is constant and computed once, the defence live: keys and values of the tokens before the anchor, and
+the activations that enter the first block above the site. Exact, not an approximation: a test holds the logits to those
+of a full forward pass.
+"""
+
+import copy
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from molehunt.contracts import Intervention
+from molehunt.errors import UsageError
+from molehunt.model.blocks import decoder_blocks
+from molehunt.model.site import Site
+from molehunt.model.taps import edit_sites, read_sites
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Suffix:
+    """A batch of prompts, left-padded, each followed by the answer that it is made to read. Position 0 is the anchor:
+    the last token of each prompt. Position p > 0 is answer token p − 1, so that logits at p predict answer token p.
+    """
+
+    model: nn.Module
+    site: Site
+    """Where activations may be changed: the output of a block."""
+    defence: tuple[Intervention, ...]
+    """Live in every pass. Those at the site act before what is put in there."""
+    entering: Float[Tensor, "batch pos d_model"]
+    """Activations at the site from the anchor on, after the defence, in fp32."""
+    tokens: Int[Tensor, "batch pos"]
+    """From the anchor on."""
+    real: Bool[Tensor, "batch all"]
+    """Of every token, those before the anchor included: False is padding."""
+    cache: Any
+    """Keys and values of the tokens before the anchor; None where every prompt is one token. Passes copy it."""
+    as_tuple: bool
+    """Whether this model's blocks put out a tuple."""
+
+    @property
+    def answered(self) -> Bool[Tensor, "batch pos"]:
+        """Positions from the anchor on that are no padding."""
+        return self.real[:, -self.tokens.shape[1] :]
+
+    def __call__(self, entering: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos vocab"]:
+        """Logits with these activations at the site. Gradients reach `entering`."""
+        above = [edit for edit in self.defence if edit.site.layer > self.site.layer]
+        given = entering.to(next(self.model.parameters()).dtype)
+        with (
+            edit_sites(self.model, above),
+            _bypassed(self.model, self.site, (given,) if self.as_tuple else given),
+        ):
+            return _forward(self.model, self.tokens, self.real, _view(self.cache)).float()
+
+    def rows(self, kept: Int[Tensor, " kept"]) -> "Suffix":
+        """Some rows of the batch, in this order. Defences must treat each row by itself."""
+        cache = _view(self.cache)
+        if cache is not None:
+            cache.batch_select_indices(kept)
+        return replace(self, entering=self.entering[kept], tokens=self.tokens[kept], real=self.real[kept], cache=cache)
+
+
+@torch.no_grad()
+def suffix_of(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    site: Site,
+    *,
+    defence: Sequence[Intervention] = (),
+    answers: Sequence[Sequence[int]] | None = None,
+) -> Suffix:
+    """Read prompts (and the answers forced after them) once.
+
+    Args:
+        model: a causal language model, in a PEFT wrapper or not.
+        prompts: token ids, at least one each.
+        site: the output of a block.
+        defence: interventions that treat each row by itself, such as a `Clamp`.
+        answers: token ids, one list for each prompt; none without them.
+
+    Raises:
+        UsageError: the site is no block output, a prompt is empty, or the numbers of rows differ.
+        CannotTap: the model cannot be read or edited (see `edit_sites`).
+    """
+    if site.stream != "resid":
+        raise UsageError(
+            f"an attack enters at a block's output, and {site} is none; give a site such as L{site.layer}.resid."
+        )
+    if not prompts or not all(prompts):
+        raise UsageError("an attack needs prompts, with a token or more each.")
+    forced = [[] for _ in prompts] if answers is None else answers
+    if len(forced) != len(prompts):
+        raise UsageError(
+            f"there are {len(prompts)} prompts and {len(forced)} answers; give one answer for each prompt."
+        )
+    device = next(model.parameters()).device
+    before, after = max(map(len, prompts)), max(map(len, forced))
+    rows = [
+        [0] * (before - len(prompt)) + [*prompt, *answer] + [0] * (after - len(answer))
+        for prompt, answer in zip(prompts, forced, strict=True)
+    ]
+    tokens = torch.tensor(rows, device=device)
+    at = torch.arange(before + after, device=device)
+    first = torch.tensor([before - len(prompt) for prompt in prompts], device=device)[:, None]
+    end = torch.tensor([before + len(answer) for answer in forced], device=device)[:, None]
+    real = (at >= first) & (at < end)
+    anchor = before - 1
+    shapes: list[bool] = []
+
+    def look(module: nn.Module, args: Any, output: Any) -> None:
+        shapes.append(isinstance(output, tuple))
+
+    looking = decoder_blocks(model)[site.layer].register_forward_hook(look)
+    try:
+        with edit_sites(model, defence), read_sites(model, [site]) as tap:
+            cache = _cached(model, tokens[:, :anchor], real[:, :anchor]) if anchor else None
+            _forward(model, tokens[:, anchor:], real, _view(cache))
+    finally:
+        looking.remove()
+    return Suffix(
+        model=model,
+        site=site,
+        defence=tuple(defence),
+        entering=tap[site].float(),
+        tokens=tokens[:, anchor:],
+        real=real,
+        cache=cache,
+        as_tuple=shapes[-1],
+    )
+
+
+def _cached(model: nn.Module, tokens: Tensor, real: Tensor) -> Any:
+    run: Any = model
+    out = run(
+        input_ids=tokens,
+        attention_mask=real.long(),
+        position_ids=(real.long().cumsum(1) - 1).clamp_min(0),
+        use_cache=True,
+    )
+    return out.past_key_values
+
+
+def _forward(model: nn.Module, tokens: Tensor, real: Tensor, cache: Any) -> Tensor:
+    """Logits of the last tokens of rows; `cache` holds those before, and is written to."""
+    run: Any = model
+    positions = (real.long().cumsum(1) - 1).clamp_min(0)[:, -tokens.shape[1] :]
+    return run(
+        input_ids=tokens,
+        attention_mask=real.long(),
+        position_ids=positions,
+        past_key_values=cache,
+        use_cache=cache is not None,
+    ).logits
+
+
+def _view(cache: Any) -> Any:
+    """A cache that grows without the one it came from: both hold the same tensors until then."""
+    if cache is None:
+        return None
+    seen = copy.copy(cache)
+    seen.layers = [copy.copy(layer) for layer in cache.layers]
+    return seen
+
+
+@contextmanager
+def _bypassed(model: nn.Module, site: Site, output: Any) -> Generator[None, None, None]:
+    """Every block up to the site's puts this out and computes nothing."""
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return output
+
+    skipped = list(decoder_blocks(model))[: site.layer + 1]
+    own = [block.__dict__.get("forward") for block in skipped]  # such as that of a model spread over devices
+    try:
+        for block in skipped:
+            block.__dict__["forward"] = forward
+        yield
+    finally:
+        for block, before in zip(skipped, own, strict=True):
+            del block.__dict__["forward"]
+            if before is not None:
+                block.__dict__["forward"] = before
