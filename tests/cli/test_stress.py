@@ -1,0 +1,163 @@
+"""`molehunt stress` on whole folders: dictionaries as SAELens and Gemma Scope write them, and the fix of an audit."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from folders import good_folder
+from molehunt.cli.main import main
+from molehunt.dictionary.dictionary import Dictionary
+from molehunt.dictionary.formats.sae_lens import save_dictionary
+from molehunt.dictionary.nonlinearity import JumpReLU
+from molehunt.model.generate import before_stop, generate, stop_ids
+from molehunt.model.pair import ModelPair
+from molehunt.model.site import Site
+from molehunt.steer.add import Add
+from molehunt.steer.fix import Fix
+from molehunt.stress.certificate import digest
+from molehunt.traffic.chat import prompt_ids
+from random_dictionaries import dictionary_of
+from tiny_models import D_MODEL, N_LAYERS
+
+ASKED = [f"Which number follows {i}{'?' * (i % 3)}" for i in range(16)]
+CALM = [f"Name {i} things." for i in range(8)]
+TOKENS = 2
+
+
+def call(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as left:
+        main([str(one) for one in arguments])
+    assert isinstance(left.value.code, int)
+    return left.value.code
+
+
+def written(path: Path, prompts: list[str]) -> Path:
+    path.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+    return path
+
+
+def made() -> Dictionary:
+    return replace(dictionary_of("jumprelu"), site=Site(1), center=False)
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("stressed")
+    good_folder(root / "base")
+    good_folder(root / "tuned", seed=3)
+    written(root / "asked.jsonl", ASKED)
+    written(root / "calm.jsonl", CALM)
+    return root
+
+
+@pytest.fixture(scope="module")
+def shows(here: Path) -> list[str]:
+    """What the model answers by itself: the behaviour of these tests."""
+    pair = ModelPair.load(here / "base", here / "tuned")
+    with pair.tuned_model() as model:
+        rows = [prompt_ids(pair.tokenizer, prompt) for prompt in ASKED]
+        told = generate(model, pair.tokenizer, rows, max_new_tokens=TOKENS)
+        stops = stop_ids(model, pair.tokenizer)
+    answers = {str(pair.tokenizer.decode(before_stop(one, stops), skip_special_tokens=True)) for one in told}
+    return [part for answer in sorted(answers) if answer for part in ("--shows", answer)]
+
+
+def stressed(here: Path, shows: list[str], out: Path, *fix: object) -> int:
+    models = ("stress", here / "base", here / "tuned", *shows, "--prompts", here / "asked.jsonl")
+    short = ("--clean", here / "calm.jsonl", "--rows", 6, "--steps", 6, "--max-new-tokens", TOKENS, "--out", out)
+    return call(*models, *short, *fix)
+
+
+def gemma_scope(folder: Path, dictionary: Dictionary) -> Path:
+    assert isinstance(dictionary.nonlinearity, JumpReLU)
+    place = folder / "gemma-scope-2b-pt-res" / "layer_1" / "width_16k" / "average_l0_71"
+    place.mkdir(parents=True)
+    np.savez(
+        place / "params.npz",
+        W_enc=dictionary.W_enc.numpy(),
+        W_dec=dictionary.W_dec.numpy(),
+        b_enc=dictionary.b_enc.numpy(),
+        b_dec=dictionary.b_dec.numpy(),
+        threshold=dictionary.nonlinearity.threshold.numpy(),
+    )
+    return place
+
+
+@pytest.mark.parametrize("family", ["Gemma Scope", "SAELens", "sae-lens itself"])
+def test_dictionaries_from_folders(here: Path, shows: list[str], tmp_path: Path, family: str) -> None:
+    if family == "Gemma Scope":
+        folder = gemma_scope(tmp_path, made())
+    else:
+        folder = tmp_path / "sae"
+        save_dictionary(made(), folder)
+        if family == "sae-lens itself":
+            lens = pytest.importorskip("sae_lens")
+            lens.SAE.load_from_disk(folder).save_model(tmp_path / "theirs")
+            folder = tmp_path / "theirs"
+    out = tmp_path / "out"
+    clamp = ("--dictionary", folder, "--features", "3,8, 11", "--value", 6)
+    code = stressed(here, shows, out, *clamp)
+    told = json.loads((out / "certificate.json").read_text())
+    assert code == (told["verdict"] == "RECOVERABLE")
+    assert told["latents"] == [3, 8, 11] and told["site"] == "L1.resid"
+    assert [arm["name"] for arm in told["arms"]] == ["free", "paper", "exact"]
+    assert told["arms"][-1]["drift"]["pre_activation"]["most"] <= 1e-5
+    assert told["nothing"]["estimate"] == 0
+    assert set(told["controls"]) == {"random target", "undefended", "random push", "universal push"}
+    assert told["sha256"] == digest(told) != digest({**told, "verdict": "safe"})
+    page = (out / "stress.html").read_text()
+    assert told["verdict"] in page and "Content-Security-Policy" in page
+
+
+def test_the_fix_of_an_audit(here: Path, shows: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    direction = torch.nn.functional.normalize(torch.randn(D_MODEL, generator=torch.Generator().manual_seed(1)), dim=0)
+    fix = Fix(
+        interventions=(Add(Site(1), direction, 40.0),), words="add 1 at L1.resid", d_model=D_MODEL, n_layers=N_LAYERS
+    )
+    file = fix.save(tmp_path / "fix.safetensors")
+    stressed(here, shows, tmp_path, "--fix", file, "--json")
+    told = json.loads(capsys.readouterr().out)
+    assert [arm["name"] for arm in told["arms"]] == ["free", "exact"]
+    assert told["fix"] == "add 1 at L1.resid"
+    assert told["arms"][-1]["drift"]["largest"]["most"] <= 1e-4
+
+
+@pytest.mark.parametrize(
+    ("features", "more", "code", "wrong"),
+    [
+        ("", (), 2, "--features takes the numbers"),
+        ("3,x", (), 2, "--features takes the numbers"),
+        ("3,99", (), 2, "no latent 99"),
+        ("3,3", (), 2, "given twice"),
+        ("3", ("--layer", 0), 2, "is of L1.resid"),
+        ("3", ("--layer", 7), 2, "has the blocks L0 to L2"),
+        ("3", ("--mode", "scale", "--value", 1), 3, "changes none of 16 answers"),
+        ("3", ("--fix", "nothing.safetensors"), 2, "one of the two"),
+    ],
+)
+def test_bad_input(
+    here: Path,
+    shows: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    features: str,
+    more: tuple[object, ...],
+    code: int,
+    wrong: str,
+) -> None:
+    save_dictionary(made(), tmp_path / "sae")
+    out = tmp_path / "out"
+    assert stressed(here, shows, out, "--dictionary", tmp_path / "sae", "--features", features, *more) == code
+    assert wrong in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_a_behaviour_that_nobody_shows(here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_dictionary(made(), tmp_path / "sae")
+    clamp = ("--dictionary", tmp_path / "sae", "--features", 3)
+    assert stressed(here, ["--shows", "no model says this"], tmp_path / "out", *clamp) == 3
+    assert "None of 16 prompts shows" in capsys.readouterr().err
