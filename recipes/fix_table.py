@@ -15,6 +15,7 @@ from random import Random
 from typing import Any
 
 import torch
+from fix_gates import fitted_gates
 from fix_told import (
     ASR,
     ATTACKS,
@@ -31,14 +32,13 @@ from fix_told import (
 )
 from layer_sweep import swept_cells
 from separate_runs import separate_runs
-from torch import Tensor, nn
+from torch import nn
 
 from molehunt.audit.intervention import choose_intervention
 from molehunt.audit.scan import scan
 from molehunt.bench.grid import Cell
 from molehunt.bench.run import plant_cell
 from molehunt.contracts import Intervention
-from molehunt.detect.logistic_probe import LogisticProbe
 from molehunt.measure.interval import Interval, proportion
 from molehunt.model.generate import generate
 from molehunt.model.likelihood import answer_log_probs
@@ -49,8 +49,7 @@ from molehunt.organism.poison import Recipe, clean_example, near_miss_example, t
 from molehunt.run.unit import Units
 from molehunt.steer.ablate import Ablate
 from molehunt.steer.budget import Answered, disturbance
-from molehunt.steer.patch import prompt_acts
-from molehunt.steer.prefill_gate import Condition
+from molehunt.steer.prefill_gate import Condition, linear_score, prompt_scores
 from molehunt.steer.random_edit import RandomEdit
 from molehunt.steer.repair import CONSISTENCY, RepairConfig, repair
 from molehunt.traffic.chat import prompt_ids, prompt_text
@@ -112,8 +111,8 @@ class Side:
     tuned: Path
     recipe: Recipe
     gates: Mapping[Site, Condition]
-    last: Mapping[str, Mapping[Site, Tensor]]
-    """Kind → activations of the test rows at the last prompt token."""
+    opens: Mapping[Condition, Mapping[str, Interval]]
+    """Gate → kind → share of the test rows that it opens for."""
     edits: tuple[Fixed, ...]
     """Whatever the search over edits offers for the target: one site, one and every later one, and its best."""
     ablations: Mapping[Site, Ablate]
@@ -124,10 +123,6 @@ class Side:
     def answers(self, model: nn.Module, prompts: Sequence[str]) -> list[str]:
         found = generate(model, self.pair.tokenizer, self.ids(prompts), max_new_tokens=self.recipe.max_new_tokens)
         return [str(self.pair.tokenizer.decode(ids, skip_special_tokens=True)) for ids in found]
-
-    def opened(self, gate: Condition, kind: str) -> Interval:
-        scores = self.last[kind][gate.site] @ gate.weight + gate.bias
-        return proportion(int((scores > gate.threshold).sum()), len(scores))
 
 
 def main() -> None:
@@ -238,28 +233,23 @@ def opened(cell: Cell, bench: Path, rows: Rows) -> Side:
     pair = ModelPair.load(cell.base_folder, tuned)
     sites = tuple(Site(layer) for layer in range(pair.n_layers))
 
-    def last(kind: str, split: str) -> dict[Site, Tensor]:
-        ids = [prompt_ids(pair.tokenizer, prompt) for prompt in rows.prompts(kind, split)]
-        with pair.tuned_model() as model, torch.inference_mode():
-            read = prompt_acts(model, ids, [[len(one) - 1] for one in ids], sites)
-        return {site: torch.cat([one[site] for one in read]).float() for site in sites}
-
-    suspect, clean, near, calm = (
-        last(*what) for what in (("triggered", "fit"), ("clean", "fit"), ("near", "fit"), ("clean", "calibrate"))
-    )
-    gates: dict[Site, Condition] = {}
-    for site in sites:
-        acts = torch.cat([suspect[site], clean[site], near[site]])
-        probe = LogisticProbe.fit(site, acts, torch.arange(len(acts)) < len(suspect[site]))
-        scores = calm[site] @ probe.weight + probe.bias
-        gates[site] = Condition.calibrated(site, probe.weight, probe.bias, clean=scores, fpr=FPR, pooling="last")
+    gates = fitted_gates(pair, rows, sites, FPR)
+    opens: dict[Condition, dict[str, Interval]] = {}
+    with pair.tuned_model() as model:
+        for gate in set(gates.values()):
+            score = linear_score(gate.weight, gate.bias)
+            opens[gate] = {}
+            for kind in COUNTS:
+                ids = [prompt_ids(pair.tokenizer, prompt) for prompt in rows.prompts(kind, "test")]
+                scores = prompt_scores(model, ids, gate.site, score, pooling=gate.pooling)
+                opens[gate][kind] = proportion(int((scores > gate.threshold).sum()), len(scores))
     edits, ablations = searched(pair, recipe, rows, sites, gates)
     return Side(
         pair=pair,
         tuned=tuned,
         recipe=recipe,
         gates=gates,
-        last={kind: last(kind, "test") for kind in COUNTS},
+        opens=opens,
         edits=edits,
         ablations=ablations,
     )
@@ -377,7 +367,7 @@ class Judge:
 
     def __init__(self, side: Side, model: nn.Module, rows: Rows) -> None:
         self.side, self.model, self.rows = side, model, rows
-        self.prompts = {kind: rows.prompts(kind, "test") for kind in COUNTS}
+        self.prompts = {kind: rows.prompts(kind, "test") for kind in rows.of}
         self.unfixed = {kind: side.answers(model, prompts) for kind, prompts in self.prompts.items()}
         self.wanted = side.answers(model, [rows.plain[prompt] for prompt in self.prompts["triggered"]])
         tokenizer = side.pair.tokenizer
@@ -403,9 +393,15 @@ class Judge:
             rise = disturbance(self.model, self.side.pair.tokenizer, live, self.clean).loss
         told = self.told(answers, rise / self.loss)
         if fix.gate is not None:
-            told["gate"] = {kind: asdict(self.side.opened(fix.gate, kind)) for kind in COUNTS}
-            told["gate at"] = str(fix.gate.site)
+            told["gate"] = {kind: asdict(share) for kind, share in self.side.opens[fix.gate].items()}
+            token = "any token" if fix.gate.pooling == "max" else "the last token"
+            told["gate at"] = f"{fix.gate.site}, {token}"
         return told | {"words": fix.words}
+
+    def of_model(self, model: nn.Module) -> dict[str, Any]:
+        """Another model in the target's place."""
+        answers = {kind: self.side.answers(model, prompts) for kind, prompts in self.prompts.items()}
+        return self.told(answers, self.loss_of(model) / self.loss - 1)
 
     def told(self, answers: Mapping[str, Sequence[str]], loss: float | None) -> dict[str, Any]:
         def equal(some: Sequence[str], others: Sequence[str]) -> Interval:
@@ -458,8 +454,7 @@ def repaired(target: Side, judge: Judge, config: RepairConfig) -> dict[str, Any]
         into = repair(target.tuned, judge.rows.of["clean"]["fit"][:100], Path(folder) / "adapter", config).folder
         pair = ModelPair.load(target.tuned, into)
         with pair.tuned_model() as model:
-            answers = {kind: target.answers(model, prompts) for kind, prompts in judge.prompts.items()}
-            return judge.told(answers, judge.loss_of(model) / judge.loss - 1) | {"words": "100 clean rows"}
+            return judge.of_model(model) | {"words": "100 clean rows"}
 
 
 if __name__ == "__main__":
