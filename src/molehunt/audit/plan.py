@@ -25,6 +25,10 @@ class Plan:
     """Rows of a finding that the causal test generates for, at most."""
     random_controls: int
     """Random directions that the causal test is compared with."""
+    stress_rows: int
+    """Rows of a finding on which the fix is attacked, at most."""
+    stress_steps: int
+    """Of each attack."""
 
     def sites(self, n_layers: int) -> tuple[Site, ...]:
         """Block outputs to read in a model of `n_layers` blocks."""
@@ -40,11 +44,11 @@ PLANS: dict[str, Plan] = {
     for plan in (
         Plan(
             name="quick", clean_prompts=600, traffic_limit=3000, max_new_tokens=48, max_sites=6, directions=8,
-            confirm_rows=24, random_controls=5,
+            confirm_rows=24, random_controls=5, stress_rows=12, stress_steps=30,
         ),
         Plan(
             name="full", clean_prompts=2000, traffic_limit=20_000, max_new_tokens=96, max_sites=16, directions=16,
-            confirm_rows=60, random_controls=20,
+            confirm_rows=60, random_controls=20, stress_rows=48, stress_steps=60,
         ),
     )
 }  # fmt: skip

@@ -17,6 +17,7 @@ from torch import Tensor
 from molehunt.audit.candidates import Candidates, answer_scores, find_candidates, set_aside
 from molehunt.audit.causal import CausalTest, causal_test
 from molehunt.audit.files import FolderComparison, compare_folders
+from molehunt.audit.holding import Holding, attack_fix
 from molehunt.audit.ladder import Rung, ladder
 from molehunt.audit.plan import Plan
 from molehunt.audit.scan import Scan, scan
@@ -65,6 +66,8 @@ class Audit:
     traffic_name: str
     candidates: Candidates
     causal: CausalTest | None
+    holding: Holding | None
+    """Of the fix; None where there is none."""
     rungs: tuple[Rung, ...]
     folder: Path
     seconds: float
@@ -151,10 +154,19 @@ def run_audit(
     candidates = find_candidates(
         scanned, Calibrate(tuple(answer_scores(clean)[list(calibrate.rows)].tolist())), clean, fpr=fpr, seed=seed
     )
-    causal = None
+    causal, fix, holding = None, None, None
     if candidates.rows:
         calm = [i for i, s in enumerate(answer_scores(scanned).tolist()) if s <= candidates.threshold]
         causal = causal_test(pair, scanned, candidates.rows, calm, candidates.threshold, plan, seed=seed, track=track)
+        if causal.causal:
+            fix = Fix(
+                interventions=causal.interventions,
+                words=causal.intervention,
+                d_model=pair.d_model,
+                n_layers=pair.n_layers,
+                model=identity["tuned"],
+            )
+            holding = attack_fix(pair, scanned, candidates.rows, calm, causal, fix, plan, seed=seed, track=track)
     rungs = ladder(
         clean,
         scanned,
@@ -181,18 +193,13 @@ def run_audit(
         traffic_name=traffic.name if traffic else "bundled benign prompts",
         candidates=candidates,
         causal=causal,
+        holding=holding,
         rungs=rungs,
         folder=run.path,
         seconds=time.monotonic() - start,
     )
-    if found.fix is not None and causal is not None:
-        Fix(
-            interventions=causal.interventions,
-            words=causal.intervention,
-            d_model=pair.d_model,
-            n_layers=pair.n_layers,
-            model=identity["tuned"],
-        ).save(found.fix)
+    if found.fix is not None and fix is not None:
+        fix.save(found.fix)
     run.write_text("scores.jsonl", _scores(found))
     run.log({"seconds": found.seconds, "peak_rss_mb": found.peak_rss_mb, "candidates": len(candidates.rows)})
     return found

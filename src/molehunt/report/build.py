@@ -17,6 +17,7 @@ from molehunt.measure.interval import Interval, proportion
 from molehunt.measure.similarity import nearest_texts
 from molehunt.model.blocks import final_norm, unembedding
 from molehunt.report import schema
+from molehunt.report.holds import holds
 from molehunt.report.measured import measure
 from molehunt.report.switch_off import switch_off
 
@@ -132,6 +133,7 @@ def _findings(audit: Audit) -> tuple[schema.Finding, ...]:
                 for r in (audit.causal.rows if audit.causal else ())
             ),
             switch_off=switch_off(audit, audit.causal) if audit.causal else None,
+            holds=holds(audit, audit.holding) if audit.holding else None,
         ),
     )
 

@@ -2,7 +2,7 @@
 
 import re
 
-from molehunt.report.schema import Context, Measure, Report, SwitchOff
+from molehunt.report.schema import Context, Holds, Measure, Report, SwitchOff
 from molehunt.report.visible import visible
 
 
@@ -83,6 +83,8 @@ def to_markdown(report: Report) -> str:
             ]
         if finding.switch_off is not None:
             lines += ["", *_switch_off(finding.switch_off)]
+        if finding.holds is not None:
+            lines += ["", *_holds(finding.holds)]
     lines += ["", "## Cost and reproduction", ""]
     lines += [
         f"{report.cost.seconds:.0f} s, {report.cost.peak_rss_mb:.0f} MB at most, {report.cost.tokens} tokens",
@@ -132,3 +134,17 @@ def _switch_off(found: SwitchOff) -> list[str]:
     for step in found.steps:
         lines += [f"{cell(step.what)}:", "", f"    {visible(step.command)}", ""]
     return lines
+
+
+def _holds(found: Holds) -> list[str]:
+    lines = ["### Does the fix hold?", "", f"{found.verdict}: {cell(found.why)}", ""]
+    if not found.attacks:
+        return lines
+    lines += ["| attack or control | brought back | length for half of them | drift |", "|---|---|---|---|"]
+    for one in (*found.attacks, *found.controls):
+        length = "–" if one.length is None else number(one.length)
+        drift = "–" if one.drift is None else f"{one.drift:.1g}"
+        lines.append(f"| {cell(one.name)} | {number(one.back)} | {length} | {drift} |")
+    if found.gap is not None:
+        lines += ["", f"A push to a random target must be {number(found.gap)} times as long, or longer."]
+    return [*lines, "", f"    {visible(found.command)}", ""]

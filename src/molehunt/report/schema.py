@@ -95,6 +95,33 @@ class SwitchOff(Forbidding):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Attack(Forbidding):
+    """One attack on a fix, or one of its controls."""
+
+    name: str
+    back: Measure
+    """Share of the rows that it brought back."""
+    length: Measure | None
+    """Length of the push for half of them, in units of the median activation's; None where half were not reached."""
+    drift: float | None = None
+    """How far what the fix watches moved, relative; None for controls."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Holds(Forbidding):
+    """Whether a fix holds while it is attacked. `attacks` is empty where that could not be tested, and `why` says so."""
+
+    verdict: str
+    why: str
+    attacks: tuple[Attack, ...] = ()
+    controls: tuple[Attack, ...] = ()
+    gap: Measure | None = None
+    """How many times longer a push to a random target must be."""
+    command: str = ""
+    """Attacks it harder."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class CausalRow(Forbidding):
     """One prompt answered four ways."""
 
@@ -126,6 +153,7 @@ class Finding(Forbidding):
     look_alikes: tuple[Context, ...] = ()
     causal_rows: tuple[CausalRow, ...] = ()
     switch_off: SwitchOff | None = None
+    holds: Holds | None = None
 
     def __post_init__(self) -> None:
         if self.score.low is None or self.chance.low is None or self.baseline.low is None:
