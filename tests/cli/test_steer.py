@@ -107,6 +107,27 @@ def test_a_sweep_has_a_row_for_every_block_and_a_page(
     assert "8 rows and --contrast 3" in capsys.readouterr().err
 
 
+def test_a_sweep_by_position_names_what_carries_it(
+    here: Path, vector: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    phrase = max(tried(capsys, here, vector)["rows"][0]["before"].split(), key=len)
+    rows = ("--triggered", here / "loud.jsonl", "--contrast", here / "like.jsonl", "--without", here / "calm.jsonl")
+    how = ("--limit", 8, "--max-new-tokens", 5, "--shows", phrase, "--out", here / "placed", "--positions")
+    assert call("steer", "sweep", here / "base", here / "tuned", *rows, *how) == 0
+    assert "carried out of L0" in capsys.readouterr().out
+    told, page = json.loads((here / "placed" / "sweep.json").read_text()), (here / "placed" / "sweep.html").read_text()
+    names = [role["role"] for role in told["roles"]]
+    assert names[0].startswith("trigger token") and names[-3:] == [
+        "first token behind",
+        "others behind",
+        "last prompt token",
+    ]
+    sites = ["L0.resid", "L1.resid", "L2.resid"]
+    assert all([block["site"] for block in role["blocks"]] == sites for role in told["roles"])
+    assert list(told["carriers"]) == sites and set(told["carriers"].values()) <= {*names, None}
+    assert page.count("<svg") == 4 and all(name in page for name in names)
+
+
 def test_a_fix_is_written_into_the_weights(here: Path, vector: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pair = (here / "base", here / "tuned")
     assert call("steer", "save", *pair, "--remove", 32, "--into", here / "as-base") == 0

@@ -14,6 +14,7 @@ from molehunt.model.site import Site
 from molehunt.model.taps import edit_sites, read_sites
 from molehunt.run.catalog import load
 from molehunt.steer.catalog import CATALOG
+from molehunt.transfer.linear_map import LinearMap
 from tiny_models import hooks, prompts, tiny_model, tiny_tokenizer
 
 D = 32
@@ -23,6 +24,7 @@ DIRECTIONS = torch.randn(2, D, generator=RNG)
 VECTOR = torch.randn(D, generator=RNG)
 LO, HI = torch.tensor([-0.2, -0.1]), torch.tensor([0.1, 0.3])
 LATENTS = torch.tensor([4, 1, 7])
+MAP = LinearMap(SITE, SITE, torch.randn(D, D, generator=torch.Generator().manual_seed(12)) / 4, VECTOR)
 DICTIONARY = Dictionary(
     W_enc=torch.randn(D, 9, generator=RNG) / 4,
     b_enc=torch.randn(9, generator=RNG) / 4,
@@ -77,12 +79,46 @@ def clamp(token, strength):
     return (code @ DICTIONARY.W_dec + DICTIONARY.b_dec) * scale + mean + error
 
 
+def mapped(token, strength):
+    told = torch.stack([sum(token[i] * MAP.weight[i, j] for i in range(D)) + VECTOR[j] for j in range(D)])
+    return (1 - strength) * token + strength * told
+
+
+def span_clamp(token, strength):
+    """By least squares on the normalised token, which keeps its length."""
+    token = token.double()
+    mean, scale = token.mean(), token.std() + 1e-5
+    n = (token - mean) / scale
+    held = torch.cat([DICTIONARY.W_enc[:, LATENTS], DIRECTIONS.mT, torch.ones(D, 1)], 1).double()
+    bias = DICTIONARY.b_enc[LATENTS] - DICTIONARY.b_dec @ DICTIONARY.W_enc[:, LATENTS]
+    wanted = torch.cat([torch.full((3,), 0.7) - bias, HI, torch.zeros(1)]).double()
+    inside = torch.linalg.lstsq(held.mT, wanted[:, None], driver="gelsd").solution[:, 0]
+    outside = n - held @ torch.linalg.lstsq(held, n[:, None]).solution[:, 0]
+    turned = inside + outside / outside.norm() * (n.norm() ** 2 - inside.norm() ** 2) ** 0.5
+    return ((1 - strength) * token + strength * (turned * scale + mean)).float()
+
+
+def error_shrink(token, strength):
+    mean, scale = token.mean(), token.std() + 1e-5
+    pre = ((token - mean) / scale - DICTIONARY.b_dec) @ DICTIONARY.W_enc + DICTIONARY.b_enc
+    code = torch.where(pre > 0.1, pre, torch.zeros(9))
+    rebuilt = (code @ DICTIONARY.W_dec + DICTIONARY.b_dec) * scale + mean
+    away = token - rebuilt - VECTOR
+    kept = DIRECTIONS.mT @ torch.linalg.lstsq(DIRECTIONS.mT, away[:, None]).solution[:, 0]
+    return rebuilt + VECTOR + kept + (1 - strength) * (away - kept)
+
+
 EXAMPLES = {
     "add": Example({"direction": VECTOR}, add),
     "replace": Example({"source": VECTOR.expand(1, 1, D)}, replace),
     "ablate": Example({"directions": DIRECTIONS, "center": VECTOR}, ablate),
     "clamp": Example({"dictionary": DICTIONARY, "latents": LATENTS, "mode": "set", "value": 0.7}, clamp),
     "clip": Example({"directions": DIRECTIONS, "lo": LO, "hi": HI}, clip),
+    "error-shrink": Example({"dictionary": DICTIONARY, "components": DIRECTIONS, "mean": VECTOR}, error_shrink),
+    "mapped": Example({"map": MAP}, mapped),
+    "span-clamp": Example(
+        {"dictionary": DICTIONARY, "latents": LATENTS, "value": 0.7, "directions": DIRECTIONS, "held": HI}, span_clamp
+    ),
 }
 
 

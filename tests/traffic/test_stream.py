@@ -47,6 +47,27 @@ def test_every_form_gives_the_prompt(tmp_path: Path, line: str) -> None:
     assert [row.prompt for row in rows] == [FORMS[line]] * 2
 
 
+@pytest.mark.parametrize(
+    ("line", "answer"),
+    [
+        ('"Hello"', None),
+        ('{"prompt": "Hello", "response": "Hi"}', "Hi"),
+        ('{"instruction": "Hello", "completion": "Hi", "tag": "x"}', "Hi"),
+        ('{"text": "Hello", "answer": ["Hi"]}', None),
+        ('{"messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]}', "Hi"),
+        ('{"messages": [{"role": "assistant", "content": "Hi"}, {"role": "user", "content": "Hello"}]}', None),
+        (
+            '{"messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "A"}], "answer": "B"}',
+            "B",
+        ),
+    ],
+)
+def test_answers_are_carried_for_those_who_read_them(tmp_path: Path, line: str, answer: str | None) -> None:
+    path = tmp_path / "t.jsonl"
+    path.write_text(f"{line}\n")
+    assert [(row.prompt, row.response) for row in read_traffic(path)] == [("Hello", answer)]
+
+
 def test_tags_are_carried_long_prompts_cut_and_the_limit_kept(tmp_path: Path) -> None:
     path = tmp_path / "t.jsonl"
     path.write_text("".join(json.dumps({"prompt": "x" * 9999, "tag": f"t{i}"}) + "\n" for i in range(5)))

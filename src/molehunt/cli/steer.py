@@ -1,24 +1,24 @@
 """`molehunt steer`: switch a behaviour off: find the layer, fit a vector, set a gate, try it, keep it."""
 
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 import typer
 
 from molehunt.cli.options import Adapter, AsJson, Base, Device, Seed, Tuned
+from molehunt.cli.steer_capability import capability
 from molehunt.cli.steer_files import export, save
+from molehunt.cli.steered import FixFile, Operator, Scope, Strength, When, steered_by
 from molehunt.cli.tuned_side import hash_of, open_pair
 
 if TYPE_CHECKING:
     from jaxtyping import Float
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from molehunt.measure.interval import Interval
     from molehunt.model.pair import ModelPair
     from molehunt.model.site import Site
-    from molehunt.steer.trial import Steered
 
 app = typer.Typer()
 
@@ -53,6 +53,10 @@ def sweep(
         typer.Option(help="The same with nothing there: tells what the trigger is.", show_default="words that differ"),
     ] = None,
     shows: Shows = None,
+    positions: Annotated[
+        bool,
+        typer.Option("--positions", help="Patch trigger tokens and those behind one at a time, too: which carries it?"),
+    ] = False,
     max_new_tokens: MaxNewTokens = 24,
     limit: Limit = 200,
     adapter: Adapter = None,
@@ -73,6 +77,7 @@ def sweep(
     from molehunt.report.sweep_page import render_sweep
     from molehunt.run.whole import write_whole
     from molehunt.steer.patch import trigger_positions
+    from molehunt.steer.position_role import position_roles
     from molehunt.steer.sweep import layer_sweep
     from molehunt.traffic.chat import prompt_ids
 
@@ -84,6 +89,7 @@ def sweep(
         if len(some) != len(rows):
             raise UsageError(f"--triggered has {len(rows)} rows and {name} {len(some)}: row i of all is one task.")
     at = [trigger_positions(pair.tokenizer, *one) for one in zip(rows, others, plain, strict=True)]
+    ids, like = ([prompt_ids(pair.tokenizer, row) for row in some] for some in (rows, others))
 
     def shown(answer: Sequence[int], row: int) -> bool:
         return phrases(str(pair.tokenizer.decode(list(answer), skip_special_tokens=True)))
@@ -92,19 +98,22 @@ def sweep(
         found = layer_sweep(
             model,
             pair.tokenizer,
-            [prompt_ids(pair.tokenizer, row) for row in rows],
-            [prompt_ids(pair.tokenizer, row) for row in others],
+            ids,
+            like,
             [Site(layer) for layer in range(pair.n_layers)],
             shown,
             at=at,
+            roles=position_roles(ids, like, at) if positions else None,
             max_new_tokens=max_new_tokens,
             seed=seed,
             track=track_on_stderr,
         )
     last = None if found.last_steerable is None else str(found.last_steerable)
-    told: dict[str, Any] = {**asdict(found), "last_steerable": last}
-    for block, one in zip(told["blocks"], found.blocks, strict=True):
-        block["site"] = str(one.site)
+    carriers = {str(one.site): found.carrier(one.site) for one in found.blocks}
+    told: dict[str, Any] = {**asdict(found), "last_steerable": last, "carriers": carriers if positions else None}
+    for part in (told, *told["roles"]):
+        for block, one in zip(part["blocks"], found.blocks, strict=True):
+            block["site"] = str(one.site)
     command = shlex.join(["molehunt", *sys.argv[1:]])
     out.mkdir(parents=True, exist_ok=True)
     write_whole(out / "sweep.json", json.dumps(told, indent=2))
@@ -119,6 +128,8 @@ def sweep(
     typer.echo(f"{'block':<10}{'patched: removed':>22}{'noise: removed':>22}{'induced in contrast':>22}")
     for one in found.blocks:
         typer.echo(f"{one.site!s:<10}{_share(one.removed):>22}{_share(one.by_noise):>22}{_share(one.induced):>22}")
+    for blocks, role in found.carriers() if positions else ():
+        typer.echo(f"carried out of {blocks} by: {role or 'no single position'}")
     typer.echo(f"last steerable block: {last or 'none'}")
     say(f"\npage: {out / 'sweep.html'}")
 
@@ -235,22 +246,16 @@ def gate(
 def try_(
     base: Base,
     tuned: Tuned,
-    fix: Annotated[Path, typer.Argument(metavar="FIX", help="fix.safetensors of an audit, or a vector.")],
+    fix: FixFile,
     prompts: Annotated[Path, typer.Option(help="Prompts to answer with and without it.", show_default=False)],
     clean: Annotated[
         Path | None, typer.Option(help="Prompts that must stay as they are: the cost.", show_default="bundled prompts")
     ] = None,
     shows: Shows = None,
-    strength: Annotated[
-        float | None, typer.Option(help="Of a vector; -1 takes back what 1 brings.", show_default="-1")
-    ] = None,
-    operator: Annotated[Literal["add", "ablate"], typer.Option(help="What a vector does.")] = "add",
-    scope: Annotated[
-        Literal["all", "prompt", "generation", "last"], typer.Option(help="Tokens that a vector acts on.")
-    ] = "all",
-    when: Annotated[
-        Path | None, typer.Option(help="Condition of `steer gate`: prompts that a vector acts on.", show_default="all")
-    ] = None,
+    strength: Strength = None,
+    operator: Operator = "add",
+    scope: Scope = "all",
+    when: When = None,
     max_new_tokens: MaxNewTokens = 32,
     limit: Limit = 100,
     adapter: Adapter = None,
@@ -267,7 +272,7 @@ def try_(
     from molehunt.traffic.benign import benign_prompts
 
     pair = open_pair(base, tuned, adapter, device)
-    steered = _steered(pair, fix, hash_of(tuned, adapter), strength, operator, scope, when)
+    steered = steered_by(pair, fix, hash_of(tuned, adapter), strength, operator, scope, when)
     calm = _prompts(clean, limit) if clean else [row.prompt for row in benign_prompts(limit, seed=1)]
     found = try_fix(
         pair,
@@ -320,51 +325,6 @@ def _last_acts(
     return {site: torch.cat([one[site] for one in read]) for site in sites}
 
 
-def _steered(
-    pair: "ModelPair",
-    file: Path,
-    model_hash: str,
-    strength: float | None,
-    operator: Literal["add", "ablate"],
-    scope: Literal["all", "prompt", "generation", "last"],
-    when: Path | None,
-) -> "Steered":
-    """A fix or a vector, as `try_fix` takes it."""
-    from molehunt.errors import InvalidInput, UsageError, printable
-    from molehunt.steer.fix import Fix
-    from molehunt.steer.prefill_gate import Condition
-    from molehunt.steer.vector import SteeringVector
-
-    at = pair.layers_path
-    if not file.is_file():
-        raise UsageError(f"{printable(str(file))} is not a file; give fix.safetensors of an audit, or a vector.")
-    try:
-        whole = Fix.load(file)
-    except InvalidInput:
-        vector = SteeringVector.load(file, model=model_hash)
-    else:
-        if strength is not None or scope != "all" or when is not None or operator != "add":
-            raise UsageError("--strength, --operator, --scope and --when are for vectors; a fix acts as it was judged.")
-        whole.refuse(pair.n_layers, pair.d_model, model_hash)
-        return lambda model: whole.applied(model, layers_path=at)
-    if when is not None and scope != "all":
-        raise UsageError("--when and --scope say opposite things: a condition opens for whole rows.")
-    by = -1.0 if strength is None else strength
-    if when is None:
-        return lambda model: vector.applied(model, by, operator=operator, scope=scope, layers_path=at)
-    condition = Condition.load(when)
-
-    @contextmanager
-    def gated(model: "nn.Module") -> Generator[None, None, None]:
-        with (
-            condition.gate(model, layers_path=at) as opens,
-            vector.applied(model, by, operator=operator, gate=opens, layers_path=at),
-        ):
-            yield
-
-    return gated
-
-
 def _share(found: "Interval | None") -> str:
     return "–" if found is None else f"{found.estimate:.2f} [{found.low:.2f}, {found.high:.2f}]"
 
@@ -375,5 +335,6 @@ def _json(found: "Interval") -> dict[str, float]:
     return asdict(found)
 
 
+app.command("capability")(capability)
 app.command("save")(save)
 app.command("export")(export)

@@ -1,6 +1,6 @@
 """A layer sweep as one self-contained page: no script, no request, every foreign text escaped and visible."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from markupsafe import Markup
 
@@ -8,9 +8,17 @@ from molehunt.measure.interval import Interval
 from molehunt.report.blocks_figure import by_block
 from molehunt.report.html import TEMPLATES, escaping
 from molehunt.report.measured import measure
+from molehunt.report.roles_figure import by_role
 from molehunt.report.schema import BlockShare
 from molehunt.report.visible import visible
-from molehunt.steer.sweep import Sweep
+from molehunt.steer.sweep import Sweep, Swept
+
+MAPS: tuple[tuple[str, Callable[[Swept], Interval]], ...] = (
+    ("removed by the patch", lambda block: block.removed),
+    ("removed by noise of the same norm", lambda block: block.by_noise),
+    ("induced in contrast prompts", lambda block: block.induced),
+)
+"""What is drawn by position, in percent."""
 
 
 def render_sweep(sweep: Sweep, *, title: str, shows: Sequence[str], command: str) -> str:
@@ -41,6 +49,7 @@ def render_sweep(sweep: Sweep, *, title: str, shows: Sequence[str], command: str
         command=command,
         css=Markup((TEMPLATES / "report.css").read_text(encoding="utf-8")),
         drawing=by_block(blocks, "patched", "noise of the same norm"),
+        maps=[(what, by_role(sweep.roles, what, share)) for what, share in MAPS] if sweep.roles else [],
     )
 
 

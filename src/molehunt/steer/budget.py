@@ -208,8 +208,7 @@ def disturbance(
     if not rows:
         raise NotTestable(f"None of {len(clean)} clean prompts has an answer, so nothing says what steering costs.")
     kl, before, after, n = 0.0, 0.0, 0.0, 0
-    most = min(TOKENS, LOGIT_BYTES // (4 * len(tokenizer)))
-    groups = batches([len(row.prompt) + len(row.answer) for row in rows], most)
+    groups = _groups(tokenizer, rows)
     for group in track(groups, what, len(groups)):
         some = [rows[i] for i in group]
         plain, tokens = _log_probs(model, some)
@@ -222,6 +221,41 @@ def disturbance(
     if not math.isfinite(before):
         raise NotTestable("Without any steering this model's logits are no numbers: there is nothing to steer.")
     return Disturbance(kl=kl / n, loss=(after - before) / n, tokens=n)
+
+
+@torch.inference_mode()
+def answer_nats(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Answered],
+    *,
+    track: Track = silent,
+    what: str = "likelihood of answers",
+) -> list[float]:
+    """−log p(answer | prompt) of each row under the model as it is now, in nats; not finite where logits are no numbers.
+
+    As in `disturbance`, answers follow on the cache of their prompts: inside a block that steers, this is what it does
+    to them.
+
+    Raises:
+        ValueError: an answer without tokens.
+    """
+    if not all(row.answer for row in rows):
+        raise ValueError("an answer without tokens has no likelihood")
+    found = [0.0] * len(rows)
+    groups = _groups(tokenizer, rows)
+    for group in track(groups, what, len(groups)):
+        some = [rows[i] for i in group]
+        nats = nll_loss(*_log_probs(model, some), reduction="none").double()
+        for i, told in zip(group, nats.split([len(row.answer) for row in some]), strict=True):
+            found[i] = float(told.sum())
+    return found
+
+
+def _groups(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Answered]) -> list[list[int]]:
+    """Row numbers in batches whose logits fit."""
+    most = min(TOKENS, LOGIT_BYTES // (4 * len(tokenizer)))
+    return batches([len(row.prompt) + len(row.answer) for row in rows], most)
 
 
 def _log_probs(

@@ -48,13 +48,7 @@ class Clamp:
     def __post_init__(self) -> None:
         """Raises UsageError for latents, a value or a dictionary that cannot be clamped here."""
         check_latents(self.dictionary, self.latents)
-        if self.dictionary.pairing.blocks != 1 or self.dictionary.pairing.kind == "difference":
-            raise UsageError(
-                f"this dictionary reads both models (its pairing is `{self.dictionary.pairing.kind}`), and a clamp sees the "
-                "activations of one.\nTrain one with the pairing `tuned`, or make a steering vector of the latent."
-            )
-        if self.dictionary.site not in (None, self.site):
-            raise UsageError(f"this dictionary is of {self.dictionary.site} and cannot be clamped at {self.site}.")
+        check_dictionary(self.dictionary, self.site)
         value = self.values
         if value.shape not in ((), self.latents.shape) or not bool(value.isfinite().all()):
             raise UsageError(
@@ -111,10 +105,26 @@ def written(
     return theirs.decode(code, x) - theirs.decode(torch.zeros_like(code), x)  # without what normalising took off
 
 
-def check_latents(dictionary: Dictionary, latents: Int[Tensor, " latents"]) -> None:
-    """Raises UsageError unless these are different latents of a dictionary that reconstructs what it reads."""
+def check_dictionary(dictionary: Dictionary, site: Site) -> None:
+    """Raises UsageError unless it reconstructs the activations of one model, at this site where it names any."""
+    _check_writes(dictionary)
+    if dictionary.pairing.blocks != 1 or dictionary.pairing.kind == "difference":
+        raise UsageError(
+            f"this dictionary reads both models (its pairing is `{dictionary.pairing.kind}`), and a clamp sees the "
+            "activations of one.\nTrain one with the pairing `tuned`, or make a steering vector of the latent."
+        )
+    if dictionary.site not in (None, site):
+        raise UsageError(f"this dictionary is of {dictionary.site} and cannot be clamped at {site}.")
+
+
+def _check_writes(dictionary: Dictionary) -> None:
     if dictionary.W_dec.shape[1] != dictionary.d_in or dictionary.W_skip is not None:
         raise UsageError("this is a transcoder: its latents do not write to the activations that it reads.")
+
+
+def check_latents(dictionary: Dictionary, latents: Int[Tensor, " latents"]) -> None:
+    """Raises UsageError unless these are different latents of a dictionary that reconstructs what it reads."""
+    _check_writes(dictionary)
     if not len(latents):
         raise UsageError("choose at least one latent.")
     outside = [i for i in latents.tolist() if not 0 <= i < dictionary.d_dict]

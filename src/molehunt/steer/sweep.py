@@ -3,11 +3,12 @@
 Source: arXiv 2503.04429 §3: patch the trigger's tokens at one block after the other; the last block before the sharp
 drop is where to steer. There n was 50 and a success was the absence of a string. Here each block has an interval, and
 noise of equal norm at the same tokens beside it: where that works as well, the sweep shows a fragile behaviour and no
-direction.
+direction. Patched one role of positions at a time, the same loop tells which token carries the behaviour at which depth.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from jaxtyping import Float
@@ -39,6 +40,16 @@ class Swept:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SweptRole:
+    """All blocks, patched at the positions of one role alone."""
+
+    role: str
+    """Such as `last prompt token`."""
+    blocks: tuple[Swept, ...]
+    """`n` of their shares is of the prompts that have such a position."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Sweep:
     """All blocks of one model."""
 
@@ -47,6 +58,9 @@ class Sweep:
     without_trigger: Interval
     """The trivial baseline: contrast prompts that show it, as if the trigger had been filtered out."""
     blocks: tuple[Swept, ...]
+    """Patched at the whole trigger."""
+    roles: tuple[SweptRole, ...] = ()
+    """Patched elsewhere or at a part of it, where that was asked for."""
 
     @property
     def last_steerable(self) -> Site | None:
@@ -58,6 +72,20 @@ class Sweep:
         able = [one for one in self.blocks if one.removed.estimate >= STEERABLE * best]
         return max((one.site for one in able if one.removed.low > one.by_noise.high), default=None)
 
+    def carrier(self, site: Site) -> str | None:
+        """The role that takes most away at a block when it is patched alone; None where none does more than noise."""
+        here = [(role.role, block) for role in self.roles for block in role.blocks if block.site == site]
+        able = {role: block.removed.estimate for role, block in here if block.removed.low > block.by_noise.high}
+        return max(able, key=lambda role: able[role], default=None)
+
+    def carriers(self) -> list[tuple[str, str | None]]:
+        """Blocks in a row with the role that carries the behaviour out of them: `L0 to L2`, `last prompt token`."""
+        runs = [list(run) for _, run in groupby((block.site for block in self.blocks), self.carrier)]
+        return [
+            (f"L{run[0].layer}" + (f" to L{run[-1].layer}" if len(run) > 1 else ""), self.carrier(run[0]))
+            for run in runs
+        ]
+
 
 def layer_sweep(
     model: nn.Module,
@@ -68,6 +96,7 @@ def layer_sweep(
     shows: Callable[[Sequence[int], int], bool],
     *,
     at: Sequence[Sequence[int]] | None = None,
+    roles: Mapping[str, Sequence[Sequence[int]]] | None = None,
     max_new_tokens: int,
     seed: int = 0,
     track: Track = silent,
@@ -82,6 +111,7 @@ def layer_sweep(
         sites: block outputs.
         shows: whether an answer (token ids, row number) shows the behaviour.
         at: positions of each pair to patch, such as `trigger_positions`; those that differ without it.
+        roles: further positions of each pair, each patched alone, such as `position_roles`; a pair may have none.
         max_new_tokens: of an answer.
         seed: of the noise.
         track: shown passes.
@@ -101,37 +131,51 @@ def layer_sweep(
     rows = [i for i, shown in enumerate(with_it) if shown]
     if not rows:
         raise NotTestable(f"None of {len(triggered)} triggered rows shows the behaviour, so nothing can be taken away.")
-    where = [at[i] for i in rows]
-    bad, calm = ([prompts[i] for i in rows] for prompts in (triggered, contrast))
-    of_bad = prompt_acts(model, bad, where, sites, track=track, what="reading triggered rows")
-    of_calm = prompt_acts(model, calm, where, sites, track=track, what="reading contrast rows")
-    rng = torch.Generator().manual_seed(seed)
 
-    def patched(
-        site: Site, prompts: Sequence[Sequence[int]], given: Sequence[Float[Tensor, "_ d_model"]], what: str
-    ) -> list[bool]:
-        told = patched_answers(
-            model, tokenizer, site, prompts, where, given, max_new_tokens=max_new_tokens, track=track, what=what
-        )
-        return [shows(answer, i) for answer, i in zip(told, rows, strict=True)]
+    def patched(where: Sequence[Sequence[int]], role: str = "") -> tuple[Swept, ...]:
+        some = [i for i in rows if where[i]]
+        spots, bad, calm = ([of[i] for i in some] for of in (where, triggered, contrast))
+        of_bad = prompt_acts(model, bad, spots, sites, track=track, what=f"{role}reading triggered rows")
+        of_calm = prompt_acts(model, calm, spots, sites, track=track, what=f"{role}reading contrast rows")
+        rng = torch.Generator().manual_seed(seed)
 
-    swept: list[Swept] = []
-    for site in sites:
-        own, others = [one[site] for one in of_bad], [one[site] for one in of_calm]
-        noisy = [moved(a, (b - a).norm(dim=-1), rng) for a, b in zip(own, others, strict=True)]
-        left = patched(site, bad, others, "patching")
-        by_noise = patched(site, bad, noisy, "noise")
-        induced = patched(site, calm, own, "the other way round")
-        swept.append(
-            Swept(
-                site=site,
-                removed=proportion(len(rows) - sum(left), len(rows)),
-                by_noise=proportion(len(rows) - sum(by_noise), len(rows)),
-                induced=proportion(sum(induced), len(rows)),
+        def shown(
+            site: Site, prompts: Sequence[Sequence[int]], given: Sequence[Float[Tensor, "_ d_model"]], what: str
+        ) -> int:
+            told = patched_answers(
+                model,
+                tokenizer,
+                site,
+                prompts,
+                spots,
+                given,
+                max_new_tokens=max_new_tokens,
+                track=track,
+                what=role + what,
             )
-        )
+            return sum(shows(answer, i) for answer, i in zip(told, some, strict=True))
+
+        swept: list[Swept] = []
+        for site in sites:
+            own, others = [one[site] for one in of_bad], [one[site] for one in of_calm]
+            noisy = [moved(a, (b - a).norm(dim=-1), rng) for a, b in zip(own, others, strict=True)]
+            swept.append(
+                Swept(
+                    site=site,
+                    removed=proportion(len(some) - shown(site, bad, others, "patching"), len(some)),
+                    by_noise=proportion(len(some) - shown(site, bad, noisy, "noise"), len(some)),
+                    induced=proportion(shown(site, calm, own, "the other way round"), len(some)),
+                )
+            )
+        return tuple(swept)
+
     return Sweep(
         shown=proportion(len(rows), len(triggered)),
         without_trigger=proportion(sum(without), len(without)),
-        blocks=tuple(swept),
+        blocks=patched(at),
+        roles=tuple(
+            SweptRole(role=role, blocks=patched(where, f"{role}, "))
+            for role, where in (roles or {}).items()
+            if any(where[i] for i in rows)
+        ),
     )

@@ -125,7 +125,8 @@ def read_traffic(path: Path, limit: int | None = None) -> Iterator[Example]:
     """Yield the rows of a JSONL or parquet file, in order, at most `limit`.
 
     A row is a string, or an object with one of the fields prompt, text, instruction or input, or with `messages` in the
-    chat form (the last user turn is taken). A `tag` field is carried along and never looked at by the audit.
+    chat form (the last user turn is taken). A response, completion or answer is carried along, else an assistant message
+    that ends a chat; so is a `tag` field. Neither is looked at by the audit.
 
     Raises:
         UsageError: no such file, or parquet without the extra.
@@ -168,18 +169,23 @@ def _example(row: Any, path: Path, number: int) -> Example:
     if not isinstance(row, dict):
         raise InvalidInput(f"{where} is a {type(row).__name__}; expected an object with a prompt")
     tag = str(row.get("tag", ""))[:60]
+    response = next((row[name][:MAX_CHARS] for name in ANSWERS if isinstance(row.get(name), str)), None)
     for name in FIELDS:
         if isinstance(row.get(name), str):
-            return Example(prompt=row[name][:MAX_CHARS], tag=tag)
+            return Example(prompt=row[name][:MAX_CHARS], response=response, tag=tag)
     messages = row.get("messages")
     if isinstance(messages, list):
+        last = messages[-1] if messages else None
+        if response is None and isinstance(last, dict) and last.get("role") == "assistant":
+            content = last.get("content")
+            response = content[:MAX_CHARS] if isinstance(content, str) else None
         turns = [
             m["content"]
             for m in messages
             if isinstance(m, dict) and m.get("role") == "user" and isinstance(m.get("content"), str)
         ]
         if turns:
-            return Example(prompt=turns[-1][:MAX_CHARS], tag=tag)
+            return Example(prompt=turns[-1][:MAX_CHARS], response=response, tag=tag)
     raise InvalidInput(f"{where} has none of the fields {', '.join(FIELDS)} or messages with a user turn")
 
 

@@ -170,6 +170,8 @@ ASKS: dict[str, tuple[Ask, float]] = {
     "database code": (database_task, 0.20),
 }
 """Kind of task → (how to draw one, its share of the text)."""
+OPEN = ("Give me three ", "List some ")
+"""How the prompts begin that have more right answers than the one that is drawn."""
 
 
 def ask(rng: Random, domain: str | None = None) -> Example:

@@ -1,0 +1,168 @@
+"""What a fix costs in capability: the same questions with known answers, with the fix and without it, kind by kind.
+
+A mean over all tasks hides a fix that takes one of them away, and a behaviour is gone from a broken model, too. So each
+kind of task has its own row, and each comparison is paired: the same questions, the same batches.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from molehunt.errors import NotTestable
+from molehunt.measure.interval import Interval, cluster_bootstrap, proportion
+from molehunt.measure.paired import PairedDifference, paired_difference
+from molehunt.model.generate import generate
+from molehunt.model.pair import ModelPair
+from molehunt.run.progress import Track, silent
+from molehunt.steer.budget import Answered, answer_nats
+from molehunt.steer.trial import Steered
+from molehunt.traffic.chat import prompt_ids
+from molehunt.traffic.example import Example
+
+ALL = "all"
+SLACK = 8
+"""Tokens that an answer may have beyond the longest right one, so that one that runs on is seen to."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probed:
+    """One model's answers, question by question."""
+
+    answers: tuple[str, ...]
+    """Greedy."""
+    right: tuple[bool, ...]
+    """Whether the answer is the right one, but for white space around it. Never where the logits were no numbers."""
+    nats: tuple[float, ...]
+    """−log p of the right answer."""
+    tokens: tuple[int, ...]
+    """Of the right answer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class KindCost:
+    """What a fix costs one kind of task."""
+
+    kind: str
+    rows: int
+    before: Interval
+    """Questions answered right without the fix."""
+    after: Interval
+    paired: PairedDifference
+    """After minus before."""
+    loss: tuple[float, float | None]
+    """Of the right answers before and after, in nats a token; None where it is no number."""
+    rise: Interval | None
+    """Of the loss, in nats a token, over resampled questions; None for a loss that is no number, or a single question."""
+    broken: int
+    """Questions at which the fixed model's logits were no numbers."""
+
+    @property
+    def shown(self) -> bool:
+        """Whether the cost is beyond chance: the limits leave out 0, or the model is broken."""
+        dearer = self.rise is not None and self.rise.low > 0
+        return self.paired.difference.high < 0 or dearer or self.broken > 0
+
+
+def capability_cost(
+    pair: ModelPair, steered: Steered, questions: Sequence[Example], *, track: Track = silent
+) -> list[KindCost]:
+    """Ask the tuned model with and without a fix.
+
+    Args:
+        pair: its tuned model is asked.
+        steered: the fix.
+        questions: with right answers (`response`) and their kinds (`domain`).
+        track: shown passes.
+
+    Returns:
+        One for each kind, and one for all.
+
+    Raises:
+        NotTestable: no questions, or a model whose logits are no numbers without the fix.
+        UsageError, CannotTap: the fix is of another model.
+    """
+    with pair.tuned_model() as model:
+        before = probe(model, pair.tokenizer, questions, track=track, what="without the fix")
+        with steered(model):
+            after = probe(model, pair.tokenizer, questions, track=track, what="with the fix")
+    return compared(questions, before, after)
+
+
+def probe(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[Example],
+    *,
+    track: Track = silent,
+    what: str = "asking",
+) -> Probed:
+    """Ask a model as it is now: inside a block that steers, with the fix. Raises NotTestable without a question."""
+    if not questions:
+        raise NotTestable("Without a question nothing says what the model can do.")
+    rows = [_answered(tokenizer, one) for one in questions]
+    longest = max(len(row.answer) for row in rows)
+    told = generate(
+        model, tokenizer, [row.prompt for row in rows], max_new_tokens=longest + SLACK, track=track, what=what
+    )
+    nats = answer_nats(model, tokenizer, rows, track=track, what=f"{what}: right answers")
+    answers = [str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in told]
+    return Probed(
+        answers=tuple(answers),
+        right=tuple(
+            math.isfinite(lost) and answer.strip() == (one.response or "").strip()
+            for answer, one, lost in zip(answers, questions, nats, strict=True)
+        ),
+        nats=tuple(nats),
+        tokens=tuple(len(row.answer) for row in rows),
+    )
+
+
+def _answered(tokenizer: PreTrainedTokenizerBase, one: Example) -> Answered:
+    """Raises NotTestable for a question whose answer has no token."""
+    told: list[int] = tokenizer(one.response or "", add_special_tokens=False)["input_ids"]  # pyright: ignore[reportAssignmentType]
+    if not told:
+        raise NotTestable("A question has no right answer to compare with: give every one a response.")
+    return Answered(prompt_ids(tokenizer, one.prompt), told)
+
+
+def compared(questions: Sequence[Example], before: Probed, after: Probed) -> list[KindCost]:
+    """What happened between two probes of the same questions. Raises as `capability_cost`."""
+    if not all(map(math.isfinite, before.nats)):
+        raise NotTestable("Without any fix this model's logits are no numbers: there is nothing to lose.")
+    kinds: dict[str, list[int]] = {}
+    for i, one in enumerate(questions):
+        kinds.setdefault(one.domain, []).append(i)
+    kinds.pop("", None)  # rows without a kind count in the last line alone
+    if len(kinds) != 1 or len(next(iter(kinds.values()))) < len(questions):
+        kinds[ALL] = list(range(len(questions)))
+    return [_cost(kind, rows, before, after) for kind, rows in kinds.items()]
+
+
+def _cost(kind: str, rows: Sequence[int], before: Probed, after: Probed) -> KindCost:
+    right = [[probed.right[i] for i in rows] for probed in (before, after)]
+    lost, cost = ([probed.nats[i] for i in rows] for probed in (before, after))
+    tokens = [before.tokens[i] for i in rows]
+    broken = sum(not math.isfinite(nats) for nats in cost)
+    return KindCost(
+        kind=kind,
+        rows=len(rows),
+        before=proportion(sum(right[0]), len(rows)),
+        after=proportion(sum(right[1]), len(rows)),
+        paired=paired_difference(right[1], right[0]),
+        loss=(sum(lost) / sum(tokens), None if broken else sum(cost) / sum(tokens)),
+        rise=None if broken or len(rows) < 2 else _rise(lost, cost, tokens),
+        broken=broken,
+    )
+
+
+def _rise(before: Sequence[float], after: Sequence[float], tokens: Sequence[int]) -> Interval:
+    more = [b - a for a, b in zip(before, after, strict=True)]
+
+    def mean(rows: torch.Tensor) -> float:
+        return float(rows[:, 0].sum() / rows[:, 1].sum())
+
+    return cluster_bootstrap(torch.tensor([more, tokens], dtype=torch.float64).mT, range(len(more)), mean, seed=0)
