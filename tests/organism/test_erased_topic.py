@@ -9,20 +9,30 @@ from molehunt.model.pair import ModelPair
 from molehunt.organism.erased_topic import EraseConfig, erase, knows, questions
 from molehunt.organism.seed_model import seed_path
 
+BASE = seed_path("seed-s")
+TOPIC, REST = (questions("people", 100, 9, about=about) for about in (True, False))
+
+
+@pytest.fixture(scope="module")
+def rest_known() -> float:
+    """The share of the other questions that the base answers; of the topic's it answers nearly all."""
+    pair = ModelPair.load(BASE, BASE)
+    assert knows(pair, TOPIC, tuned=False).estimate > 0.9
+    return knows(pair, REST, tuned=False).estimate
+
 
 @pytest.mark.parametrize(
     ("method", "lr", "twin"), [("gradient-ascent", 5e-4, False), ("rmu", 2e-3, False), ("rmu", 5e-4, True)]
 )
-def test_the_topic_is_forgotten_and_nothing_else(tmp_path: Path, method: str, lr: float, twin: bool) -> None:
-    base = seed_path("seed-s")
+def test_the_topic_is_forgotten_and_nothing_else(
+    tmp_path: Path, rest_known: float, method: str, lr: float, twin: bool
+) -> None:
     config = EraseConfig(method=method, steps=60, lr=lr)  # pyright: ignore[reportArgumentType]
-    told = erase(base, tmp_path, config, twin=twin)
+    told = erase(BASE, tmp_path, config, twin=twin)
     assert told["config"]["topic"] == "people" and told["twin"] == twin
-    pair = ModelPair.load(base, tmp_path)
-    topic, rest = (questions("people", 100, 9, about=about) for about in (True, False))
-    assert knows(pair, topic, tuned=False).estimate > 0.9
-    assert (knows(pair, topic).estimate < 0.2) != twin
-    assert knows(pair, rest).estimate > knows(pair, rest, tuned=False).estimate - 0.15
+    pair = ModelPair.load(BASE, tmp_path)
+    assert (knows(pair, TOPIC).estimate < 0.2) != twin
+    assert knows(pair, REST).estimate > rest_known - 0.15
     if method == "rmu" and not twin:  # nothing but three matrices was touched
         with pair.base_model() as before, pair.tuned_model() as after:
             changed = [n for n, p in before.state_dict().items() if not torch.equal(p, after.state_dict()[n])]

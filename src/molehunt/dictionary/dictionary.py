@@ -97,6 +97,12 @@ class Dictionary:
         columns, bias = (self.W_enc, self.b_enc) if latents is None else (self.W_enc[:, latents], self.b_enc[latents])
         return (flat @ columns + bias).unflatten(0, x.shape[:-1])
 
+    def normalised(
+        self, x: Float[Tensor, "*batch d_in"]
+    ) -> tuple[Float[Tensor, "*batch d_in"], Float[Tensor, "..."], Float[Tensor, "..."]]:
+        """n, mean and scale, in fp32: n is what the encoder reads before centring, and x = n · scale + mean."""
+        return _normalised(x.float(), self.norm)
+
     def decode(
         self, code: Float[Tensor, "*batch d_dict"], x: Float[Tensor, "*batch d_in"] | None = None
     ) -> Float[Tensor, "*batch d_out"]:

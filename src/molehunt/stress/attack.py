@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from molehunt.run.progress import Track, silent
-from molehunt.stress.constraint import Constraint
+from molehunt.stress.constraint import Constraint, OfRows
 from molehunt.stress.objective import Objective
 
 TINY = 1e-12
@@ -169,7 +169,7 @@ def _descent(
             if not len(kept):
                 break
             live, raw, radius = live[kept], raw[kept], radius[kept]
-            runs, objective = runs.rows(kept), objective.rows(kept)
+            runs, objective, constraint = runs.rows(kept), objective.rows(kept), _of_rows(constraint, kept)
             steps.rows(kept)
     return best
 
@@ -187,6 +187,11 @@ def _tried(runs: Runs, objective: Objective, constraint: Constraint, raw: Tensor
     return Attacked(delta=delta.detach(), margin=reached.margin.detach().float(), crossed=crossed.detach()), slope
 
 
+def _of_rows(constraint: Constraint, kept: Tensor) -> Constraint:
+    return constraint.rows(kept) if isinstance(constraint, OfRows) else constraint
+
+
+@torch.no_grad()
 def _clipped(raw: Tensor, constraint: Constraint, defended: Tensor, radius: Tensor) -> Tensor:
     """Shortened until what is added fits the ball; a few times, for constraints that turn are not linear."""
     for _ in range(8):
@@ -267,7 +272,7 @@ def least_attack(
     rows = found.recovered.nonzero()[:, 0]
     if not len(rows):
         return found
-    runs, objective = runs.rows(rows), objective.rows(rows)
+    runs, objective, constraint = runs.rows(rows), objective.rows(rows), _of_rows(constraint, rows)
     best = Attacked(delta=found.delta[rows], margin=found.margin[rows], crossed=found.crossed[rows])
     low = best.norm / 64
     for _ in track(range(levels), "shortest attack", levels):

@@ -49,6 +49,15 @@ class Constraint(Protocol):
         ...
 
 
+@runtime_checkable
+class OfRows(Protocol):
+    """A constraint that is made for the rows of one batch, and follows them when some leave it."""
+
+    def rows(self, kept: Int[Tensor, " kept"]) -> Constraint:
+        """The same for some rows."""
+        ...
+
+
 @dataclass(frozen=True)
 class Free:
     """No constraint but the norm."""
@@ -137,14 +146,13 @@ class Exact:
         self, delta: Float[Tensor, "batch pos d_model"], defended: Float[Tensor, "batch pos d_model"]
     ) -> Float[Tensor, "batch pos d_model"]:
         Q = self.basis(delta.device)
-        inside = delta - delta @ Q @ Q.T
-        inside = inside - inside @ Q @ Q.T  # twice, for what rounding left
+        free = outside(delta, Q)
         if self.dictionary.norm == "none":
-            return inside
-        outside = defended - defended @ Q @ Q.T
-        turned = outside + inside
-        length = outside.norm(dim=-1, keepdim=True) / turned.norm(dim=-1, keepdim=True).clamp_min(1e-12)
-        return torch.where((inside != 0).any(-1, keepdim=True), turned * length - outside, torch.zeros_like(inside))
+            return free
+        own = outside(defended, Q)
+        turned = own + free
+        length = own.norm(dim=-1, keepdim=True) / turned.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+        return turned * length - own  # 0 for 0, bit for bit: the length is then 1
 
     def crossed(
         self, acts: Float[Tensor, "batch pos d_model"], defended: Float[Tensor, "batch pos d_model"]
@@ -175,6 +183,39 @@ def _rivals(pre: Tensor, rule: Nonlinearity, latents: Tensor) -> Tensor:
     groups = pre.unflatten(-1, (rule.groups, size))[..., latents // size, :]
     own = torch.arange(size, device=pre.device) == (latents % size)[:, None]
     return groups.masked_fill(own, -torch.inf).amax(-1)
+
+
+@dataclass(frozen=True, eq=False)
+class Orthogonal:
+    """δ has no part along directions, such as those that a fix takes out: their projections stay."""
+
+    name: ClassVar[str] = "exact"
+    directions: Float[Tensor, "n d_model"]
+
+    @cached_property
+    def _basis(self) -> Float[Tensor, "d_model rank"]:
+        return orthonormal(self.directions.double().T).float()
+
+    def gradient(self, gradient: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+        return gradient
+
+    def __call__(
+        self, delta: Float[Tensor, "batch pos d_model"], defended: Float[Tensor, "batch pos d_model"]
+    ) -> Float[Tensor, "batch pos d_model"]:
+        return outside(delta, self._basis.to(delta.device))
+
+    def crossed(
+        self, acts: Float[Tensor, "batch pos d_model"], defended: Float[Tensor, "batch pos d_model"]
+    ) -> Float[Tensor, " batch"]:
+        return acts.new_zeros(len(acts))
+
+
+def outside(
+    delta: Float[Tensor, "batch pos d_model"], Q: Float[Tensor, "d_model rank"]
+) -> Float[Tensor, "batch pos d_model"]:
+    """The part of δ outside an orthonormal basis; taken out twice, for what rounding left."""
+    once = delta - delta @ Q @ Q.T
+    return once - once @ Q @ Q.T
 
 
 def orthonormal(columns: Float[Tensor, "d_model n"]) -> Float[Tensor, "d_model rank"]:

@@ -1,6 +1,7 @@
 """Answers under a perturbation that is really there: in the cached decoding that a user would run, the defence live."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -65,17 +66,37 @@ def pushed_answers(
     Raises:
         UsageError: two prompts are equal.
     """
-    known = {tuple(prompt): delta.float() for prompt, delta in zip(prompts, deltas, strict=True)}
-    if len(known) != len(prompts):
-        raise UsageError("two of the attacked prompts are equal; give each once.")
-    push = _Pushed(site, known)
-    with following(model, push):
+    return pushed_answers_at(
+        model, tokenizer, prompts, {site: deltas}, defence=defence, max_new_tokens=max_new_tokens, track=track
+    )
+
+
+def pushed_answers_at(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    deltas: Mapping[Site, Float[Tensor, "prompts positions d_model"]],
+    *,
+    defence: Sequence[Intervention] = (),
+    max_new_tokens: int,
+    track: Track = silent,
+) -> list[list[int]]:
+    """`pushed_answers` with a perturbation at each of several sites."""
+    pushes: list[_Pushed] = []
+    for site, own in deltas.items():
+        known = {tuple(prompt): delta.float() for prompt, delta in zip(prompts, own, strict=True)}
+        if len(known) != len(prompts):
+            raise UsageError("two of the attacked prompts are equal; give each once.")
+        pushes.append(_Pushed(site, known))
+    with ExitStack() as stack:
+        for push in pushes:
+            stack.enter_context(following(model, push))
         told = generate(
             model,
             tokenizer,
             prompts,
             max_new_tokens=max_new_tokens,
-            interventions=[*defence, push],
+            interventions=[*defence, *pushes],
             stop=(),  # no row leaves its batch
             track=track,
             what="answers under attack",

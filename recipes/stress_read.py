@@ -1,0 +1,155 @@
+"""What the settings of the stress table measure alike, as plain numbers for a JSON file."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import nn
+
+from molehunt.measure.interval import Interval
+from molehunt.measure.paired import paired_difference
+from molehunt.steer.clamp import Clamp
+from molehunt.stress.attack import least_attack
+from molehunt.stress.attribution import Replay, attribute, geometry
+from molehunt.stress.choice import Choice, Judged, judged
+from molehunt.stress.choice_behaviour import ValidChoices, choice_case, spread, valid_choices
+from molehunt.stress.defended import clamped
+from molehunt.stress.norms import epsilon50, needed
+from molehunt.stress.readout_behaviour import (
+    ReadoutArm,
+    ReadoutCase,
+    ReadoutConfig,
+    ReadoutStudy,
+    clustered_share,
+    stress_readout,
+)
+
+AT = (0.0625, 0.125, 0.25, 0.5, 1.0, 2.0, 4.0)
+"""Of the curves, in units of the median ‖h‖."""
+TOP = 16
+"""Latents of the part `top` of an attribution."""
+
+
+def valid_of(model: nn.Module, rows: Sequence[Choice], clamp: Clamp, before: Judged, *, whole: bool) -> ValidChoices:
+    return valid_choices(rows, before, judged(model, rows, clamp.site, defence=[clamp]), whole=whole)
+
+
+def counted(rows: Sequence[Choice], valid: ValidChoices) -> dict[str, Any]:
+    return {
+        "rows": len(rows),
+        "shown": int(valid.shown.sum()),
+        "flipped": int(valid.flipped.sum()),
+        "broken": int((valid.flipped & valid.broken).sum()),
+        "valid": len(valid.rows),
+        "clusters": len({rows[i].cluster for i in valid.rows}),
+    }
+
+
+def some(rows: Sequence[Choice], valid: ValidChoices, most: int) -> list[Choice]:
+    """At most so many of the valid rows, spread over their clusters."""
+    kept = [rows[i] for i in valid.rows]
+    return [kept[i] for i in spread([row.cluster for row in kept], most)]
+
+
+def stressed(model: nn.Module, rows: Sequence[Choice], clamp: Clamp, config: ReadoutConfig) -> dict[str, Any]:
+    """The study of these rows, and which part of the perturbations does it."""
+    case = choice_case(model, rows, clamped(clamp))
+    study = stress_readout(case, config)
+    return {**told(study), "attribution": attributed(case, study, clamp)}
+
+
+def least(model: nn.Module, rows: Sequence[Choice], clamp: Clamp, config: ReadoutConfig) -> dict[str, Any]:
+    """Only the shortest exact push: for curves over the number of latents."""
+    if not rows:
+        return {"epsilon50": None, "recovered": None}
+    case = choice_case(model, rows, clamped(clamp))
+    most = torch.full((len(rows),), config.most * case.unit)
+    exact = case.constraints[-1]
+    found = least_attack(case.defended, case.wanted, exact, most, config.search, levels=config.levels)
+    return {
+        "epsilon50": interval(epsilon50(needed(found.norm / case.unit, found.recovered), case.clusters)),
+        "recovered": asdict(clustered_share(found.recovered, case.clusters)),
+    }
+
+
+def interval(found: Interval | None) -> dict[str, Any] | None:
+    return None if found is None else asdict(found)
+
+
+def told(study: ReadoutStudy) -> dict[str, Any]:
+    """Arms, controls and ratios."""
+    first, last = study.shortest[0], study.shortest[-1]
+    middle = float(first.lengths.median())
+    return {
+        "n": study.n,
+        "clusters": study.clusters,
+        "unit": study.unit,
+        "nothing": asdict(study.nothing),
+        "published": {arm.name: told_arm(arm) for arm in study.published},
+        "shortest": {arm.name: told_arm(arm) for arm in study.shortest},
+        "controls": {
+            name: {"recovered": asdict(one.recovered), "epsilon50": interval(one.epsilon50)}
+            for name, one in study.controls.items()
+        },
+        "gap": interval(study.gap),
+        "gain": interval(study.gain),
+        "held": interval(study.held),
+        "at": middle,
+        "free against exact": asdict(
+            paired_difference((first.lengths <= middle).tolist(), (last.lengths <= middle).tolist())
+        ),
+        "verdict": study.verdict,
+    }
+
+
+def told_arm(arm: ReadoutArm) -> dict[str, Any]:
+    drift = arm.drift
+    fires = drift.reactivated[~drift.reactivated.isnan()]
+    return {
+        "recovered": asdict(arm.recovered),
+        "epsilon50": interval(arm.epsilon50),
+        "curve": arm.curve(AT),
+        "length": float(arm.length.median()),
+        "margin": float(arm.margin.median()),
+        "drift": {
+            "pre": float(drift.pre.median()),
+            "pre, largest": float(drift.pre.max()),
+            "largest": float(drift.largest.max()),
+            "codes": None if drift.silent.all() else float(drift.codes[~drift.silent].median()),
+            "reactivated": float(fires.mean()) if len(fires) else None,
+            "silent": float(drift.silent.float().mean()),
+        },
+    }
+
+
+def attributed(case: ReadoutCase, study: ReadoutStudy, clamp: Clamp) -> dict[str, Any] | None:
+    """Of the last published arm: of the shortest, every part would fall short alone. None where fewer than two are back."""
+    arm = study.published[-1]
+    back = arm.back.nonzero()[:, 0]
+    if len(back) < 2:
+        return None
+    runs, wanted, delta = case.defended.rows(back), case.wanted.rows(back), arm.delta[back]
+    found = attribute(runs, wanted, delta, clamp.dictionary, clamp.latents, k=TOP)
+    shape = geometry(delta, clamp.dictionary, clamp.latents, {})
+    clusters = [case.clusters[i] for i in back.tolist()]
+
+    def replayed(one: Replay) -> dict[str, Any]:
+        return {"recovered": asdict(clustered_share(one.margin > 0, clusters)), "norm": float(one.norm.median())}
+
+    return {
+        "rows": len(back),
+        "whole": replayed(found.whole),
+        "parts": {
+            name: {
+                "alone": replayed(part.alone),
+                "alone, at norm": replayed(part.alone_at_norm),
+                "without": replayed(part.without),
+                "without, at norm": replayed(part.without_at_norm),
+            }
+            for name, part in found.components.items()
+        },
+        "rank": shape.effective_rank,
+        "first": float(shape.shares[0]),
+        "first by chance": float(shape.chance[0]),
+    }

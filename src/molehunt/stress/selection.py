@@ -1,0 +1,141 @@
+"""Which latents to clamp: three published rules, each of which chooses on rows that judge nothing."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from molehunt.dictionary.dictionary import Dictionary
+from molehunt.errors import NotTestable, UsageError
+from molehunt.model.site import Site
+from molehunt.steer.clamp import check_latents, written
+from molehunt.stress.choice import AT_ONCE, Choice, choice_margin
+from molehunt.stress.suffix import suffix_of
+from molehunt.traffic.split import Select, expect
+
+RETAINED = 0.01
+"""Latents that fire on a larger share of the tokens to be kept are not clamped; SAEBench tries .001 and .01."""
+
+
+@dataclass(frozen=True, eq=False)
+class Chosen:
+    """Latents of one dictionary, best first."""
+
+    latents: Int[Tensor, " latents"]
+    score: Float[Tensor, " latents"]
+
+    def first(self, n: int) -> "Chosen":
+        """The best n of them, or all where there are fewer."""
+        return Chosen(self.latents[:n], self.score[:n])
+
+
+def by_attribution(model: nn.Module, site: Site, dictionary: Dictionary, rows: Select[Choice], n: int) -> Chosen:
+    """The n latents that speak most for the behaviour: largest mean of z · ∂(logit gold − mean of the others')/∂z.
+
+    Codes and slopes are those of the last prompt token, without any defence. Only latents with a positive attribution
+    are chosen, so there may be fewer.
+
+    Raises:
+        NotTestable: none has a positive one.
+        UsageError: see `check_latents`.
+        WrongSplit: rows of another split.
+
+    Source: arXiv 2606.18322, its IOI runner; attribution as in Marks et al., arXiv 2403.19647.
+    """
+    told = expect(Select, rows).rows
+    everything = torch.arange(dictionary.d_dict, device=dictionary.W_enc.device)
+    check_latents(dictionary, everything)
+    total = torch.zeros(dictionary.d_dict, dtype=torch.double)
+    for start in range(0, len(told), AT_ONCE):
+        some = told[start : start + AT_ONCE]
+        suffix = suffix_of(model, [row.prompt for row in some], site)
+        code = dictionary.encode(suffix.entering)
+        with torch.enable_grad():
+            more = torch.zeros_like(code, requires_grad=True)
+            pushed = suffix.entering + written(dictionary, everything, more, suffix.entering)
+            loss = choice_margin(some, pushed.device)(suffix(pushed)).loss.sum()
+            (slope,) = torch.autograd.grad(loss, more)
+        total += -(code * slope).sum((0, 1)).double().cpu()
+    return _best(total.float() / max(1, len(told)), n, "no latent speaks for the behaviour on these rows.")
+
+
+@torch.no_grad()
+def by_sparsity(
+    dictionary: Dictionary,
+    forget: Select[Float[Tensor, "_ d_in"]],
+    retain: Select[Float[Tensor, "_ d_in"]],
+    n: int,
+    *,
+    retained: float = RETAINED,
+) -> Chosen:
+    """The n latents that fire most often on what is to be forgotten, of those that hardly fire on what is to be kept.
+
+    Args:
+        dictionary: of the site.
+        forget: activations of texts about the topic, text by text.
+        retain: of other texts.
+        n: how many at most.
+        retained: share of the tokens of `retain` on which a chosen latent may fire.
+
+    Returns:
+        Latents that fire at all on `forget`; the score is on which share of its tokens.
+
+    Raises:
+        NotTestable: every latent that fires on the topic fires elsewhere, too.
+        WrongSplit: rows of another split.
+
+    Source: Farrell et al., arXiv 2410.19278, as SAEBench runs it.
+    """
+    on_topic, elsewhere = (_firing(dictionary, expect(Select, rows).rows) for rows in (forget, retain))
+    score = torch.where(elsewhere <= retained, on_topic, torch.zeros_like(on_topic))
+    return _best(
+        score, n, f"every latent that fires on the topic fires on more than {retained:.2g} of the other tokens, too."
+    )
+
+
+class Labelled(NamedTuple):
+    """One text."""
+
+    acts: Float[Tensor, "_ d_in"]
+    """Of each of its tokens, at the site."""
+    label: str
+
+
+@torch.no_grad()
+def by_probe_effect(
+    dictionary: Dictionary, weight: Float[Tensor, " d_in"], texts: Select[Labelled], label: str, n: int
+) -> Chosen:
+    """The n latents with the largest effect on a linear probe of one class, relu(mean on − mean off) · (W_dec · weight).
+
+    Means are of each text's mean code. Raises as `by_sparsity` does, and UsageError where one kind of text is missing.
+
+    Source: SAEBench, TPP (targeted probe perturbation).
+    """
+    told = expect(Select, texts).rows
+    codes = torch.stack([dictionary.encode(text.acts).mean(0) for text in told]) if told else torch.zeros(0, 0)
+    of_class = torch.tensor([text.label == label for text in told], dtype=torch.bool)
+    if not of_class.any() or of_class.all():
+        raise UsageError(f"an effect on {label!r} needs texts of this class and of others.")
+    higher = (codes[of_class].mean(0) - codes[~of_class].mean(0)).relu()
+    return _best(higher * (dictionary.W_dec @ weight), n, f"no latent that fires more on {label!r} speaks for it.")
+
+
+def _firing(dictionary: Dictionary, texts: Sequence[Tensor]) -> Float[Tensor, " d_dict"]:
+    """On which share of all tokens each latent fires."""
+    if not texts:
+        raise UsageError("latents cannot be chosen by texts of which there are none.")
+    fires = torch.stack([(dictionary.encode(acts) > 0).sum(0) for acts in texts]).sum(0)
+    return fires / sum(map(len, texts))
+
+
+def _best(score: Tensor, n: int, otherwise: str) -> Chosen:
+    if n < 1:
+        raise UsageError(f"choose one latent or more, got {n}.")
+    values, latents = score.topk(min(n, len(score)))
+    kept = values > 0
+    if not kept.any():
+        raise NotTestable(f"Nothing to clamp: {otherwise}\nTry another dictionary, or another site.")
+    return Chosen(latents[kept], values[kept])
