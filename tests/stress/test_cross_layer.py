@@ -231,8 +231,14 @@ def test_competing_latents_fire_as_they_did_at_every_layer() -> None:
     runs = runs_of("topk")
     held = LayeredExact(runs)
     seen = set[bool]()
-    for seed in range(8):
-        delta = held(noise(runs, seed, 0.2), runs.entering[:, : runs.slots])
+    for seed, size in (
+        (0, 0.2),
+        (1, 0.2),
+        (2, 0.2),
+        (3, 0.2),
+        (17, 0.5),
+    ):  # in the last, padding alone crosses in a row
+        delta = held(noise(runs, seed, size), runs.entering[:, : runs.slots])
         pushed = runs.entering.clone()
         pushed[:, : runs.slots] += delta
         crossed = held.crossed(pushed, runs.entering) > 0
