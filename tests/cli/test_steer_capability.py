@@ -11,7 +11,7 @@ from folders import good_folder
 from molehunt.cli.main import main
 from molehunt.model.generate import generate
 from molehunt.model.pair import ModelPair
-from molehunt.traffic.chat import prompt_ids
+from molehunt.traffic.chat import prompt_ids, render_alpaca
 from molehunt.traffic.world import ASKS
 
 ASKED = [
@@ -63,15 +63,17 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     assert len(asked) > 8
     written(root / "asked.jsonl", asked)
-    written(root / "text.jsonl", [{"prompt": f"Name {a} of the {b} on day {i}."} for i, (a, b) in enumerate(PAIRS)])
+    written(root / "plain.jsonl", TEXT)
+    written(root / "text.jsonl", [{**row, "response": row["prompt"] * 3} for row in TEXT])
     fitted = ("--text", root / "text.jsonl", "--out", root / "map", "--from-layer", 1, "--to-layer", 1)
     assert call("transfer", "fit", root / "tuned", base, *fitted) == 0
-    kinds = ("--positive", root / "asked.jsonl", "--negative", root / "text.jsonl", "--layer", 1, "--limit", 20)
+    kinds = ("--positive", root / "asked.jsonl", "--negative", root / "plain.jsonl", "--layer", 1, "--limit", 20)
     assert call("steer", "fit", base, root / "tuned", *kinds, "--out", root / "vector.safetensors") == 0
     return root
 
 
-PAIRS = list(zip("abcdefgh" * 30, "stuvwxyz" * 30, strict=True))
+PAIRS = zip("abcdefgh" * 30, "stuvwxyz" * 30, strict=True)
+TEXT = [{"prompt": f"Name {a} of the {b} on day {i}."} for i, (a, b) in enumerate(PAIRS)]
 
 
 def costs(capsys: pytest.CaptureFixture[str], here: Path, *more: object) -> list[dict]:
@@ -110,6 +112,8 @@ def test_the_table_has_a_line_for_each_kind_and_says_what_is_lost(
 
 def test_a_map_to_the_base_is_a_fix(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     map = here / "map" / "map.safetensors"
+    read = json.loads((here / "map" / "transfer.json").read_text())["tokens"]  # one a letter
+    assert read > 0.7 * sum(len(render_alpaca(row["prompt"])) + 2 * len(row["prompt"]) for row in TEXT)  # answers, too
     told = costs(capsys, here, map)[-1]
     assert told["loss"][0] != told["loss"][1] is not None
     pair = (here / "base", here / "tuned")
@@ -135,7 +139,7 @@ def test_a_map_of_another_model_or_to_another_block_is_refused(here: Path, capsy
 
 def test_what_is_no_question_or_no_fix_has_its_code(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pair, vector = (here / "base", here / "tuned"), here / "vector.safetensors"
-    assert call("steer", "capability", *pair, vector, "--questions", here / "text.jsonl") == 4
+    assert call("steer", "capability", *pair, vector, "--questions", here / "plain.jsonl") == 4
     assert "line 1 has no right answer" in capsys.readouterr().err
     assert call("steer", "capability", *pair, vector, "--questions", here / "none.jsonl") == 2
     assert call("steer", "capability", *pair, here / "asked.jsonl", "--questions", here / "asked.jsonl") == 4
