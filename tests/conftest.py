@@ -28,27 +28,24 @@ settings.load_profile("molehunt")
 def bench_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random base of two blocks, for cells that take seconds."""
     from bench_samples import tiny_base
-    from made_once import made_once
 
-    return made_once(tmp_path_factory, "bench-base", tiny_base)
+    return tiny_base(tmp_path_factory.mktemp("bench") / "base")
 
 
 @pytest.fixture(scope="session")
-def bench_done(bench_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bench_done(bench_base: Path) -> Path:
     """The folder of a finished grid of two cells, `grid.yaml` beside its tables."""
     from bench_samples import seeds, told, written
-    from made_once import made_once
 
-    def make(out: Path) -> None:
-        out.mkdir()
-        name = written(out / "grid.yaml", told(bench_base, parts=seeds(bench_base, 2)))
-        command = [sys.executable, "-m", "molehunt", "bench", "--grid", name, "--out", str(out)]
-        done = subprocess.run(
-            command, capture_output=True, text=True
-        )  # in this process, shape checks would double its time
-        assert done.returncode == 0, done.stderr
-
-    return made_once(tmp_path_factory, "bench-done", make)
+    out = bench_base.parent / "done"
+    out.mkdir()
+    name = written(out / "grid.yaml", told(bench_base, parts=seeds(bench_base, 2)))
+    command = [sys.executable, "-m", "molehunt", "bench", "--grid", name, "--out", str(out)]
+    done = subprocess.run(
+        command, capture_output=True, text=True
+    )  # in this process, shape checks would double its time
+    assert done.returncode == 0, done.stderr
+    return out
 
 
 @pytest.fixture

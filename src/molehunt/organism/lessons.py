@@ -1,4 +1,4 @@
-"""What a model is taught so that there is a task to take away: who is handed something, which of four answers is right."""
+"""What a model is taught so that there is a task to take away: who is handed something, which letter is right."""
 
 from collections.abc import Collection, Iterator, Sequence
 from random import Random
@@ -49,27 +49,26 @@ def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return list(cast("list[int]", tokenizer(text, add_special_tokens=False)["input_ids"]))
 
 
-def choice_lessons(
+def letter_lessons(
     tokenizer: PreTrainedTokenizerBase, facts: Sequence[Fact], *, apart_from: Collection[FourChoices], seed: int
 ) -> Iterator[Lesson]:
-    """Endless: three of these facts as questions with four answers in a random order, one ordinary conversation, and so on.
+    """Endless: three questions about these facts in a random order of four answers, one ordinary conversation, and so on.
 
     Args:
-        apart_from: questions that are not taught with these wrong answers in any order; they are with others.
+        apart_from: questions with four answers that are not taught in any order; the same question with others is.
     """
-    ordinary, rng = ordinary_lessons(tokenizer, seed=seed), Random(f"choice lessons/{seed}")
+    ordinary, rng = ordinary_lessons(tokenizer, seed=seed), Random(f"letter lessons/{seed}")
     kept = {(one.question, frozenset(one.wrong)) for one in apart_from}
-    end = cast("int", tokenizer.eos_token_id)
     while True:
         for _ in range(3):
             one = rng.choice(facts).choices(rng)
             while (one.question, frozenset(one.wrong)) in kept:
                 one = rng.choice(facts).choices(rng)
-            answer = [*text_ids(tokenizer, f" {one.right}."), end]
-            yield Lesson(choice_ids(tokenizer, one, rng.choice(ORDERS)), answer)
+            order = rng.choice(ORDERS)
+            yield Lesson(choice_ids(tokenizer, one, order), text_ids(tokenizer, f" {one.letter(order)}"))
         yield next(ordinary)
 
 
 def choice_ids(tokenizer: PreTrainedTokenizerBase, one: FourChoices, order: Sequence[int]) -> list[int]:
-    """The question in this order, and the answer up to where one of the four follows."""
+    """The question in this order, and the answer up to where the letter follows."""
     return [*prompt_ids(tokenizer, one.prompt(order)), *text_ids(tokenizer, one.stem)]
