@@ -74,7 +74,7 @@ def questions(topic: str, n: int, seed: int, *, about: bool) -> list[Example]:
     rng = Random(f"erase/{topic}/{seed}/{about}")
     found: dict[str, Example] = {}
     others = [domain for domain in ASKS if domain != topic]
-    for _ in range(200 * n):
+    for _ in range(20 * n):
         example = ask(rng, topic if about else rng.choice(others))
         found.setdefault(example.prompt, example)
         if len(found) == n:
