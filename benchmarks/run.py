@@ -2,7 +2,7 @@
 
 python benchmarks/run.py [--quick] [--json] [--only PARTS] [--peers PYTHON] [--nnsight PYTHON] [--device cuda]
 
-Parts: directions, lora, memory, taps, training, harvest, store, together, scoring, watch, serve, transfer. A peer that no Python was given for, and that
+Parts: directions, lora, memory, taps, training, harvest, store, together, scoring, watch, serve, transfer, stress. A peer that no Python was given for, and that
 this one lacks, has a row that says how to install it.
 """
 
@@ -23,6 +23,7 @@ import mapping
 import memory
 import serving
 import stores
+import stressing
 import taps
 import torch
 import watching
@@ -38,7 +39,7 @@ def main() -> None:
     parser.add_argument("--nnsight", type=Path, help="a Python that has torch, transformers, jaxtyping, nnsight")
     parser.add_argument("--scratch", type=Path, help="folder for synthetic pairs and stores (deleted afterwards)")
     parser.add_argument(
-        "--device", default="cpu", help="of training, harvest, scoring, watch, serve, transfer: cpu or cuda"
+        "--device", default="cpu", help="of training, harvest, scoring, watch, serve, transfer, stress: cpu or cuda"
     )
     parser.add_argument(
         "--cpu-time", action="store_true", help="count CPU seconds: for a machine with other work on it"
@@ -62,6 +63,7 @@ def main() -> None:
         "watch": lambda: watching.scan_state_and_memory(**where),
         "serve": lambda: serving.guarded_against_unguarded(**where),
         "transfer": lambda: mapping.closed_form_and_grid(**where),
+        "stress": lambda: stressing.batched_against_loop(**where),
     }
     asked = args.only.split(",") if args.only else list(parts)
     unknown = set(asked) - parts.keys()
