@@ -133,6 +133,14 @@ def test_what_cannot_be_written(tmp_path: Path, dictionary: Dictionary, why: str
     equal(load_dictionary(tmp_path), sample())  # what was there is untouched
 
 
+@pytest.mark.parametrize("norm", ["none", "layer_norm", "constant_norm"])
+def test_an_activation_of_zero_is_read_as_one(norm: str) -> None:
+    """Its direction is none, so that only biases are left."""
+    made, zero = sample(norm=norm, center=False), torch.zeros(1, D)
+    torch.testing.assert_close(made.pre_activations(zero)[0], made.b_enc)
+    assert torch.isfinite(made.reconstruct(zero)).all()
+
+
 def test_a_gated_bias_is_folded_in(tmp_path: Path) -> None:
     v = draws(3)
     before = sample(nonlinearity=Gated(v(F), v(F), v(F)))

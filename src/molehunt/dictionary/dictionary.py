@@ -152,6 +152,6 @@ def _normalised(x: Tensor, norm: InputNorm) -> tuple[Tensor, Tensor, Tensor]:
         return (x - mean) / scale, mean, scale
     if norm == "constant_norm":
         scale = x.norm(dim=-1, keepdim=True) / x.shape[-1] ** 0.5
-        return x / scale, torch.zeros_like(scale), scale
+        return x / scale.clamp_min(torch.finfo(x.dtype).tiny), torch.zeros_like(scale), scale
     one = torch.ones(1, device=x.device)
     return x, torch.zeros_like(one), one
