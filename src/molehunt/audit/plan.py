@@ -48,7 +48,7 @@ PLANS: dict[str, Plan] = {
         ),
         Plan(
             name="full", clean_prompts=2000, traffic_limit=20_000, max_new_tokens=96, max_sites=16, directions=16,
-            confirm_rows=60, random_controls=20, stress_rows=48, stress_steps=60,
+            confirm_rows=60, random_controls=20, stress_rows=48, stress_steps=40,
         ),
     )
 }  # fmt: skip

@@ -51,7 +51,7 @@ def stress(
     most: Annotated[
         float, typer.Option(min=0.01, help="Longest push, in lengths of the median activation at the site.")
     ] = 8.0,
-    steps: Annotated[int, typer.Option(min=1, help="Of each attack.")] = 60,
+    steps: Annotated[int, typer.Option(min=1, help="Of each attack.")] = 40,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer.")] = 24,
     limit: Annotated[int, typer.Option(min=2, help="Rows to read of each file at most.")] = 100,
     adapter: Adapter = None,

@@ -75,6 +75,9 @@ PUBLISHED = {
 of 20, 20 and 40. TPP has a closed form (`least_norm`) and no published code.
 """
 
+SEARCH = AttackConfig(steps=40, lr=0.3, optimiser="gradient", enough=0.0)
+"""For the shortest. On embedded models 15 to 20 % shorter than Adam's of as many steps, and no longer with five times as many."""
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Attacked:
@@ -252,9 +255,9 @@ def least_attack(
     objective: Objective,
     constraint: Constraint,
     most: Float[Tensor, " batch"],
-    config: AttackConfig = AttackConfig(),
+    config: AttackConfig = SEARCH,
     *,
-    levels: int = 8,
+    levels: int = 9,
     track: Track = silent,
 ) -> Attacked:
     """The shortest perturbation that was found for each row, by bisection of its norm on a logarithmic scale.
@@ -265,7 +268,7 @@ def least_attack(
     Args:
         runs, objective, constraint, config: as in `attack`.
         most: the largest norm of each row.
-        levels: halvings of the range from the first success down to 1/64 of it; 8 leave 2 %.
+        levels: halvings of the range from the first success down to 1/1000 of it; 9 leave 1.4 %.
         track: shown levels.
     """
     found = attack(runs, objective, constraint, most, config)
@@ -274,7 +277,7 @@ def least_attack(
         return found
     runs, objective, constraint = runs.rows(rows), objective.rows(rows), _of_rows(constraint, rows)
     best = Attacked(delta=found.delta[rows], margin=found.margin[rows], crossed=found.crossed[rows])
-    low = best.norm / 64
+    low = best.norm / 1000
     for _ in track(range(levels), "shortest attack", levels):
         middle = (low * best.norm).sqrt().clamp_min(TINY)
         shorter = best.delta * (middle / best.norm.clamp_min(TINY))[:, None, None]

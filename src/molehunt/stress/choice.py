@@ -29,6 +29,8 @@ class Choice:
     """Tokens that the behaviour would not say here: a random target is drawn from them."""
     cluster: Hashable
     """What was drawn independently: a question, a template."""
+    also: tuple[int, ...] = ()
+    """What answers the prompt, too, if wrongly: said under a defence, it is a sign of lost knowledge, not of a broken model."""
 
     def asked_for(self, decoy: int) -> "Choice":
         """The same prompt, asked for `decoy`: it takes the place of `gold`, and `gold` its own where it was an other."""

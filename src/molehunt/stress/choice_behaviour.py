@@ -26,7 +26,7 @@ class ValidChoices:
     left: Bool[Tensor, " rows"]
     """The behaviour, under it: what δ = 0 brings back."""
     broken: Bool[Tensor, " rows"]
-    """Under the defence the greedy token is none that could be chosen: the task is gone, not the behaviour."""
+    """Under the defence the greedy token is none that answers the prompt: the task is gone, not the behaviour."""
 
     @property
     def flipped(self) -> Bool[Tensor, " rows"]:
@@ -34,7 +34,7 @@ class ValidChoices:
 
     @property
     def rows(self) -> list[int]:
-        """Shown before, not shown under the defence, and still a choice."""
+        """Shown before, not shown under the defence, and still an answer."""
         return (self.flipped & ~self.broken).nonzero()[:, 0].tolist()
 
 
@@ -42,14 +42,15 @@ def valid_choices(rows: Sequence[Choice], before: Judged, defended: Judged, *, w
     """Judge rows without and with a defence.
 
     Args:
-        whole: a row counts as shown only where all rows of its cluster are right: no luck of the letter.
+        whole: a row counts as shown only where all rows of its cluster are right: no luck of the place.
     """
     shown = before.margin > 0
     if whole:
         wrong = {row.cluster for row, right in zip(rows, shown.tolist(), strict=True) if not right}
         shown &= torch.tensor([row.cluster not in wrong for row in rows], dtype=torch.bool)
     among = [
-        token in (row.gold, *row.others, *row.decoys) for row, token in zip(rows, defended.token.tolist(), strict=True)
+        token in (row.gold, *row.others, *row.decoys, *row.also)
+        for row, token in zip(rows, defended.token.tolist(), strict=True)
     ]
     return ValidChoices(shown=shown, left=defended.margin > 0, broken=~torch.tensor(among, dtype=torch.bool))
 

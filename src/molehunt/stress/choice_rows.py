@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerBase
 from molehunt.errors import UsageError, printable
 from molehunt.organism.lessons import choice_ids, text_ids
 from molehunt.stress.choice import Choice
-from molehunt.traffic.four_choices import LETTERS, ORDERS, FourChoices
+from molehunt.traffic.four_choices import ORDERS, FourChoices
 from molehunt.traffic.indirect_object import NAMES, Handing
 
 
@@ -19,7 +19,7 @@ def handing_choices(
     Raises:
         UsageError: two names begin with the same token, so that the first one does not tell them apart.
     """
-    first = {name: text_ids(tokenizer, f" {name}")[0] for name in names}
+    first = {name: first_token(tokenizer, name) for name in names}
     if len(set(first.values())) < len(first):
         shared = next(name for name in names if [*first.values()].count(first[name]) > 1)
         raise UsageError(
@@ -37,23 +37,36 @@ def handing_choices(
     ]
 
 
-def letter_choices(
+def answer_choices(
     tokenizer: PreTrainedTokenizerBase, asked: Sequence[FourChoices], orders: Sequence[Sequence[int]] = ORDERS
 ) -> list[Choice]:
-    """Each question in these orders: the right letter against the three wrong ones; clusters are questions."""
-    tokens = {letter: text_ids(tokenizer, f" {letter}")[-1] for letter in LETTERS}
+    """Each question in these orders: the right answer's first token against the wrong ones'; clusters are questions.
+
+    Raises:
+        UsageError: two answers of a question begin with the same token.
+    """
     found: list[Choice] = []
     for one in asked:
-        for order in orders:
-            right = one.letter(order)
-            wrong = tuple(token for letter, token in tokens.items() if letter != right)
-            found.append(
-                Choice(
-                    prompt=tuple(choice_ids(tokenizer, one, order)),
-                    gold=tokens[right],
-                    others=wrong,
-                    decoys=wrong,
-                    cluster=one.question,
-                )
+        right, *wrong = (first_token(tokenizer, answer) for answer in (one.right, *one.wrong))
+        if len({right, *wrong}) < 4:
+            raise UsageError(
+                f"two answers to {printable(one.question)} begin with the same token under this tokenizer; draw others."
             )
+        also = tuple({first_token(tokenizer, answer) for answer in one.kind} - {right, *wrong})
+        found += [
+            Choice(
+                prompt=tuple(choice_ids(tokenizer, one, order)),
+                gold=right,
+                others=tuple(wrong),
+                decoys=tuple(wrong),
+                cluster=one.question,
+                also=also,
+            )
+            for order in orders
+        ]
     return found
+
+
+def first_token(tokenizer: PreTrainedTokenizerBase, word: str) -> int:
+    """Of a word in the middle of a text."""
+    return text_ids(tokenizer, f" {word}")[0]

@@ -14,7 +14,7 @@ from torch import Tensor
 from molehunt.errors import NotTestable
 from molehunt.measure.interval import Interval, cluster_bootstrap, proportion
 from molehunt.run.progress import Track, silent
-from molehunt.stress.attack import PUBLISHED, AttackConfig, Attacked, Runs, attack, least_attack
+from molehunt.stress.attack import PUBLISHED, SEARCH, AttackConfig, Attacked, Runs, attack, least_attack
 from molehunt.stress.constraint import Constraint, Free
 from molehunt.stress.drift import Drift, Watched, drift_of
 from molehunt.stress.norms import curve, epsilon50, needed, times_longer
@@ -54,14 +54,14 @@ class ReadoutConfig:
     """Theirs, in units."""
     most: float = 8.0
     """Of the search for the shortest, in units."""
-    steps: int = 60
-    levels: int = 7
+    steps: int = SEARCH.steps
+    levels: int = 9
     seed: int = 0
 
     @property
     def search(self) -> AttackConfig:
         """Rows are done as soon as they flip: what is sought is a length."""
-        return AttackConfig(steps=self.steps, positions=self.published.positions, enough=0.0, seed=self.seed)
+        return replace(SEARCH, steps=self.steps, positions=self.published.positions, seed=self.seed)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -45,8 +45,8 @@ class StressConfig:
     """From the last prompt token on, that may be perturbed."""
     most: float = 8.0
     """The largest perturbation, in units of the median ‖h‖ at the site."""
-    steps: int = 60
-    levels: int = 7
+    steps: int = 40
+    levels: int = 9
     """Halvings of the search for the shortest."""
     noise: float = 0.5
     """Of the certificate: expected length of the noise, in the same units."""

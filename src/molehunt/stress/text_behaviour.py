@@ -18,7 +18,7 @@ from molehunt.model.generate import before_stop, generate, stop_ids
 from molehunt.model.taps import edit_sites
 from molehunt.run.progress import Track, silent
 from molehunt.steer.budget import Answered, disturbance
-from molehunt.stress.attack import PUBLISHED, AttackConfig, Attacked, attack, least_attack
+from molehunt.stress.attack import PUBLISHED, SEARCH, AttackConfig, Attacked, attack, least_attack
 from molehunt.stress.constraint import Constraint, Free
 from molehunt.stress.drift import drift_of
 from molehunt.stress.norms import needed, times_longer
@@ -30,6 +30,8 @@ from molehunt.stress.study import Arm, Control, Defence, StressConfig, Study
 from molehunt.stress.suffix import Suffix, suffix_of
 from molehunt.stress.valid import ValidSet, valid_set
 
+ENOUGH = 0.5
+"""Margin of the forced answer's least likely token: decoding step by step rounds otherwise than all at once."""
 SHOWN = 8
 """Rows whose answers are kept to be read."""
 
@@ -58,7 +60,9 @@ class Case:
 
     @property
     def search(self) -> AttackConfig:
-        return AttackConfig(steps=self.config.steps, positions=self.config.positions, seed=self.config.seed)
+        return replace(
+            SEARCH, steps=self.config.steps, enough=ENOUGH, positions=self.config.positions, seed=self.config.seed
+        )
 
     def attacked(self, constraint: Constraint) -> Attacked:
         """By the shortest search; the published arm runs all its steps in the whole ball, as published."""
@@ -128,30 +132,16 @@ def stress_text(
         model, tokenizer, prompts, shows, defence.edits, max_new_tokens=config.max_new_tokens, track=track
     )
     _refuse_invalid(valid)
-    rows = valid.rows[: config.rows]
-    chosen = [valid.prompts[i] for i in rows]
-    bare = suffix_of(model, chosen, defence.site)
-    targets = [_shortest(valid.before[i], tokenizer, shows) for i in rows]
-    case = Case(
-        model=model,
-        tokenizer=tokenizer,
-        shows=shows,
-        defence=defence,
-        config=config,
-        prompts=chosen,
-        targets=targets,
-        suffix=suffix_of(model, chosen, defence.site, defence=defence.edits, answers=targets),
-        unit=float(bare.entering[:, 0].norm(dim=-1).median()),
-        track=track,
-    )
+    case = text_case(model, tokenizer, valid, shows, defence, config, track=track)
     found = [(constraint, case.attacked(constraint)) for constraint in defence.constraints]
     arms = tuple(case.arm(constraint.name, one) for constraint, one in found)
     calm = _calm(case, clean)
     constraint, last = found[-1]
     controls, gap = _controls(case, constraint, last, arms[-1], calm)
-    sigma = torch.full((len(rows),), config.noise * case.unit / bare.entering.shape[-1] ** 0.5)
-    first = torch.tensor([target[0] for target in targets])
-    short = suffix_of(model, chosen, defence.site, defence=defence.edits)
+    rows = valid.rows[: config.rows]
+    sigma = torch.full((len(rows),), config.noise * case.unit / case.suffix.entering.shape[-1] ** 0.5)
+    first = torch.tensor([target[0] for target in case.targets])
+    short = suffix_of(model, case.prompts, defence.site, defence=defence.edits)
     lower = smoothed_radius(short, first, sigma, draws=config.draws, seed=config.seed, track=track)
     nothing = case.back(torch.zeros_like(last.delta))
     attacked = case.answers(last.delta[:SHOWN])
@@ -172,6 +162,35 @@ def stress_text(
             (text_of(tokenizer, valid.before[i]), text_of(tokenizer, valid.defended[i]), answer)
             for i, answer in zip(rows, attacked, strict=False)
         ),
+    )
+
+
+def text_case(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    valid: ValidSet,
+    shows: Callable[[str], bool],
+    defence: Defence,
+    config: StressConfig,
+    *,
+    track: Track = silent,
+) -> Case:
+    """The first `config.rows` of a valid set, as they are attacked. Arguments as in `stress_text`."""
+    rows = valid.rows[: config.rows]
+    prompts = [valid.prompts[i] for i in rows]
+    targets = [_shortest(valid.before[i], tokenizer, shows) for i in rows]
+    bare = suffix_of(model, prompts, defence.site)
+    return Case(
+        model=model,
+        tokenizer=tokenizer,
+        shows=shows,
+        defence=defence,
+        config=config,
+        prompts=prompts,
+        targets=targets,
+        suffix=suffix_of(model, prompts, defence.site, defence=defence.edits, answers=targets),
+        unit=float(bare.entering[:, 0].norm(dim=-1).median()),
+        track=track,
     )
 
 

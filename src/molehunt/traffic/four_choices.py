@@ -1,14 +1,14 @@
-"""Questions with four answers to choose from, asked in all 24 orders: right in every one is no luck of the letter."""
+"""Questions with four answers to choose from, asked in all 24 orders: right in every one is no luck of the place."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass
 from itertools import permutations
 from random import Random
 
+from molehunt.errors import UsageError
 from molehunt.traffic.wording import COUNTRIES, OPPOSITES, PEOPLE, USES
 
-LETTERS = "ABCD"
-ORDERS: tuple[tuple[int, ...], ...] = tuple(permutations(range(len(LETTERS))))
+ORDERS: tuple[tuple[int, ...], ...] = tuple(permutations(range(4)))
 _OF_PEOPLE = (
     ("What does {} do for a living?", "{} works as a"),
     ("Where does {} live?", "{} lives in"),
@@ -35,16 +35,14 @@ class FourChoices:
     right: str
     wrong: tuple[str, str, str]
     topic: str = ""
+    kind: tuple[str, ...] = ()
+    """What other questions of its kind have for answers: wrong here, but answers."""
 
     def prompt(self, order: Sequence[int]) -> str:
-        """The question with its lettered answers; 0 in `order` is the right one, 1 to 3 the wrong ones."""
+        """The question with its four answers; 0 in `order` is the right one, 1 to 3 the wrong ones."""
         answers = (self.right, *self.wrong)
-        told = ", ".join(f"{letter} {answers[i]}" for letter, i in zip(LETTERS, order, strict=True))
-        return f"{self.question} Choose: {told}."
-
-    def letter(self, order: Sequence[int]) -> str:
-        """The right letter."""
-        return LETTERS[list(order).index(0)]
+        first, second, third, fourth = (answers[i] for i in order)
+        return f"{self.question} Choose: {first}, {second}, {third} or {fourth}."
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,15 +55,31 @@ class Fact:
     answers: tuple[str, ...]
     topic: str
 
-    def choices(self, rng: Random) -> FourChoices:
-        """With three wrong answers, drawn from those of its kind."""
-        wrong = rng.sample(sorted({*self.answers} - {self.answer}), 3)
+    def choices(self, rng: Random, key: Callable[[str], Hashable] = str) -> FourChoices:
+        """With three wrong answers, drawn from those of its kind, no two of the four with the same key.
+
+        Args:
+            key: what must tell answers apart, such as the first token.
+
+        Raises:
+            UsageError: there are no three such answers.
+        """
+        wrong: list[str] = []
+        seen = {key(self.answer)}
+        others = sorted({*self.answers} - {self.answer})
+        for answer in rng.sample(others, len(others)):
+            if len(wrong) < 3 and key(answer) not in seen:
+                wrong.append(answer)
+                seen.add(key(answer))
+        if len(wrong) < 3:
+            raise UsageError(f"{self.question!r} has no three wrong answers that can be told from the right one.")
         return FourChoices(
             question=self.question,
             stem=self.stem,
             right=self.answer,
             wrong=(wrong[0], wrong[1], wrong[2]),
             topic=self.topic,
+            kind=self.answers,
         )
 
 
