@@ -1,22 +1,20 @@
 """Setting IOI of the stress table: who is handed something, and a clamp on the latents that speak for it."""
 
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from stress_read import counted, least, some, stressed, valid_of
-from stress_taught import Taught, Trained, activations, answered, dictionary_of, taught
+from stress_taught import Trained, activations, answered, cost_of, dictionary_of, taught
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from molehunt.model.site import Site
-from molehunt.model.taps import edit_sites
 from molehunt.organism.lessons import handing_lesson, handing_lessons
 from molehunt.organism.seed_model import SEED_MODELS
-from molehunt.organism.taught import TeachConfig
-from molehunt.steer.budget import Answered, disturbance
+from molehunt.organism.taught import Lesson, TeachConfig
 from molehunt.steer.clamp import Clamp
 from molehunt.stress.attack import PUBLISHED
 from molehunt.stress.choice import Choice, judged
@@ -46,14 +44,13 @@ def pairs() -> Splits[tuple[str, str]]:
     return split_rows(name_pairs(), seed=SEED, key="/".join, fractions=Fractions(0.55, 0.0, 0.15, 0.3))
 
 
-def taught_ioi(models: Path, base: str) -> Taught:
-    own = list(pairs().fit)
-    return taught(models, f"ioi-{base}", base, lambda tokenizer: handing_lessons(tokenizer, own, seed=SEED), TEACH)
+def lessons(tokenizer: PreTrainedTokenizerBase) -> Iterator[Lesson]:
+    return handing_lessons(tokenizer, list(pairs().fit), seed=SEED)
 
 
 def measure(base: str, models: Path) -> dict[str, Any]:
     started = time.process_time()
-    model, tokenizer, teaching = taught_ioi(models, base)
+    model, tokenizer, teaching = taught(models, f"ioi-{base}", base, lessons, TEACH)
     parts = pairs()
     select = handing_choices(tokenizer, handings(list(parts.select), SELECT, seed=SEED + 1))
     test = handing_choices(tokenizer, handings(list(parts.test), TEST, seed=SEED + 2))
@@ -143,10 +140,3 @@ def depths(
             flips[n] = (len(valid.rows), int(valid.flipped.sum()))
         found.append(Depth(made=made, chosen=chosen, flips=flips))
     return found
-
-
-def cost_of(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, clamp: Clamp, clean: Sequence[Answered]
-) -> dict[str, Any]:
-    """What the clamp does to ordinary answers, in nats a token."""
-    return asdict(disturbance(model, tokenizer, lambda: edit_sites(model, [clamp]), clean))

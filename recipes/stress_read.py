@@ -1,21 +1,23 @@
 """What the settings of the stress table measure alike, as plain numbers for a JSON file."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from molehunt.measure.interval import Interval
 from molehunt.measure.paired import paired_difference
 from molehunt.steer.clamp import Clamp
-from molehunt.stress.attack import least_attack
+from molehunt.stress.attack import Runs, least_attack
 from molehunt.stress.attribution import Replay, attribute, geometry
 from molehunt.stress.choice import Choice, Judged, judged
 from molehunt.stress.choice_behaviour import ValidChoices, choice_case, spread, valid_choices
 from molehunt.stress.defended import clamped
+from molehunt.stress.drift import Drift
 from molehunt.stress.norms import epsilon50, needed
+from molehunt.stress.objective import Objective
 from molehunt.stress.readout_behaviour import (
     ReadoutArm,
     ReadoutCase,
@@ -104,22 +106,25 @@ def told(study: ReadoutStudy) -> dict[str, Any]:
 
 
 def told_arm(arm: ReadoutArm) -> dict[str, Any]:
-    drift = arm.drift
-    fires = drift.reactivated[~drift.reactivated.isnan()]
     return {
         "recovered": asdict(arm.recovered),
         "epsilon50": interval(arm.epsilon50),
         "curve": arm.curve(AT),
         "length": float(arm.length.median()),
         "margin": float(arm.margin.median()),
-        "drift": {
-            "pre": float(drift.pre.median()),
-            "pre, largest": float(drift.pre.max()),
-            "largest": float(drift.largest.max()),
-            "codes": None if drift.silent.all() else float(drift.codes[~drift.silent].median()),
-            "reactivated": float(fires.mean()) if len(fires) else None,
-            "silent": float(drift.silent.float().mean()),
-        },
+        "drift": told_drift(arm.drift),
+    }
+
+
+def told_drift(drift: Drift) -> dict[str, Any]:
+    fires = drift.reactivated[~drift.reactivated.isnan()]
+    return {
+        "pre": float(drift.pre.median()),
+        "pre, largest": float(drift.pre.max()),
+        "largest": float(drift.largest.max()),
+        "codes": None if drift.silent.all() else float(drift.codes[~drift.silent].median()),
+        "reactivated": float(fires.mean()) if len(fires) else None,
+        "silent": float(drift.silent.float().mean()),
     }
 
 
@@ -127,18 +132,24 @@ def attributed(case: ReadoutCase, study: ReadoutStudy, clamp: Clamp) -> dict[str
     """Of the last published arm: of the shortest, every part would fall short alone. None where fewer than two are back."""
     arm = study.published[-1]
     back = arm.back.nonzero()[:, 0]
-    if len(back) < 2:
+    clusters = [case.clusters[i] for i in back.tolist()]
+    return parts_of(case.defended.rows(back), case.wanted.rows(back), arm.delta[back], clusters, clamp)
+
+
+def parts_of(
+    runs: Runs, wanted: Objective, delta: Tensor, clusters: Sequence[Hashable], clamp: Clamp
+) -> dict[str, Any] | None:
+    """Which part of the perturbations of rows that are back does it. None for fewer than two rows."""
+    if len(delta) < 2:
         return None
-    runs, wanted, delta = case.defended.rows(back), case.wanted.rows(back), arm.delta[back]
     found = attribute(runs, wanted, delta, clamp.dictionary, clamp.latents, k=TOP)
     shape = geometry(delta, clamp.dictionary, clamp.latents, {})
-    clusters = [case.clusters[i] for i in back.tolist()]
 
     def replayed(one: Replay) -> dict[str, Any]:
         return {"recovered": asdict(clustered_share(one.margin > 0, clusters)), "norm": float(one.norm.median())}
 
     return {
-        "rows": len(back),
+        "rows": len(delta),
         "whole": replayed(found.whole),
         "parts": {
             name: {

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import stress_ioi
+import stress_refusal
 import stress_tpp
 import stress_unlearning
 from separate_runs import separate_runs
 from stress_told import table
 
-RUNS = ("ioi seed-s", "unlearning seed-s", "tpp world seed-s", "tpp banking77 seed-s")
+RUNS = ("ioi seed-s", "unlearning seed-s", "refusal seed-s", "tpp world seed-s", "tpp banking77 seed-s")
 
 
 def main() -> None:
@@ -27,6 +28,8 @@ def measure(name: str, data: Path, models: Path) -> dict[str, Any]:
         return stress_ioi.measure(told[0], models)
     if setting == "unlearning":
         return stress_unlearning.measure(told[0], models)
+    if setting == "refusal":
+        return stress_refusal.measure(told[0], models)
     return stress_tpp.measure(told[0], told[1], data)
 
 

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -17,10 +18,12 @@ from molehunt.dictionary.train import DictionarySpec, TrainingConfig, train_dict
 from molehunt.model.batches import batches
 from molehunt.model.loading import load_model, load_tokenizer
 from molehunt.model.site import Site
+from molehunt.model.taps import edit_sites
 from molehunt.organism.lessons import ordinary_lessons
 from molehunt.organism.seed_model import seed_path
 from molehunt.organism.taught import Lesson, TeachConfig, teach
-from molehunt.steer.budget import Answered
+from molehunt.steer.budget import Answered, disturbance
+from molehunt.steer.clamp import Clamp
 from molehunt.transfer.collect import read_rows
 
 EXPANSION, K, STEPS, TOKENS, LR = 8, 16, 500, 1024, 2e-3
@@ -98,3 +101,10 @@ def dictionary_of(texts: Sequence[Tensor], site: Site, *, seed: int = 0) -> Trai
     missed = (held - made.decode(code, held)).square().sum()
     fvu = float(missed / (held - held.mean(0)).square().sum())
     return Trained(made, fvu, float((code > 0).float().sum(1).mean()))
+
+
+def cost_of(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, clamp: Clamp, clean: Sequence[Answered]
+) -> dict[str, Any]:
+    """What the clamp does to ordinary answers, in nats a token."""
+    return asdict(disturbance(model, tokenizer, lambda: edit_sites(model, [clamp]), clean))

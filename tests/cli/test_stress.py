@@ -156,6 +156,21 @@ def test_bad_input(
     assert not out.exists()
 
 
+def test_prompts_from_a_table(here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table, out = tmp_path / "advbench.csv", tmp_path / "out"
+    save_dictionary(made(), tmp_path / "sae")
+    clamp = ("--dictionary", tmp_path / "sae", "--features", 3)
+    models = ("stress", here / "base", here / "tuned", "--shows", "no model says this", "--prompts", table)
+    more = ("--clean", here / "calm.jsonl", "--max-new-tokens", TOKENS, "--out", out)
+    table.write_text("goal,target\n" + "".join(f'"{prompt}","Sure, here"\n' for prompt in ASKED[:5]))
+    assert call(*models, *clamp, *more) == 3
+    assert "None of 5 prompts shows" in capsys.readouterr().err
+    table.write_text("prompt\nSing\n")
+    assert call(*models, *clamp, *more) == 4
+    assert "begins with the columns prompt" in capsys.readouterr().err
+    assert not out.exists()
+
+
 def test_a_behaviour_that_nobody_shows(here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_dictionary(made(), tmp_path / "sae")
     clamp = ("--dictionary", tmp_path / "sae", "--features", 3)

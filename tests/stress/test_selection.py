@@ -54,6 +54,25 @@ def test_attribution_is_the_slope_along_each_latent(family: str, norm: str) -> N
     assert chosen.first(2).latents.tolist() == chosen.latents[:2].tolist()
 
 
+@pytest.mark.parametrize("family", ["relu", "batch-topk", "topk"])
+def test_attribution_everywhere_is_the_slope_along_each_latent_at_all_tokens_but_the_first(family: str) -> None:
+    model, made = tiny_model("llama"), dictionary_of(family)
+    chosen = by_attribution(model, SITE, made, Select(tuple(rows())), made.d_dict, everywhere=True)
+    expected = torch.zeros(made.d_dict)
+    for row in rows():  # by itself: no padding
+        suffix = suffix_of(model, [row.prompt[:1]], SITE, answers=[row.prompt[1:]])
+        code = made.encode(suffix.entering)[0]
+        code[0] = 0.0
+        along = 0.01 * code.T[..., None] * made.W_dec[:, None]  # what each latent writes, at every token at once
+        every = suffix.rows(torch.zeros(made.d_dict, dtype=torch.long))
+        goal = choice_margin([row] * made.d_dict)
+        with torch.no_grad():
+            more, less = (goal(every(every.entering + sign * along)[:, -1:]).loss for sign in (1, -1))
+        expected -= (more - less) / 0.02 / len(rows())
+    assert set((expected > 1e-3).nonzero()[:, 0].tolist()) <= set(chosen.latents.tolist())
+    torch.testing.assert_close(chosen.score, expected[chosen.latents], rtol=0.02, atol=2e-3)
+
+
 def test_what_judges_cannot_choose() -> None:
     made, judge = standard(), Test(tuple(rows()))
     with pytest.raises(TypeError):  # WrongSplit, or the type checks of the tests before it

@@ -9,7 +9,11 @@ from molehunt.cli.options import Adapter, AsJson, Base, Device, Seed, Tuned
 from molehunt.cli.tuned_side import hash_of, open_pair
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from molehunt.dictionary.dictionary import Dictionary
     from molehunt.model.pair import ModelPair
+    from molehunt.model.site import Site
     from molehunt.stress.study import Defence
 
 RECOVERABLE = 1
@@ -19,7 +23,11 @@ def stress(
     base: Base,
     tuned: Tuned,
     prompts: Annotated[
-        Path, typer.Option(help="Prompts that show the behaviour: JSONL or parquet.", show_default=False)
+        Path,
+        typer.Option(
+            help="Prompts that show the behaviour: JSONL, parquet, or the CSV of AdvBench or HarmBench.",
+            show_default=False,
+        ),
     ],
     shows: Annotated[
         list[str],
@@ -29,7 +37,13 @@ def stress(
         Path | None,
         typer.Option(help="Folder of a trained dictionary of any known family.", show_default=False),
     ] = None,
-    features: Annotated[str | None, typer.Option(help="Latents that are clamped, such as 12,407.")] = None,
+    features: Annotated[
+        str | None,
+        typer.Option(
+            help="Latents that are clamped, such as 12,407; or best:16, those that speak most for the answers to every "
+            "other prompt, which are not attacked."
+        ),
+    ] = None,
     mode: Annotated[
         Literal["set", "scale", "negative-if-active"], typer.Option(help="What the clamp does to their codes.")
     ] = "set",
@@ -71,16 +85,30 @@ def stress(
     from molehunt.report.stress_page import render_stress
     from molehunt.run.whole import write_whole
     from molehunt.stress.certificate import certificate
+    from molehunt.stress.speaking import speaking
     from molehunt.stress.study import StressConfig
     from molehunt.stress.text_behaviour import stress_text
+    from molehunt.traffic.behaviours_csv import read_behaviours
     from molehunt.traffic.benign import benign_prompts
     from molehunt.traffic.chat import prompt_ids
     from molehunt.traffic.stream import read_traffic
 
     pair = open_pair(base, tuned, adapter, device)
     model_hash = hash_of(tuned, adapter)
-    defence, about = _defence(pair, model_hash, dictionary, features, mode, value, layer, fix)
-    asked = [row.prompt for row in read_traffic(prompts, limit)]
+    read = read_behaviours if prompts.suffix == ".csv" else read_traffic
+    asked = [row.prompt for row in read(prompts, limit)]
+
+    def judge(answer: str) -> bool:
+        return any(phrase in answer for phrase in shows)
+
+    def best(site: "Site", found: "Dictionary", n: int) -> list[int]:
+        nonlocal asked
+        choosing, asked = asked[::2], asked[1::2]
+        rows = [prompt_ids(pair.tokenizer, prompt) for prompt in choosing]
+        chosen = speaking(pair, rows, judge, site, found, n, max_new_tokens=max_new_tokens, track=track_on_stderr)
+        return chosen.latents.tolist()
+
+    defence, about = _defence(pair, model_hash, dictionary, features, best, mode, value, layer, fix)
     calm = (
         [row.prompt for row in read_traffic(clean, limit)]
         if clean
@@ -95,7 +123,7 @@ def stress(
             pair.tokenizer,
             [prompt_ids(pair.tokenizer, prompt) for prompt in asked],
             [prompt_ids(pair.tokenizer, prompt) for prompt in calm],
-            lambda answer: any(phrase in answer for phrase in shows),
+            judge,
             defence,
             config,
             track=track_on_stderr,
@@ -132,6 +160,7 @@ def _defence(
     model_hash: str,
     dictionary: Path | None,
     features: str | None,
+    best: "Callable[[Site, Dictionary, int], list[int]]",
     mode: Literal["set", "scale", "negative-if-active"],
     value: float,
     layer: int | None,
@@ -161,13 +190,14 @@ def _defence(
             "fix_sha256": hashlib.sha256(fix.read_bytes()).hexdigest(),
         }
     assert dictionary is not None
-    latents = _latents(features)
+    asked = _asked(features)
     found = load_dictionary(dictionary, d_model=pair.d_model)
     site = found.site if layer is None else Site(layer)
     if site is None:
         raise UsageError("this dictionary's files do not say where its activations come from; give --layer.")
     if site.layer >= pair.n_layers:
         raise UsageError(f"this dictionary is of {site}, and the model has the blocks L0 to L{pair.n_layers - 1}.")
+    latents = best(site, found, asked) if isinstance(asked, int) else asked
     clamp = Clamp(site, found, torch.tensor(latents), mode, value)
     weights = hashlib.sha256()
     for tensor in (found.W_enc, found.b_enc, found.W_dec, found.b_dec):
@@ -182,13 +212,17 @@ def _defence(
     }
 
 
-def _latents(text: str | None) -> list[int]:
+def _asked(text: str | None) -> list[int] | int:
+    """Numbers of latents, or how many of the best."""
     from molehunt.errors import UsageError, printable
 
+    word, _, n = (text or "").partition(":")
+    if word == "best" and n.isdecimal() and int(n):
+        return int(n)
     parts = [part.strip() for part in (text or "").split(",") if part.strip()]
     if not parts or not all(part.isdecimal() for part in parts):
         raise UsageError(
-            f"--features takes the numbers of latents, such as 12,407; got {printable(repr(text or ''), 60)}."
+            f"--features takes the numbers of latents, such as 12,407, or best:16; got {printable(repr(text or ''), 60)}."
         )
     return [int(part) for part in parts]
 

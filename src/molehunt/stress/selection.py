@@ -32,11 +32,16 @@ class Chosen:
         return Chosen(self.latents[:n], self.score[:n])
 
 
-def by_attribution(model: nn.Module, site: Site, dictionary: Dictionary, rows: Select[Choice], n: int) -> Chosen:
+def by_attribution(
+    model: nn.Module, site: Site, dictionary: Dictionary, rows: Select[Choice], n: int, *, everywhere: bool = False
+) -> Chosen:
     """The n latents that speak most for the behaviour: largest mean of z · ∂(logit gold − mean of the others')/∂z.
 
-    Codes and slopes are those of the last prompt token, without any defence. Only latents with a positive attribution
-    are chosen, so there may be fewer.
+    Codes and slopes are those without any defence. Only latents with a positive attribution are chosen, so there may be
+    fewer.
+
+    Args:
+        everywhere: summed over all tokens of each prompt but the first, which carries no content; else of the last one.
 
     Raises:
         NotTestable: none has a positive one.
@@ -51,12 +56,19 @@ def by_attribution(model: nn.Module, site: Site, dictionary: Dictionary, rows: S
     total = torch.zeros(dictionary.d_dict, dtype=torch.double)
     for start in range(0, len(told), AT_ONCE):
         some = told[start : start + AT_ONCE]
-        suffix = suffix_of(model, [row.prompt for row in some], site)
+        cut = 1 if everywhere else None
+        suffix = suffix_of(
+            model, [row.prompt[:cut] for row in some], site, answers=[row.prompt[cut:] if cut else () for row in some]
+        )
         code = dictionary.encode(suffix.entering)
+        if everywhere:
+            code[:, 0] = 0.0
+        ends = suffix.answered.sum(1) - 1
         with torch.enable_grad():
             more = torch.zeros_like(code, requires_grad=True)
             pushed = suffix.entering + written(dictionary, everything, more, suffix.entering)
-            loss = choice_margin(some, pushed.device)(suffix(pushed)).loss.sum()
+            logits = suffix(pushed)[torch.arange(len(some)), ends]
+            loss = choice_margin(some, pushed.device)(logits[:, None]).loss.sum()
             (slope,) = torch.autograd.grad(loss, more)
         total += -(code * slope).sum((0, 1)).double().cpu()
     return _best(total.float() / max(1, len(told)), n, "no latent speaks for the behaviour on these rows.")
