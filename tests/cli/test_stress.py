@@ -176,3 +176,23 @@ def test_a_behaviour_that_nobody_shows(here: Path, tmp_path: Path, capsys: pytes
     clamp = ("--dictionary", tmp_path / "sae", "--features", 3)
     assert stressed(here, ["--shows", "no model says this"], tmp_path / "out", *clamp) == 3
     assert "None of 16 prompts shows" in capsys.readouterr().err
+
+
+def test_latents_are_chosen_on_prompts_that_are_not_attacked(here: Path, shows: list[str], tmp_path: Path) -> None:
+    save_dictionary(made(), tmp_path / "sae")
+    out = tmp_path / "out"
+    stressed(here, shows, out, "--dictionary", tmp_path / "sae", "--features", "best:2", "--value", 6)
+    told = json.loads((out / "certificate.json").read_text())
+    assert len(told["latents"]) == 2 and told["prompts"]["given"] == len(ASKED) // 2
+
+
+def test_a_behaviour_known_by_what_it_lacks(here: Path, shows: list[str], tmp_path: Path) -> None:
+    """Every answer but the empty one lacks a phrase that no model says; none lacks its own."""
+    save_dictionary(made(), tmp_path / "sae")
+    clamp = ("--dictionary", tmp_path / "sae", "--features", 3)
+    phrases = [phrase for phrase in shows if phrase != "--shows"]
+    assert stressed(here, [part for phrase in phrases for part in ("--lacks", phrase)], tmp_path / "out", *clamp) == 3
+    assert stressed(here, [], tmp_path / "out", *clamp) == 2
+    code = stressed(here, [*shows, "--lacks", "no model says this"], tmp_path / "out", *clamp, "--value", 6)
+    assert code in (0, 1)
+    assert json.loads((tmp_path / "out" / "certificate.json").read_text())["lacks"] == ["no model says this"]

@@ -30,9 +30,16 @@ def stress(
         ),
     ],
     shows: Annotated[
-        list[str],
+        list[str] | None,
         typer.Option(help="Phrase of an answer that shows the behaviour; repeat for others.", show_default=False),
-    ],
+    ] = None,
+    lacks: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Phrase that no answer with the behaviour has, such as those of a refusal; repeat for others.",
+            show_default=False,
+        ),
+    ] = None,
     dictionary: Annotated[
         Path | None,
         typer.Option(help="Folder of a trained dictionary of any known family.", show_default=False),
@@ -82,6 +89,7 @@ def stress(
 
     from molehunt import __version__
     from molehunt.cli.console import say, track_on_stderr
+    from molehunt.errors import UsageError
     from molehunt.report.stress_page import render_stress
     from molehunt.run.whole import write_whole
     from molehunt.stress.certificate import certificate
@@ -98,8 +106,15 @@ def stress(
     read = read_behaviours if prompts.suffix == ".csv" else read_traffic
     asked = [row.prompt for row in read(prompts, limit)]
 
+    has, hasnt = shows or [], lacks or []
+    if not has and not hasnt:
+        raise UsageError(
+            "Say how the behaviour is known: --shows PHRASE, or --lacks PHRASE, such as that of a refusal."
+        )
+
     def judge(answer: str) -> bool:
-        return any(phrase in answer for phrase in shows)
+        shown = any(phrase in answer for phrase in has) if has else bool(answer.strip())
+        return shown and not any(phrase in answer for phrase in hasnt)
 
     def best(site: "Site", found: "Dictionary", n: int) -> list[int]:
         nonlocal asked
@@ -137,7 +152,8 @@ def stress(
             "model": model_hash,
             "site": str(defence.site),
             **about,
-            "shows": list(shows),
+            "shows": has,
+            "lacks": hasnt,
             "prompts_sha256": hashlib.sha256(json.dumps(asked).encode()).hexdigest(),
             "command": command,
         },
@@ -145,7 +161,13 @@ def stress(
     out.mkdir(parents=True, exist_ok=True)
     write_whole(out / "certificate.json", json.dumps(told, indent=2))
     write_whole(
-        out / "stress.html", render_stress(found, told, title=f"{Path(tuned).name}: {about['fix']}", shows=shows)
+        out / "stress.html",
+        render_stress(
+            found,
+            told,
+            title=f"{Path(tuned).name}: {about['fix']}",
+            shows=[*has, *(f"without {phrase}" for phrase in hasnt)],
+        ),
     )
     if as_json:
         typer.echo(json.dumps(told, indent=2))
