@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stress_read import counted, least, some, stressed, valid_of
+from stress_read import by_size, counted, some, stressed, valid_of
 from stress_taught import Trained, activations, answered, cost_of, dictionary_of, taught
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -61,16 +61,11 @@ def measure(base: str, models: Path) -> dict[str, Any]:
     clamp = best.clamp(best.size)
     before = judged(model, test, clamp.site)
     valid = valid_of(model, test, clamp, before, whole=False)
-    sizes: dict[str, Any] = {}
-    for n in SIZES:
-        other = best.clamp(n)
-        own = valid_of(model, test, other, before, whole=False)
-        sizes[str(n)] = {
-            "latents": len(other.latents),
-            **counted(test, own),
-            "cost": cost_of(model, tokenizer, other, clean),
-            "least": least(model, some(test, own, FEW), other, CONFIG),
-        }
+
+    def cost(clamp: Clamp) -> dict[str, Any]:
+        return {"cost": cost_of(model, tokenizer, clamp, clean)}
+
+    sizes = {n: best.clamp(n) for n in SIZES}
     return {
         "base": base,
         "site": str(clamp.site),
@@ -78,9 +73,9 @@ def measure(base: str, models: Path) -> dict[str, Any]:
         "value": VALUE,
         "depths": [one.told for one in tried],
         **counted(test, valid),
-        "cost": cost_of(model, tokenizer, clamp, clean),
+        **cost(clamp),
         **stressed(model, some(test, valid, ROWS), clamp, CONFIG),
-        "sizes": sizes,
+        "sizes": by_size(model, test, before, sizes, CONFIG, FEW, cost, whole=False),
         "teaching": teaching,
         "seconds": time.process_time() - started,
     }
@@ -105,16 +100,12 @@ class Depth:
         return self.flips[self.size][0]
 
     def clamp(self, n: int) -> Clamp:
-        site = self.made.dictionary.site
-        assert site is not None
-        return Clamp(site, self.made.dictionary, self.chosen.first(n).latents, "negative-if-active", VALUE)
+        return self.made.clamp(self.chosen, n, "negative-if-active", VALUE)
 
     @property
     def told(self) -> dict[str, Any]:
         return {
-            "site": str(self.made.dictionary.site),
-            "fvu": self.made.fvu,
-            "l0": self.made.l0,
+            **self.made.told,
             "speak": len(self.chosen.latents),
             "flips": {str(n): {"valid": valid, "flipped": flipped} for n, (valid, flipped) in self.flips.items()},
         }

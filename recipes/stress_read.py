@@ -1,6 +1,6 @@
 """What the settings of the stress table measure alike, as plain numbers for a JSON file."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -73,6 +73,30 @@ def least(model: nn.Module, rows: Sequence[Choice], clamp: Clamp, config: Readou
         "epsilon50": interval(epsilon50(needed(found.norm / case.unit, found.recovered), case.clusters)),
         "recovered": asdict(clustered_share(found.recovered, case.clusters)),
     }
+
+
+def by_size(
+    model: nn.Module,
+    rows: Sequence[Choice],
+    before: Judged,
+    clamps: Mapping[int, Clamp],
+    config: ReadoutConfig,
+    few: int,
+    cost: Callable[[Clamp], dict[str, Any]],
+    *,
+    whole: bool,
+) -> dict[str, Any]:
+    """The curve over the number of latents: what each clamp flips, what it costs, the shortest exact push of `few` rows."""
+    found: dict[str, Any] = {}
+    for n, clamp in clamps.items():
+        valid = valid_of(model, rows, clamp, before, whole=whole)
+        found[str(n)] = {
+            "latents": len(clamp.latents),
+            **counted(rows, valid),
+            **cost(clamp),
+            "least": least(model, some(rows, valid, few), clamp, config),
+        }
+    return found
 
 
 def interval(found: Interval | None) -> dict[str, Any] | None:

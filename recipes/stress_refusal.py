@@ -286,26 +286,18 @@ class Tried:
         return self.counted["valid"]
 
     def clamp(self, n: int, factor: float) -> Clamp:
-        return clamp_of(self.made, self.chosen, n, factor)
+        return self.made.clamp(self.chosen, n, "scale", factor)
 
     @property
     def told(self) -> dict[str, Any]:
         return {
-            "site": str(self.made.dictionary.site),
-            "fvu": self.made.fvu,
-            "l0": self.made.l0,
+            **self.made.told,
             "speak": len(self.chosen.latents),
             "size": self.size,
             "factor": self.factor,
             **self.counted,
             "elsewhere": self.elsewhere,
         }
-
-
-def clamp_of(made: Trained, chosen: Chosen, n: int, factor: float) -> Clamp:
-    site = made.dictionary.site
-    assert site is not None
-    return Clamp(site, made.dictionary, chosen.first(n).latents, "scale", factor)
 
 
 def clamps(told: Model, base: str, parts: Asked) -> list[Tried]:
@@ -323,7 +315,7 @@ def clamps(told: Model, base: str, parts: Asked) -> list[Tried]:
         chosen = by_attribution(told.model, site, made.dictionary, speaks, max(SIZES), everywhere=True)
         for n in SIZES:
             for factor in FACTORS:
-                clamp = clamp_of(made, chosen, n, factor)
+                clamp = made.clamp(chosen, n, "scale", factor)
                 refused = [told.refused(some, [clamp]) for some in others]
                 found.append(
                     Tried(

@@ -23,7 +23,8 @@ from molehunt.organism.lessons import ordinary_lessons
 from molehunt.organism.seed_model import seed_path
 from molehunt.organism.taught import Lesson, TeachConfig, teach
 from molehunt.steer.budget import Answered, disturbance
-from molehunt.steer.clamp import Clamp
+from molehunt.steer.clamp import Clamp, Mode
+from molehunt.stress.selection import Chosen
 from molehunt.transfer.collect import read_rows
 
 EXPANSION, K, STEPS, TOKENS, LR = 8, 16, 500, 1024, 2e-3
@@ -79,6 +80,16 @@ class Trained(NamedTuple):
     dictionary: Dictionary
     fvu: float
     l0: float
+
+    def clamp(self, chosen: Chosen, n: int, mode: Mode, value: float) -> Clamp:
+        """On the n best of these latents."""
+        site = self.dictionary.site
+        assert site is not None
+        return Clamp(site, self.dictionary, chosen.first(n).latents, mode, value)
+
+    @property
+    def told(self) -> dict[str, Any]:
+        return {"site": str(self.dictionary.site), "fvu": self.fvu, "l0": self.l0}
 
 
 def dictionary_of(texts: Sequence[Tensor], site: Site, *, seed: int = 0) -> Trained:

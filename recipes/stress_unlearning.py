@@ -8,7 +8,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from stress_read import counted, least, some, stressed, valid_of
+from stress_read import by_size, counted, some, stressed, valid_of
 from stress_taught import Trained, activations, answered, cost_of, dictionary_of, taught
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -81,17 +81,14 @@ def measure(base: str, models: Path) -> dict[str, Any]:
     test, rest = answer_choices(tokenizer, told.test), answer_choices(tokenizer, told.retain[1::2])
     before, rest_before = judged(model, test, clamp.site), judged(model, rest, clamp.site)
     valid = valid_of(model, test, clamp, before, whole=True)
-    sizes: dict[str, Any] = {}
-    for n in SIZES:
-        other = best.clamp(n)
-        own = valid_of(model, test, other, before, whole=True)
-        sizes[str(n)] = {
-            "latents": len(other.latents),
-            **counted(test, own),
-            "retain": kept_of(model, rest, other, rest_before),
-            "cost": cost_of(model, tokenizer, other, clean),
-            "least": least(model, some(test, own, FEW), other, CONFIG),
+
+    def cost(clamp: Clamp) -> dict[str, Any]:
+        return {
+            "retain": kept_of(model, rest, clamp, rest_before),
+            "cost": cost_of(model, tokenizer, clamp, clean),
         }
+
+    sizes = {n: best.clamp(n) for n in SIZES}
     return {
         "base": base,
         "site": str(clamp.site),
@@ -102,10 +99,9 @@ def measure(base: str, models: Path) -> dict[str, Any]:
         "right elsewhere": share(rest_before),
         "whole": asdict(whole(test, before)),
         **counted(test, valid),
-        "retain": kept_of(model, rest, clamp, rest_before),
-        "cost": cost_of(model, tokenizer, clamp, clean),
+        **cost(clamp),
         **stressed(model, some(test, valid, ROWS), clamp, CONFIG),
-        "sizes": sizes,
+        "sizes": by_size(model, test, before, sizes, CONFIG, FEW, cost, whole=True),
         "teaching": teaching,
         "seconds": time.process_time() - started,
     }
@@ -143,14 +139,12 @@ class Tried:
     retain: float
 
     def clamp(self, n: int) -> Clamp:
-        return clamp_of(self.made, self.chosen, n, self.value)
+        return self.made.clamp(self.chosen, n, "negative-if-active", self.value)
 
     @property
     def told(self) -> dict[str, Any]:
         return {
-            "site": str(self.made.dictionary.site),
-            "fvu": self.made.fvu,
-            "l0": self.made.l0,
+            **self.made.told,
             "latents": len(self.chosen.latents),
             "size": self.size,
             "value": self.value,
@@ -158,12 +152,6 @@ class Tried:
             "valid": self.valid,
             "retain": self.retain,
         }
-
-
-def clamp_of(made: Trained, chosen: Chosen, n: int, value: float) -> Clamp:
-    site = made.dictionary.site
-    assert site is not None
-    return Clamp(site, made.dictionary, chosen.first(n).latents, "negative-if-active", value)
 
 
 def clamps(model: nn.Module, tokenizer: PreTrainedTokenizerBase, base: str, told: Asked) -> list[Tried]:
@@ -183,7 +171,7 @@ def clamps(model: nn.Module, tokenizer: PreTrainedTokenizerBase, base: str, told
         before, rest_before = judged(model, select, site), judged(model, rest, site)
         for value in VALUES:
             for n in SIZES:
-                clamp = clamp_of(made, chosen, n, value)
+                clamp = made.clamp(chosen, n, "negative-if-active", value)
                 found.append(
                     Tried(
                         made=made,

@@ -79,7 +79,7 @@ class Free:
 
 
 @dataclass(frozen=True, eq=False)
-class Paper:
+class Paper(Free):
     """The published projection: of the gradient, before Adam. Source: arXiv 2606.18322 §3, as its code has it."""
 
     name: ClassVar[str] = "paper"
@@ -97,16 +97,6 @@ class Paper:
         A = self._columns.to(gradient.device)
         inner = A.T @ A + RIDGE * torch.eye(A.shape[1], device=A.device)
         return gradient - torch.linalg.solve(inner, A.T @ gradient[..., None]).squeeze(-1) @ A.T
-
-    def __call__(
-        self, delta: Float[Tensor, "batch pos d_model"], defended: Float[Tensor, "batch pos d_model"]
-    ) -> Float[Tensor, "batch pos d_model"]:
-        return delta
-
-    def crossed(
-        self, acts: Float[Tensor, "batch pos d_model"], defended: Float[Tensor, "batch pos d_model"]
-    ) -> Float[Tensor, " batch"]:
-        return acts.new_zeros(len(acts))
 
 
 @dataclass(frozen=True, eq=False)
