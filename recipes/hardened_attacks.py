@@ -26,6 +26,7 @@ from molehunt.steer.ablate import Ablate
 from molehunt.steer.budget import Answered, disturbance
 from molehunt.steer.prefill_gate import Condition
 from molehunt.stress.attack import AttackConfig, Attacked, Runs, attack, least_attack
+from molehunt.stress.case import text_of
 from molehunt.stress.constraint import Free
 from molehunt.stress.error_monitor import ErrorMonitor, Observed, Unobserved
 from molehunt.stress.grown_later import Fence
@@ -33,7 +34,6 @@ from molehunt.stress.norms import needed
 from molehunt.stress.objective import Objective, TargetText
 from molehunt.stress.pushed import pushed_answers
 from molehunt.stress.suffix import suffix_of
-from molehunt.stress.text_behaviour import text_of
 from molehunt.traffic.chat import prompt_ids
 
 QUICK = AttackConfig(steps=40, enough=0.0)

@@ -51,11 +51,11 @@ from molehunt.steer.clip import Clip
 from molehunt.steer.error_shrink import ErrorShrink
 from molehunt.steer.patch import prompt_acts
 from molehunt.steer.prefill_gate import linear_score, prompt_scores
+from molehunt.stress.case import text_of
 from molehunt.stress.error_monitor import ErrorMonitor
 from molehunt.stress.grown_later import Fence, GrowsOn, fence, grow_later
 from molehunt.stress.norms import epsilon50, needed, times_longer
 from molehunt.stress.suffix import suffix_of
-from molehunt.stress.text_behaviour import text_of
 from molehunt.stress.threat import logits_and_acts
 from molehunt.traffic.split import Calibrate, Fit
 
@@ -148,10 +148,9 @@ def attacked(b: Bench) -> dict[str, Any]:
         config=replace(QUICK, steps=30),
     )
     rounds = grow_later(grows_on, (b.plain,), {last: centers[last]}, rounds=GROWN_ROUNDS)
-    for one in rounds:
-        arm = tried(f"grown {len(one[0].directions)}", one)
+    arms_grown = {f"grown {len(one[0].directions)}": tried(f"grown {len(one[0].directions)}", one) for one in rounds}
     grown, key = rounds[-1], f"grown {len(rounds[-1][0].directions)}"
-    pressed(key, arm)
+    pressed(key, arms_grown[key])
     arms[key] |= b.flips((b.plain, *grown))
     # d: the same behind the trigger's gate, and as a benign-null correction
     arms["gated plain"] = {**b.cost((b.plain,), b.gate), **b.flips((b.plain,), b.gate)}

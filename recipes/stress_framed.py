@@ -16,7 +16,7 @@ from molehunt.organism.erased_topic import questions
 from molehunt.organism.lessons import REFUSALS, UNSEEN_FRAMES, refusal_lessons
 from molehunt.organism.taught import Lesson
 from molehunt.steer.clamp import Clamp
-from molehunt.stress.text_behaviour import text_of
+from molehunt.stress.case import text_of
 from molehunt.stress.valid import is_broken
 from molehunt.traffic.chat import prompt_ids
 from molehunt.traffic.example import Example

@@ -43,6 +43,7 @@ from molehunt.steer.budget import Answered
 from molehunt.steer.clamp import Clamp
 from molehunt.stress.answer_like import BASE_LIKE, STRICT, is_like, no_refusal
 from molehunt.stress.attack import PUBLISHED, Attacked, attack, least_attack
+from molehunt.stress.case import Case
 from molehunt.stress.choice import Choice
 from molehunt.stress.constraint import Constraint, Exact, Free, Paper
 from molehunt.stress.defended import clamped
@@ -51,7 +52,7 @@ from molehunt.stress.objective import TargetText
 from molehunt.stress.selection import Chosen, by_attribution
 from molehunt.stress.study import Arm, Control, Defence, StressConfig, Study
 from molehunt.stress.suffix import suffix_of
-from molehunt.stress.text_behaviour import Case, stress_text, text_case
+from molehunt.stress.text_behaviour import stress_text, text_case
 from molehunt.stress.valid import valid_set
 from molehunt.traffic.chat import prompt_ids
 from molehunt.traffic.split import Select

@@ -28,8 +28,8 @@ stands beside it. Written by `python recipes/stress_table.py`.
 - **Controls** belong to the shortest exact arm. The random target is asked for in the same way, at most as far as the row itself took; *gap* is how many times
   longer its own shortest push is. *Gain* is how many times longer the push is than one that flips a row without the clamp.
 - Limits are 95 %, by bootstrap or order statistics over clusters; where all rows agree, exact ones of as many trials as there are clusters.
-- *Verdict*: RECOVERABLE where the exact arm does more than random pushes and the gap is above 1; OVERRIDDEN where a push brings back anything as
-  easily; nothing here says that a clamp is safe.
+- *Verdict*: RECOVERABLE where the exact arm does more than random pushes and the gap is above 1; OVERRIDDEN where it is below 1: a random target comes with
+  less; UNDECIDED where its limits hold 1. Nothing here says that a clamp is safe.
 """
 
 

@@ -186,7 +186,7 @@ def test_the_planted_trigger_is_named_and_confirmed_and_the_twin_is_not_accused(
     assert [one["block"] for one in off["blocks"]] == sorted(one["block"] for one in off["blocks"])
     assert any(one["removed"]["low"] > one["control"]["high"] for one in off["blocks"])
     holds = finding["holds"]
-    assert holds["verdict"] in ("RECOVERABLE", "OVERRIDDEN", "NOT BROUGHT BACK")
+    assert holds["verdict"] in ("RECOVERABLE", "OVERRIDDEN", "UNDECIDED", "NOT BROUGHT BACK")
     assert [one["name"][:4] for one in holds["attacks"]] == ["free", "exac"]
     assert holds["attacks"][-1]["drift"] < 1e-5
     assert len(holds["controls"]) == 4 and "--shows" in holds["command"]

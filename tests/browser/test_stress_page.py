@@ -54,6 +54,7 @@ def study() -> Study:
         controls=controls,
         gap=times_longer(random.clamp_max(8), arms[-1].lengths),
         lower=zeros,
+        lower_most=0.08,
         cost=Disturbance(kl=0.01, loss=0.002, tokens=90),
         clean_changed=proportion(1, 40),
         told=((HOSTILE, "four", HOSTILE),),

@@ -16,9 +16,12 @@ from molehunt.dictionary.nonlinearity import JumpReLU
 from molehunt.model.generate import before_stop, generate, stop_ids
 from molehunt.model.pair import ModelPair
 from molehunt.model.site import Site
+from molehunt.report.stress_page import SUFFIXES, share_of
 from molehunt.steer.add import Add
 from molehunt.steer.fix import Fix
 from molehunt.stress.certificate import digest
+from molehunt.stress.discrete_suffix import DiscreteConfig
+from molehunt.stress.soft_suffix import SoftConfig
 from molehunt.traffic.chat import prompt_ids
 from random_dictionaries import dictionary_of
 from tiny_models import D_MODEL, N_LAYERS
@@ -113,30 +116,55 @@ def test_dictionaries_from_folders(here: Path, shows: list[str], tmp_path: Path,
     assert told["verdict"] in page and "Content-Security-Policy" in page
 
 
-def test_the_fix_of_an_audit(here: Path, shows: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def some_fix(folder: Path) -> Path:
     direction = torch.nn.functional.normalize(torch.randn(D_MODEL, generator=torch.Generator().manual_seed(1)), dim=0)
     fix = Fix(
         interventions=(Add(Site(1), direction, 40.0),), words="add 1 at L1.resid", d_model=D_MODEL, n_layers=N_LAYERS
     )
-    file = fix.save(tmp_path / "fix.safetensors")
-    stressed(here, shows, tmp_path, "--fix", file, "--json")
+    return fix.save(folder / "fix.safetensors")
+
+
+def test_the_fix_of_an_audit(here: Path, shows: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stressed(here, shows, tmp_path, "--fix", some_fix(tmp_path), "--json")
     told = json.loads(capsys.readouterr().out)
     assert [arm["name"] for arm in told["arms"]] == ["free", "exact"]
     assert told["fix"] == "add 1 at L1.resid"
     assert told["arms"][-1]["drift"]["largest"]["most"] <= 1e-4
+    assert told["inputs"] == [] and told["config"]["soft"] is told["config"]["discrete"] is None
+    assert "soft suffix" not in (tmp_path / "stress.html").read_text()
+
+
+def test_suffixes_stand_in_every_output(
+    here: Path, shows: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    soft, discrete = SoftConfig(tokens=3, steps=4), DiscreteConfig(tokens=3, steps=2, candidates=4)
+    monkeypatch.setattr("molehunt.stress.soft_suffix.SoftConfig", lambda: soft)
+    monkeypatch.setattr("molehunt.stress.discrete_suffix.DiscreteConfig", lambda: discrete)
+    stressed(here, shows, tmp_path / "out", "--fix", some_fix(tmp_path), "--suffixes")
+    said = capsys.readouterr().out
+    told = json.loads((tmp_path / "out" / "certificate.json").read_text())
+    page = (tmp_path / "out" / "stress.html").read_text()
+    assert [one["name"] for one in told["inputs"]] == ["soft suffix", "discrete suffix"]
+    assert told["config"]["soft"]["tokens"] == told["config"]["discrete"]["tokens"] == 3
+    for one in told["inputs"]:
+        assert one["recovered"]["n"] == one["random_target"]["n"] == told["prompts"]["attacked"]
+        assert f"{one['name']:<18}{share_of(one['recovered']):>20}" in said
+        assert f"{'  random target':<18}{share_of(one['random_target']):>20}" in said
+        assert SUFFIXES[one["name"]] in page
 
 
 @pytest.mark.parametrize(
     ("features", "more", "code", "wrong"),
     [
         ("", (), 2, "--features takes the numbers"),
+        ("3", ("--shows", ""), 2, "no phrase is empty"),
         ("3,x", (), 2, "--features takes the numbers"),
         ("3,99", (), 2, "no latent 99"),
         ("3,3", (), 2, "given twice"),
-        ("3", ("--layer", 0), 2, "is of L1.resid"),
-        ("3", ("--layer", 7), 2, "has the blocks L0 to L2"),
+        ("3", ("--layer", 0), 2, "is of L1.resid, and --layer says L0"),
+        ("3", ("--layer", 7), 2, "is of L1.resid, and --layer says L7"),
         ("3", ("--mode", "scale", "--value", 1), 3, "changes none of 16 answers"),
-        ("3", ("--fix", "nothing.safetensors"), 2, "one of the two"),
+        ("3", ("--fix", "nothing.safetensors"), 2, "were both given"),
     ],
 )
 def test_bad_input(
@@ -153,7 +181,7 @@ def test_bad_input(
     out = tmp_path / "out"
     assert stressed(here, shows, out, "--dictionary", tmp_path / "sae", "--features", features, *more) == code
     assert wrong in capsys.readouterr().err
-    assert not out.exists()
+    assert not (out / "certificate.json").exists()
 
 
 def test_prompts_from_a_table(here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -168,7 +196,7 @@ def test_prompts_from_a_table(here: Path, tmp_path: Path, capsys: pytest.Capture
     table.write_text("prompt\nSing\n")
     assert call(*models, *clamp, *more) == 4
     assert "begins with the columns prompt" in capsys.readouterr().err
-    assert not out.exists()
+    assert not (out / "certificate.json").exists()
 
 
 def test_a_behaviour_that_nobody_shows(here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -181,7 +209,7 @@ def test_a_behaviour_that_nobody_shows(here: Path, tmp_path: Path, capsys: pytes
 def test_latents_are_chosen_on_prompts_that_are_not_attacked(here: Path, shows: list[str], tmp_path: Path) -> None:
     save_dictionary(made(), tmp_path / "sae")
     out = tmp_path / "out"
-    stressed(here, shows, out, "--dictionary", tmp_path / "sae", "--features", "best:2", "--value", 6)
+    stressed(here, shows, out, "--dictionary", tmp_path / "sae", "--features", "best:2", "--value", 60)
     told = json.loads((out / "certificate.json").read_text())
     assert len(told["latents"]) == 2 and told["prompts"]["given"] == len(ASKED) // 2
 
@@ -196,3 +224,23 @@ def test_a_behaviour_known_by_what_it_lacks(here: Path, shows: list[str], tmp_pa
     code = stressed(here, [*shows, "--lacks", "no model says this"], tmp_path / "out", *clamp, "--value", 6)
     assert code in (0, 1)
     assert json.loads((tmp_path / "out" / "certificate.json").read_text())["lacks"] == ["no model says this"]
+
+
+def test_the_output_is_checked_before_the_work(here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = written(tmp_path / "file", [])
+    clamp = ("--dictionary", tmp_path / "nothing", "--features", 3)
+    assert stressed(here, ["--shows", "a"], file, *clamp) == 2
+    assert "cannot be made a folder" in capsys.readouterr().err
+    models = ("stress", here / "base", here / "tuned", "--shows", "a", *clamp, "--out", tmp_path / "out")
+    assert call(*models, "--prompts", file) == 4
+    assert "has no rows" in capsys.readouterr().err
+
+
+def test_a_release_of_another_stream(here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    place = gemma_scope(tmp_path, made())
+    other = tmp_path / "gemma-scope-2b-pt-mlp" / place.relative_to(place.parents[2])
+    other.parent.mkdir(parents=True)
+    place.rename(other)
+    clamp = ("--dictionary", other, "--features", 3, "--layer", 1)
+    assert stressed(here, ["--shows", "a"], tmp_path / "out", *clamp) == 2
+    assert "is of gemma-scope-2b-pt-mlp" in capsys.readouterr().err

@@ -376,3 +376,10 @@ def test_progress_bars_are_as_before(folders):
         assert not logging.is_progress_bar_enabled()
     finally:
         logging.enable_progress_bar()
+
+
+@pytest.mark.parametrize("name", ["nowhere", "cuda:99"])
+def test_a_device_that_is_not_there(tmp_path, name: str) -> None:
+    save(tiny_model("llama"), tmp_path / "base")
+    with pytest.raises(UsageError, match=f"--device {name}"):
+        ModelPair.load(tmp_path / "base", tmp_path / "base", device=name)

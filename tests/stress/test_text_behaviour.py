@@ -77,15 +77,25 @@ def test_every_control_is_there() -> None:
     assert found.controls["random push"].recovered.estimate < found.arms[-1].recovered.estimate
     assert found.lower.shape == (len(found.rows),)
     assert found.cost.tokens > 0
-    assert found.verdict in ("RECOVERABLE", "OVERRIDDEN")
+    assert found.verdict in ("RECOVERABLE", "OVERRIDDEN", "UNDECIDED")
+    assert 0 < float(found.lower.max()) <= found.lower_most * (1 + 1e-6)
     assert all(before in own_answers() for before, _, _ in found.told)
 
 
 def test_the_verdict_needs_the_gap_and_the_random_push() -> None:
     found = study()
     weak = replace(found, arms=(replace(found.arms[-1], back=(False,) * len(found.rows)),))
-    assert weak.verdict == "NOT BROUGHT BACK"
-    assert replace(found, gap=None).verdict == "OVERRIDDEN"
+    n, undefended = len(found.rows), found.controls["undefended"]
+    nothing = replace(found.controls["random push"], back=(False,) * n)
+    found = replace(found, controls={**found.controls, "random push": nothing})
+    able, unable = ({**found.controls, "undefended": replace(undefended, back=(back,) * n)} for back in (True, False))
+    assert replace(weak, controls=able).verdict == "NOT BROUGHT BACK"
+    assert replace(weak, controls=unable).verdict == "UNDECIDED"  # too weak an attack is no sign of a good fix
+    whole = replace(found.arms[-1], back=(True,) * n)
+    for times, verdict in ((1.5, "RECOVERABLE"), (torch.inf, "RECOVERABLE"), (1.0, "UNDECIDED"), (0.5, "OVERRIDDEN")):
+        target = replace(found.controls["random target"], lengths=whole.length * times)
+        told = replace(found, arms=(whole,), controls={**found.controls, "random target": target})
+        assert told.verdict == verdict, times
 
 
 @pytest.mark.parametrize(

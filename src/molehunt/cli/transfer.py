@@ -213,7 +213,7 @@ def _opened(path: str, base: str | None, device: str) -> Generator[_Opened, None
 
     from molehunt.checkpoint.reader import Checkpoint
     from molehunt.errors import UsageError, printable
-    from molehunt.model.loading import ADAPTER_CONFIG, load_model, load_tokenizer, local_folder
+    from molehunt.model.loading import ADAPTER_CONFIG, device_of, load_model, load_tokenizer, local_folder
     from molehunt.model.pair import ModelPair
 
     folder = local_folder(path)
@@ -227,7 +227,7 @@ def _opened(path: str, base: str | None, device: str) -> Generator[_Opened, None
         raise UsageError(
             f"{printable(folder.name)} is an adapter: say what it is applied to with --source-base or --target-base."
         )
-    where = torch.device(device)
+    where = device_of(device)
     model = load_model(folder, where, torch.float32 if where.type == "cpu" else None)
     yield _Opened(model, load_tokenizer(folder), checkpoint)
 

@@ -74,6 +74,18 @@ def _loading(folder: Path, what: str) -> Generator[None, None, None]:
             logging.enable_progress_bar()
 
 
+def device_of(name: str | torch.device) -> torch.device:
+    """Where models run. Raises UsageError for a device that torch does not know or this machine does not have."""
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(
+            f"--device {printable(str(name))}: {str(error).splitlines()[0]}. Give cpu, or a device of this machine."
+        ) from None
+    return device
+
+
 def load_model(folder: Path, device: torch.device, dtype: torch.dtype | None) -> nn.Module:
     """The causal language model in `folder`, in eval mode; an adapter beside its weights is left out.
 

@@ -17,6 +17,7 @@ from molehunt.model.loading import (
     ADAPTER_CONFIG,
     apply_adapter,
     checksum,
+    device_of,
     load_model,
     local_folder,
     one_tokenizer,
@@ -97,7 +98,7 @@ class ModelPair:
                 f"{printable(base_folder.name)} holds an adapter ({ADAPTER_CONFIG}); a base is plain weights.\n"
                 "Loaders would apply it unasked. Move it out, and give its folder as the fine-tune."
             )
-        device = torch.device(device)
+        device = device_of(device)
         if dtype is None and device.type == "cpu":
             dtype = torch.float32
         has_adapter = (tuned_folder / ADAPTER_CONFIG).is_file()

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from molehunt.measure.interval import Interval
-from molehunt.stress.study import AT, Arm, Control, StressConfig, Study
+from molehunt.stress.drift import Drift
+from molehunt.stress.study import AT, Arm, Control, InputArm, StressConfig, Study
 
 SCHEMA = 1
 
@@ -44,11 +45,13 @@ def certificate(study: Study, config: StressConfig, about: Mapping[str, Any]) ->
         "nothing": asdict(study.nothing),
         "arms": [_arm(arm) for arm in study.arms],
         "controls": {name: _control(one) for name, one in study.controls.items()},
+        "inputs": [_input(arm) for arm in study.inputs],
         "specificity_gap": _interval(study.gap),
         "upper": {"epsilon50": _interval(study.arms[-1].epsilon50), "shortest": _finite(study.arms[-1].lengths.min())},
         "lower": {
             "for": "the first token of the answer, decided under noise",
             "median": float(study.lower.median()),
+            "most": study.lower_most,
             "certified": float((study.lower > 0).float().mean()),
             "alpha": 0.001,
         },
@@ -64,21 +67,34 @@ def digest(told: Mapping[str, Any]) -> str:
 
 
 def _arm(arm: Arm) -> dict[str, Any]:
-    drift = arm.drift
     return {
         "name": arm.name,
         "recovered": asdict(arm.recovered),
         "epsilon50": _interval(arm.epsilon50),
         "curve": {str(at): share for at, share in zip(AT, arm.curve(), strict=True)},
         "length": _spread(arm.length),
-        "drift": {
-            "pre_activation": _spread(drift.pre),
-            "largest": _spread(drift.largest),
-            "published": _spread(drift.codes),
-            "floor_violation": _spread(drift.floor),
-            "reactivated": _spread(drift.reactivated[~drift.reactivated.isnan()]),
-            "silent_rows": int(drift.silent.sum()),
-        },
+        "drift": _drift(arm.drift),
+    }
+
+
+def _input(arm: InputArm) -> dict[str, Any]:
+    return {
+        "name": arm.name,
+        "recovered": asdict(arm.recovered),
+        "random_target": asdict(arm.elicited),
+        "beyond_random_target": asdict(arm.beyond),
+        "drift": _drift(arm.drift),
+    }
+
+
+def _drift(drift: Drift) -> dict[str, Any]:
+    return {
+        "pre_activation": _spread(drift.pre),
+        "largest": _spread(drift.largest),
+        "published": _spread(drift.codes),
+        "floor_violation": _spread(drift.floor),
+        "reactivated": _spread(drift.reactivated[~drift.reactivated.isnan()]),
+        "silent_rows": int(drift.silent.sum()),
     }
 
 

@@ -130,7 +130,9 @@ class ReadoutStudy:
         last, random = self.shortest[-1], self.controls["random push"]
         if last.recovered.low <= random.recovered.high:
             return "NOT BROUGHT BACK"
-        return "RECOVERABLE" if self.gap is not None and self.gap.low > 1 else "OVERRIDDEN"
+        if self.gap is None or self.gap.low <= 1 <= self.gap.high:
+            return "UNDECIDED"
+        return "RECOVERABLE" if self.gap.low > 1 else "OVERRIDDEN"
 
 
 def clustered_share(back: Bool[Tensor, " rows"], clusters: Sequence[Hashable], *, seed: int = 0) -> Interval:

@@ -14,6 +14,13 @@ from molehunt.measure.interval import proportion
 from molehunt.run.progress import Track, silent
 from molehunt.stress.suffix import Suffix
 
+ALPHA = 0.001
+
+
+def most_provable(sigma: float, draws: int, *, alpha: float = ALPHA) -> float:
+    """The radius of a row that no draw changes: σ Φ⁻¹(alpha^(1/draws))."""
+    return sigma * float(ndtri(alpha ** (1 / draws)))
+
 
 @torch.no_grad()
 def smoothed_radius(
@@ -22,7 +29,7 @@ def smoothed_radius(
     sigma: Float[Tensor, " batch"],
     *,
     draws: int = 200,
-    alpha: float = 0.001,
+    alpha: float = ALPHA,
     seed: int = 0,
     track: Track = silent,
 ) -> Float[Tensor, " batch"]:
@@ -32,7 +39,7 @@ def smoothed_radius(
         suffix: prompts under their defence; its first position is perturbed.
         tokens: the first token of each row's suppressed answer.
         sigma: of the noise on each coordinate, row by row.
-        draws: of the noise. The radius is at most σ Φ⁻¹(alpha^(1/draws)).
+        draws: of the noise. The radius is at most `most_provable`.
         alpha: chance that one row's radius is too large.
         seed: of the noise.
         track: shown draws.

@@ -8,9 +8,9 @@ from molehunt.model.generate import before_stop, generate, stop_ids
 from molehunt.model.pair import ModelPair
 from molehunt.model.site import Site
 from molehunt.run.progress import Track, silent
+from molehunt.stress.case import text_of
 from molehunt.stress.choice import Choice
 from molehunt.stress.selection import Chosen, by_attribution
-from molehunt.stress.text_behaviour import text_of
 from molehunt.traffic.split import Select
 
 

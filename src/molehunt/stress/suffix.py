@@ -57,11 +57,11 @@ class Suffix:
             edit_sites(self.model, above),
             _bypassed(self.model, self.site, (given,) if self.as_tuple else given),
         ):
-            return _forward(self.model, self.tokens, self.real, _view(self.cache)).float()
+            return _forward(self.model, self.tokens, self.real, view_of(self.cache)).float()
 
     def rows(self, kept: Int[Tensor, " kept"]) -> "Suffix":
         """Some rows of the batch, in this order. Defences must treat each row by itself."""
-        cache = _view(self.cache)
+        cache = view_of(self.cache)
         if cache is not None:
             cache.batch_select_indices(kept)
         return replace(self, entering=self.entering[kept], tokens=self.tokens[kept], real=self.real[kept], cache=cache)
@@ -120,8 +120,8 @@ def suffix_of(
     looking = decoder_blocks(model)[site.layer].register_forward_hook(look)
     try:
         with edit_sites(model, defence), read_sites(model, [site]) as tap:
-            cache = _cached(model, tokens[:, :anchor], real[:, :anchor]) if anchor else None
-            _forward(model, tokens[:, anchor:], real, _view(cache))
+            cache = cached_prefix(model, tokens[:, :anchor], real[:, :anchor]) if anchor else None
+            _forward(model, tokens[:, anchor:], real, view_of(cache))
     finally:
         looking.remove()
     return Suffix(
@@ -136,7 +136,8 @@ def suffix_of(
     )
 
 
-def _cached(model: nn.Module, tokens: Tensor, real: Tensor) -> Any:
+def cached_prefix(model: nn.Module, tokens: Int[Tensor, "batch pos"], real: Bool[Tensor, "batch pos"]) -> Any:
+    """Keys and values of left-padded tokens."""
     run: Any = model
     out = run(
         input_ids=tokens,
@@ -160,7 +161,7 @@ def _forward(model: nn.Module, tokens: Tensor, real: Tensor, cache: Any) -> Tens
     ).logits
 
 
-def _view(cache: Any) -> Any:
+def view_of(cache: Any) -> Any:
     """A cache that grows without the one it came from: both hold the same tensors until then."""
     if cache is None:
         return None

@@ -1,7 +1,7 @@
 """Which rows an attack is judged on: those whose behaviour the defence took away, under one judge before and after."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -78,8 +78,8 @@ def valid_set(
     )
 
 
-def is_broken(answer: Sequence[int]) -> bool:
-    """Whether an answer repeats itself until it says nothing."""
+def is_broken(answer: Sequence[Hashable]) -> bool:
+    """Whether an answer, as tokens or words, repeats itself until it says nothing."""
     if len(answer) < BROKEN:
         return False
     counts = Counter(answer)

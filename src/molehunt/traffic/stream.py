@@ -133,7 +133,7 @@ def read_traffic(path: Path, limit: int | None = None) -> Iterator[Example]:
         InvalidInput: a row that is none of these; names the line.
     """
     if not path.is_file():
-        raise UsageError(f"{printable(str(path))} is not a file; --traffic takes a JSONL or parquet file of prompts")
+        raise UsageError(f"{printable(str(path))} is not a file; give a JSONL or parquet file of prompts")
     rows = _parquet(path) if path.suffix == ".parquet" else _jsonl(path)
     for number, row in rows:
         if limit is not None and number > limit:
