@@ -12,7 +12,7 @@ from molehunt.steer.budget import Disturbance
 from molehunt.stress.certificate import certificate
 from molehunt.stress.drift import Drift
 from molehunt.stress.norms import times_longer
-from molehunt.stress.study import Arm, Control, StressConfig, Study
+from molehunt.stress.study import Arm, Control, InputArm, StressConfig, Study
 from molehunt.stress.valid import ValidSet
 
 pytestmark = needs_chromium
@@ -57,6 +57,10 @@ def study() -> Study:
         lower_most=0.08,
         cost=Disturbance(kl=0.01, loss=0.002, tokens=90),
         clean_changed=proportion(1, 40),
+        inputs=(
+            InputArm(name="soft suffix", back=(True,) * N, elsewhere=(True,) * N, drift=drift),
+            InputArm(name="discrete suffix", back=(False,) * N, elsewhere=(True,) * N, drift=drift),
+        ),
         told=((HOSTILE, "four", HOSTILE),),
     )
 
@@ -80,6 +84,8 @@ def test_it_opens_quietly_and_fits(browser, tmp_path: Path, width: int, scheme: 
     assert page.title().startswith("Stress:")
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     assert page.locator("polyline.curve").count() == 5
+    through = page.locator("table", has=page.locator("caption", has_text="through the prompt"))
+    assert through.locator("tbody tr").count() == 2
     assert page.locator(".lead b").first.inner_text() == "RECOVERABLE"
     texts = page.locator("svg text").all()
     drawn = page.locator("svg").first.bounding_box()

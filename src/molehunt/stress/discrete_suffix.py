@@ -26,7 +26,7 @@ START = " !"
 
 @dataclass(frozen=True, kw_only=True)
 class DiscreteConfig:
-    """How to look, on a processor; `PUBLISHED` costs a hundred times as much."""
+    """How to look, where there is a CPU; `PUBLISHED` tries 67 times as many swaps."""
 
     tokens: int = 16
     steps: int = 60
