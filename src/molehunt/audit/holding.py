@@ -50,7 +50,7 @@ def attack_fix(
     config = StressConfig(
         rows=plan.stress_rows,
         steps=plan.stress_steps,
-        levels=5,
+        levels=7,  # lengths to 6 %
         draws=100,
         max_new_tokens=plan.max_new_tokens,
         seed=seed,
