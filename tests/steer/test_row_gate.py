@@ -5,6 +5,7 @@ import torch
 
 from molehunt.contracts import Gate
 from molehunt.errors import CannotTap
+from molehunt.model.cache import left_by, with_cache
 from molehunt.model.generate import generate
 from molehunt.model.site import Site
 from molehunt.model.taps import edit_sites
@@ -167,8 +168,8 @@ def test_a_turn_that_continues_on_the_cache_keeps_its_verdict():
 
     first, second = torch.tensor([[5, 6, 7], [8, 9, 10]]), torch.tensor([[11, 12], [13, 14]])
     with gate_at_prefill(model, decide) as gate, edit_sites(model, [behind(gate, "clip")]):
-        cache = model(first, use_cache=True).past_key_values
-        gated = model(second, past_key_values=cache).logits
+        cache = left_by(model(first, use_cache=True))
+        gated = model(second, **with_cache(model, cache)).logits
     both = torch.cat([first, second], dim=1)
     with edit_sites(model, [behind(None, "clip")]):
         on = model(both).logits[:, 3:]
@@ -204,7 +205,7 @@ def test_two_gates_follow_the_same_rows_and_the_cache_is_given_back():
     with gate_at_prefill(model, flagged) as gate:
         with gate_at_prefill(model, others) as other:
             found = text(model, PROMPTS, [behind(gate, "clip"), behind(other, "add")])
-            cache = model(torch.tensor(prompts(lengths=(4, 4, 4)))).past_key_values
+            cache = left_by(model(torch.tensor(prompts(lengths=(4, 4, 4)))))
             cache.batch_select_indices(torch.tensor([0, 2]))
             assert len(gate.rows) == len(other.rows) == 2
             twin = copy.deepcopy(cache)
@@ -239,15 +240,15 @@ def test_passes_without_a_cache_are_each_decided():
 @torch.no_grad()
 def test_what_cannot_be_decided_on_is_refused():
     model, ids = tiny_model("llama"), torch.tensor(prompts(lengths=(4, 4)))
-    early = model(ids).past_key_values
+    early = left_by(model(ids))
     with gate_at_prefill(model, flagged):
-        first = model(ids).past_key_values
-        model(ids[:, :1], past_key_values=first)
+        first = left_by(model(ids))
+        model(ids[:, :1], **with_cache(model, first))
         with pytest.raises(CannotTap, match="prefilled before"):
-            model(ids[:, :1], past_key_values=early)
+            model(ids[:, :1], **with_cache(model, early))
         model(ids)
         with pytest.raises(CannotTap, match="another one was since"):
-            model(ids[:, :1], past_key_values=first)
+            model(ids[:, :1], **with_cache(model, first))
         with pytest.raises(CannotTap, match="no token ids"):
             model(inputs_embeds=torch.zeros(2, 4, D))
         with pytest.raises(CannotTap, match="which tokens are padding"):
@@ -259,7 +260,7 @@ def test_what_cannot_be_decided_on_is_refused():
 def test_hooks_are_gone_after_an_exception_and_the_cache_is_its_own():
     model, ids = tiny_model("llama"), torch.tensor(prompts(lengths=(4, 4)))
     with pytest.raises(ZeroDivisionError), gate_at_prefill(model, flagged) as gate:
-        cache = model(ids).past_key_values
+        cache = left_by(model(ids))
         raise ZeroDivisionError
     assert hooks(model) == 0
     cache.batch_select_indices(torch.tensor([1]))

@@ -91,7 +91,7 @@ def test_rows_are_those_of_the_whole_batch() -> None:
 def test_prompts_of_one_token_have_no_prefix() -> None:
     model = tiny_model("llama")
     suffix = suffix_of(model, [[5], [9]], SITE)
-    assert suffix.cache is None
+    assert suffix.prefix is None
     torch.testing.assert_close(suffix(suffix.entering)[1], full(model, [9], []), rtol=1e-4, atol=1e-4)
 
 

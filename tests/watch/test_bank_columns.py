@@ -8,6 +8,7 @@ from torch.nn.functional import normalize
 
 from molehunt.direction.weight import change_directions
 from molehunt.errors import CannotTap, NotTestable
+from molehunt.model.cache import left_by, with_cache
 from molehunt.model.blocks import unwrapped
 from molehunt.model.site import Site
 from molehunt.model.taps import read_sites
@@ -83,10 +84,10 @@ def test_columns_work_under_a_lora_wrapper_and_step_by_step_under_a_cache() -> N
     with torch.no_grad(), watched(tuned, bank) as columns:
         tuned(IDS, use_cache=False)
         whole = columns.take()
-        cache = tuned(IDS[:, :4], use_cache=True).past_key_values
+        cache = left_by(tuned(IDS[:, :4], use_cache=True))
         parts = [columns.take()]
         for i in range(4, IDS.shape[1]):
-            cache = tuned(IDS[:, i : i + 1], past_key_values=cache, use_cache=True).past_key_values
+            cache = left_by(tuned(IDS[:, i : i + 1], **with_cache(tuned, cache)))
             parts.append(columns.take())
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-4, atol=1e-5)
 
@@ -99,11 +100,11 @@ def test_steps_that_wait_are_scored_together_as_each_is_alone_even_where_places_
     with torch.no_grad(), watched(model, uneven) as columns:
         model(IDS)
         expected = columns.take()
-        cache = model(IDS[:, :3], use_cache=True).past_key_values
+        cache = left_by(model(IDS[:, :3], use_cache=True))
         with pytest.raises(ValueError, match="one token a row"):
             columns.hold()
         for i in range(3, IDS.shape[1]):
-            cache = model(IDS[:, i : i + 1], past_key_values=cache, use_cache=True).past_key_values
+            cache = left_by(model(IDS[:, i : i + 1], **with_cache(model, cache)))
             columns.hold()
         assert columns.held == IDS.shape[1] - 3
         torch.testing.assert_close(columns.take_held(), expected[:, 3:], rtol=1e-4, atol=1e-5)

@@ -10,6 +10,7 @@ from torch.nn.functional import normalize
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from molehunt.errors import CannotTap, NotTestable
+from molehunt.model.cache import left_by, with_cache
 from molehunt.model.site import Site
 from molehunt.model.taps import edit_sites, read_sites
 from molehunt.steer.add import Add
@@ -99,8 +100,8 @@ def test_every_cached_step_is_read(architecture):
     cache, tokens, steps = None, IDS, []
     with both_ways(model, given) as (fold, tap):
         for _ in range(5):
-            out = model(tokens, past_key_values=cache, use_cache=True)
-            cache, tokens = out.past_key_values, out.logits[:, -1:].argmax(-1)
+            out = model(tokens, **with_cache(model, cache))
+            cache, tokens = left_by(out), out.logits[:, -1:].argmax(-1)
             for site, rows in given.items():
                 torch.testing.assert_close(fold[site], plain(tap[site], rows), rtol=1e-5, atol=1e-6)
             steps.append((tokens, {site: fold[site] for site in given}))

@@ -22,6 +22,7 @@ from molehunt.watch.monitor import Calibrated, Look
 from molehunt.watch.scores import RangeExceedance
 from molehunt.watch.state import WatchState
 from watched_logs import IDENTITY, rows
+from watched_track import WatchedTrack
 
 FPR = 0.05
 
@@ -145,7 +146,10 @@ def test_without_text_no_file_holds_any(pair: ModelPair, bank: Bank, state: Watc
 
 def test_answers_that_were_not_logged_are_generated(pair: ModelPair, bank: Bank) -> None:
     asked = [Conversation(turns=r.turns, response=None, tag="", line=r.line, end=r.end) for r in rows(5, 3)]
-    found = read_answers(pair, bank, [*asked, *rows(2, 4)], max_new_tokens=6, what="x")
+    track = WatchedTrack()
+    found = read_answers(pair, bank, [*asked, *rows(2, 4)], max_new_tokens=6, track=track, what="x")
+    scoring = next(call for call in track.calls if call.what == "x: scoring")
+    assert (scoring.total, scoring.done, scoring.unit) == (len(found), len(found), "rows")
     assert all(1 <= len(answer) <= 6 for _, answer, _ in found[:5])
     assert [profile.tokens for _, _, profile in found] == [max(1, len(answer)) for _, answer, _ in found]
 

@@ -3,10 +3,12 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from molehunt.cli.console import say, track_on_stderr
 from molehunt.cli.watching import STATE, Opened, Watching, begin, opened
 from molehunt.errors import UsageError, printable
+from molehunt.model.pair import ModelPair
 from molehunt.report.watch_build import ALERTS_AMONG, Labels, conformal_report, published_report
 from molehunt.report.watch_schema import WatchReport
 from molehunt.run.local import Shard
@@ -102,7 +104,7 @@ class Asked:
             )
             alerts = ledger.recent(ALERTS_AMONG)
         labels = Labels.of(watching.clean, self.endpoint, seed=self.seed)
-        told = {"base": self.base, "tuned": self.tuned, "skipped": bad.count}
+        told = self._told(watching.pair, bad)
         return conformal_report(state, bank, inputs, alerts, labels, fpr=self.fpr, told=told, out=self.out)
 
     def published(self, bad: BadLines, *, slack: float, percentile: float) -> WatchReport:
@@ -140,7 +142,7 @@ class Asked:
             track=track_on_stderr,
         )
         labels = Labels.of(found.clean, self.endpoint, seed=self.seed)
-        told = {"base": self.base, "tuned": self.tuned, "skipped": bad.count}
+        told = self._told(found.pair, bad)
         return published_report(state, found.bank, inputs, labels, told=told, out=self.out)
 
     def simulated(self, attacks: Path, repeats: int) -> list[Simulated]:
@@ -171,6 +173,9 @@ class Asked:
             repeats=repeats,
             seed=self.seed,
         )
+
+    def _told(self, pair: ModelPair, bad: BadLines) -> dict[str, Any]:
+        return {"base": self.base, "tuned": self.tuned, "skipped": bad.count, "decoding": pair.decoding_notes()}
 
     def _inputs(self, state: WatchState | range_watch.PublishedState, columns: int) -> Inputs:
         if not state.seen:  # what an earlier watch left there is of other rows

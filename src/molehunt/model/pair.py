@@ -12,6 +12,8 @@ from transformers import PreTrainedTokenizerBase
 from molehunt.contracts import Reading
 from molehunt.errors import NotTestable, ShapeMismatch, UsageError, printable
 from molehunt.model.blocks import decoder_blocks, unwrapped
+from molehunt.model.cache import positions_for
+from molehunt.model.cache_check import decoding_check, unsound
 from molehunt.model.loading import (
     ADAPTER,
     ADAPTER_CONFIG,
@@ -141,6 +143,12 @@ class ModelPair:
         base = load_model(local_folder(base_path), self.device, dtype)
         return ModelPair(base, merged, self.tokenizer, layers_path=self.layers_path)
 
+    def decoding_notes(self) -> tuple[str, ...]:
+        """What keeps either model from decoding on its cache (see `decoding_check`); empty where nothing does."""
+        for model in (self._base, self._tuned):
+            decoding_check(model)
+        return tuple(dict.fromkeys((*unsound(self._base), *unsound(self._tuned))))
+
     @contextmanager
     def base_model(self) -> Generator[nn.Module, None, None]:
         """The module that acts as the base inside the block."""
@@ -229,7 +237,7 @@ class ModelPair:
             out: Any = model(
                 input_ids=tokens,
                 attention_mask=mask.long(),
-                position_ids=(mask.long().cumsum(1) - 1).clamp_min(0),
+                **positions_for(model, (mask.long().cumsum(1) - 1).clamp_min(0)),
                 use_cache=False,
             )
             found = out.logits

@@ -7,6 +7,8 @@ counted against forward passes, and a model that runs where hooks cannot see is 
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import wraps
 from typing import Any
 
 from jaxtyping import Float
@@ -17,6 +19,33 @@ from molehunt.contracts import Intervention
 from molehunt.errors import CannotTap
 from molehunt.model.blocks import attn_module, decoder, decoder_blocks, mlp_module, unwrapped
 from molehunt.model.site import Site
+
+_DEPTH: ContextVar[int] = ContextVar("_DEPTH", default=0)
+"""How many `without_hooks` blocks are open."""
+
+
+@contextmanager
+def without_hooks() -> Generator[None, None, None]:
+    """Passes inside the block are seen by none of Molehunt's hooks but those that were entered inside it.
+
+    For a pass that only looks at the model, while others count, record or gate what it does.
+    """
+    token = _DEPTH.set(_DEPTH.get() + 1)
+    try:
+        yield
+    finally:
+        _DEPTH.reset(token)
+
+
+def live(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """`hook`, which does nothing inside a `without_hooks` block that is entered after now."""
+    made = _DEPTH.get()
+
+    @wraps(hook)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        return hook(*args, **kwargs) if _DEPTH.get() == made else None
+
+    return called
 
 
 class _AllSitesRead(BaseException):
@@ -167,9 +196,9 @@ def _hooked(
     try:
         # PEFT calls the model's `forward` and not the model, so three places are watched
         for module in {id(m): m for m in (model, unwrapped(model), decoder(model))}.values():
-            handles.append(module.register_forward_hook(count))
+            handles.append(module.register_forward_hook(live(count)))
         for module, hook in hooks:
-            handles.append(module.register_forward_hook(hook))
+            handles.append(module.register_forward_hook(live(hook)))
         yield
     finally:
         for handle in handles:

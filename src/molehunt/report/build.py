@@ -197,6 +197,10 @@ def _checks(audit: Audit) -> tuple[schema.Check, ...]:
             name="weight directions", status=weights, result=audit.weights.why, why="every fine-tune has them"
         ),
     ]
+    checks += [
+        schema.Check(name="cached decoding", status="note", result=f"answers were decoded without a cache: {why}")
+        for why in audit.pair.decoding_notes()
+    ]
     aside = [audit.clean.rows[i].example.prompt for i in audit.aside]
     shown = "; ".join(f"“{prompt[:60]}”" for prompt in aside[:3])
     checks.append(

@@ -132,6 +132,8 @@ class WatchReport:
     """None in the published mode."""
     suspects: Suspects | None
     """Clean rows that may hold the behaviour; None in the published mode, which does not look for them."""
+    decoding: tuple[str, ...] = ()
+    """Why answers were decoded without a cache; empty where the models' caches are sound."""
     skipped: int
     """Rows that could not be read."""
     no_text: bool

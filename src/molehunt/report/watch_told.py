@@ -103,6 +103,7 @@ def to_text(report: WatchReport, bad: Sequence[str]) -> str:
         lines.append(f"Share flagged {interval(report.share_flagged)}.")
     if report.drift is not None and report.drift.alarm:
         lines.append(drift(report))
+    lines += [f"Answers were decoded without a cache: {printable(why, 400)}." for why in report.decoding]
     if bad:
         lines += [f"{report.skipped} rows could not be read, the first:", *(f"  {printable(one)}" for one in bad)]
     wide = max((len(one.direction) for one in report.alerts), default=0)

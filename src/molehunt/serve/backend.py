@@ -11,9 +11,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from molehunt.contracts import Intervention
+from molehunt.errors import NotTestable
+from molehunt.model.blocks import unwrapped
+from molehunt.model.cache_check import decoding_check
+from molehunt.model.decoding import DecodingBatch
 from molehunt.model.generate import stop_ids
 from molehunt.model.site import Site
-from molehunt.serve.decoding import DecodingBatch
 from molehunt.serve.guard import Finished, Guard
 from molehunt.serve.request import Asked, Failed, Listener, Piece, Reason
 from molehunt.serve.sampling import Sampler, logprobs_of, next_tokens
@@ -250,6 +253,13 @@ class Eager:
     longest = None
 
     def __init__(self, model: nn.Module, rows: Rows) -> None:
+        """Raises NotTestable for a model whose cache is not to be trusted: every token would cost a whole pass."""
+        check = decoding_check(model)
+        if not check.cached:
+            raise NotTestable(
+                f"{type(unwrapped(model)).__name__} cannot be served: it would have to decode without a cache, because "
+                f"{check.why}.\n`molehunt watch` judges a log of its answers instead."
+            )
         self._model = model
         self._rows = rows
         self._device = next(model.parameters()).device

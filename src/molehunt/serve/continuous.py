@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from molehunt.contracts import Intervention
 from molehunt.errors import UsageError, printable
 from molehunt.model.blocks import unwrapped
-from molehunt.model.generate import keeps_last_logits
+from molehunt.model.cache import takes
 from molehunt.serve.backend import Row, Rows
 from molehunt.serve.request import Asked
 from molehunt.serve.steering import RowHold
@@ -77,7 +77,7 @@ class Continuous:
         self._model: Any = unwrapped(model)
         self._rows = rows
         self.interventions: Sequence[Intervention] = [_Packed(one) for one in rows.steering.interventions]
-        self._keeps_logits = keeps_last_logits(model)
+        self._keeps_logits = takes(model, "logits_to_keep")
         self._running: dict[str, Row] = {}
         self._judged: dict[Row, RunningProfile] = {}
         """Rows that were judged at their prompts and run them again, steered."""

@@ -21,9 +21,11 @@ from transformers import PreTrainedTokenizerBase
 
 from molehunt.errors import NotTestable, UsageError
 from molehunt.measure.interval import Interval, proportion
-from molehunt.model.batches import TOKENS, batches, padded
+from molehunt.model.batches import TOKENS, batches, padded, width_of
 from molehunt.model.blocks import unembedding
-from molehunt.model.generate import generate, keeps_last_logits
+from molehunt.model.cache_check import extending_check
+from molehunt.model.decoding import DecodingBatch
+from molehunt.model.generate import generate
 from molehunt.model.likelihood import LOGIT_BYTES
 from molehunt.run.progress import Track, silent
 from molehunt.traffic.split import Select, expect
@@ -208,7 +210,7 @@ def disturbance(
     if not rows:
         raise NotTestable(f"None of {len(clean)} clean prompts has an answer, so nothing says what steering costs.")
     kl, before, after, n = 0.0, 0.0, 0.0, 0
-    groups = _groups(tokenizer, rows)
+    groups = _groups(model, tokenizer, rows)
     for group in track(groups, what, len(groups)):
         some = [rows[i] for i in group]
         plain, tokens = _log_probs(model, some)
@@ -243,7 +245,7 @@ def answer_nats(
     if not all(row.answer for row in rows):
         raise ValueError("an answer without tokens has no likelihood")
     found = [0.0] * len(rows)
-    groups = _groups(tokenizer, rows)
+    groups = _groups(model, tokenizer, rows)
     for group in track(groups, what, len(groups)):
         some = [rows[i] for i in group]
         nats = nll_loss(*_log_probs(model, some), reduction="none").double()
@@ -252,8 +254,10 @@ def answer_nats(
     return found
 
 
-def _groups(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Answered]) -> list[list[int]]:
-    """Row numbers in batches whose logits fit."""
+def _groups(model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Answered]) -> list[list[int]]:
+    """Row numbers in batches whose logits fit; one by one where the model takes padding for text."""
+    if not extending_check(model).padded:
+        return [[i] for i in range(len(rows))]
     most = min(TOKENS, LOGIT_BYTES // (4 * len(tokenizer)))
     return batches([len(row.prompt) + len(row.answer) for row in rows], most)
 
@@ -263,26 +267,14 @@ def _log_probs(
 ) -> tuple[Float[Tensor, "answered vocab"], Int[Tensor, " answered"]]:
     """Of what follows, at every position that predicts an answer's token; and those tokens."""
     device = next(model.parameters()).device
-    ids, real = (each.flip(1).to(device) for each in padded([row.prompt[::-1] for row in rows]))  # padded on the left
     answers, told = (each.to(device) for each in padded([row.answer for row in rows]))
-    lengths = real.sum(1, keepdim=True)
-    last_only: dict[str, Any] = {"logits_to_keep": 1} if keeps_last_logits(model) else {}
-    first: Any = model(
-        input_ids=ids,
-        attention_mask=real.long(),
-        position_ids=(real.long().cumsum(1) - 1).clamp_min(0),
-        use_cache=True,
-        **last_only,
-    )
-    rest: Any = model(
-        input_ids=answers[:, :-1],
-        attention_mask=torch.cat([real, told[:, :-1]], dim=1).long(),
-        position_ids=lengths + torch.arange(answers.shape[1] - 1, device=device),
-        past_key_values=first.past_key_values,
-        use_cache=True,
-    )
-    logits = torch.cat([first.logits[:, -1:], rest.logits], dim=1)[told]
-    return logits.float().log_softmax(-1), answers[told]
+    check = extending_check(model)
+    batch = DecodingBatch(model, cached=check.cached)
+    prompts = [row.prompt for row in rows]
+    first = batch.begin(prompts, width=width_of(max(map(len, prompts))) if check.padded else None)
+    rest = batch.extend(answers[:, :-1], told[:, :-1])
+    logits = torch.cat([first[:, None], rest], dim=1)[told]
+    return logits.log_softmax(-1), answers[told]
 
 
 @contextmanager

@@ -2,14 +2,14 @@
 
 from collections.abc import Generator
 from contextlib import contextmanager
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 from molehunt.contracts import Intervention
-from molehunt.model.blocks import decoder
-from molehunt.steer.row_gate import prefill_tokens
+from molehunt.errors import CannotTap
+from molehunt.model.cache import DecoderCall, on_decoder_calls
 
 
 @runtime_checkable
@@ -27,17 +27,21 @@ class Following(Intervention, Protocol):
 
 @contextmanager
 def following(model: nn.Module, intervention: Following) -> Generator[None, None, None]:
-    """Tell it of the passes inside the block; it is not applied by this."""
+    """Tell it of the passes inside the block; it is not applied by this.
 
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        cache = kwargs.get("past_key_values")
-        if cache is not None and cache.get_seq_length():
-            intervention.advance(kwargs["input_ids"])
+    Raises CannotTap in a forward pass: the model decodes without a cache, so that a step is more than its new token.
+    """
+
+    def before(call: DecoderCall) -> None:
+        if call.begins:
+            intervention.begin(*call.tokens())
+        elif call.again or call.ids is None:
+            raise CannotTap(
+                f"{type(intervention).__name__} keeps step with a cache, token by token, and this model decodes without "
+                "one.\nIt cannot be used on this model."
+            )
         else:
-            intervention.begin(*prefill_tokens(args, kwargs))
+            intervention.advance(call.ids)
 
-    handle = decoder(model).register_forward_pre_hook(before, with_kwargs=True)
-    try:
+    with on_decoder_calls(model, before):
         yield
-    finally:
-        handle.remove()

@@ -10,7 +10,7 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -41,6 +41,8 @@ _READ: dict[Pooling, Choose] = {"max": whole_prompt, "last": last_of_prompt}
 
 class PrefillGate:
     """Open at every token of the rows whose prompt scored above the threshold; what `prefill_gate` yields."""
+
+    follows_batch: ClassVar[bool] = True
 
     def __init__(self, site: Site, decided: RowGate) -> None:
         self.site = site

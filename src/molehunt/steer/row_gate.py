@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from types import MethodType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -13,15 +13,14 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from molehunt.errors import CannotTap
-from molehunt.model.blocks import decoder
+from molehunt.model.cache import SELECTS_ROWS, DecoderCall, on_decoder_calls
 from molehunt.model.site import Site
-
-SELECTS_ROWS = ("batch_select_indices", "reorder_cache")
-"""Methods of a key-value cache that leave it with the rows of the given indices."""
 
 
 class RowGate:
-    """Open at every token of some rows of the batch, in prefill and in every cached step."""
+    """Open at every token of some rows of the batch, in prefill and in every decoding step."""
+
+    follows_batch: ClassVar[bool] = True
 
     def __init__(self, rows: Bool[Tensor, " batch"]) -> None:
         self.rows = rows
@@ -73,28 +72,23 @@ def gate_at_prefill(
             setattr(cache, name, _telling(its_own[name], gate))
         followed = cache
 
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        cache = kwargs.get("past_key_values")
-        if cache is None or not cache.get_seq_length():
-            gate.rows = decide(*prefill_tokens(args, kwargs))
-        elif cache is not followed:
+    def before(call: DecoderCall) -> None:
+        if call.begins:
+            gate.rows = decide(*call.tokens())
+        elif call.cache is not followed:
             raise CannotTap(
                 "this batch was prefilled before gate_at_prefill was entered, or another one was since: nobody has "
                 "decided on its rows.\nPrefill it inside the block, and finish one batch before the next."
             )
 
-    def after(module: nn.Module, args: Any, output: Any) -> None:
-        cache = getattr(output, "past_key_values", None)
+    def after(cache: Any) -> None:
         if cache is not followed:
             follow(cache)
 
-    runs = decoder(model)
-    handles = [runs.register_forward_pre_hook(before, with_kwargs=True), runs.register_forward_hook(after)]
     try:
-        yield gate
+        with on_decoder_calls(model, before, after):
+            yield gate
     finally:
-        for handle in handles:
-            handle.remove()
         follow(None)
 
 
@@ -106,19 +100,6 @@ def _telling(method: MethodType, gate: RowGate) -> MethodType:
         gate.keep(indices)
 
     return MethodType(select, method.__self__)
-
-
-def prefill_tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """Token ids and where they are real, from what a decoder was called with. Raises CannotTap where they are not."""
-    ids: Tensor | None = args[0] if args else kwargs.get("input_ids")
-    mask: Any = kwargs.get("attention_mask")
-    if ids is None:
-        raise CannotTap("a prefill from embeddings has no token ids to decide by.")
-    if mask is None:
-        return ids, torch.ones_like(ids, dtype=torch.bool)
-    if not isinstance(mask, Tensor) or mask.shape != ids.shape:
-        raise CannotTap("a prefill whose attention mask is not [batch pos] does not say which tokens are padding.")
-    return ids, mask.bool()
 
 
 @dataclass(frozen=True, eq=False)

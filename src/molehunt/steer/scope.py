@@ -2,14 +2,13 @@
 
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from molehunt.model.blocks import decoder
-from molehunt.steer.row_gate import prefill_tokens
+from molehunt.model.cache import DecoderCall, on_decoder_calls
 
 Choose = Callable[[Int[Tensor, "batch pos"], Bool[Tensor, "batch pos"]], Bool[Tensor, "batch pos"]]
 """Token ids of a prefill, and where they are real → where to act."""
@@ -18,10 +17,12 @@ Choose = Callable[[Int[Tensor, "batch pos"], Bool[Tensor, "batch pos"]], Bool[Te
 class TokenGate:
     """Open at chosen tokens of the prompts that were prefilled last, and at all or none of their answers'."""
 
+    follows_batch: ClassVar[bool] = True
+
     def __init__(self, *, generation: bool) -> None:
         self.generation = generation
         self.chosen: Bool[Tensor, "batch pos"] | None = None
-        """Of the pass that runs, where it is a prefill; None in cached steps."""
+        """Of the pass that runs, where it reads prompts; None in cached steps."""
 
     def __call__(self, acts: Float[Tensor, "batch pos d_model"]) -> Bool[Tensor, "batch pos"]:
         if self.chosen is None:
@@ -40,16 +41,19 @@ def token_scope(model: nn.Module, choose: Choose, *, generation: bool = False) -
     """
     gate = TokenGate(generation=generation)
 
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        cache = kwargs.get("past_key_values")
-        started = cache is not None and cache.get_seq_length()
-        gate.chosen = None if started else choose(*prefill_tokens(args, kwargs))
+    def before(call: DecoderCall) -> None:
+        if call.begins:
+            gate.chosen = choose(*call.tokens())
+        elif call.again:  # the prompt runs again in every step, and the answer behind it
+            ids, real = call.tokens()
+            chosen = choose(ids[:, : call.again], real[:, : call.again])
+            answer = torch.full_like(ids[:, call.again :], gate.generation, dtype=torch.bool)
+            gate.chosen = torch.cat([chosen, answer], dim=1)
+        else:
+            gate.chosen = None
 
-    handle = decoder(model).register_forward_pre_hook(before, with_kwargs=True)
-    try:
+    with on_decoder_calls(model, before):
         yield gate
-    finally:
-        handle.remove()
 
 
 def whole_prompt(ids: Int[Tensor, "batch pos"], real: Bool[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos"]:

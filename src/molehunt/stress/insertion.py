@@ -15,10 +15,10 @@ from transformers import PreTrainedTokenizerBase
 
 from molehunt.contracts import Intervention
 from molehunt.model.blocks import unwrapped
-from molehunt.model.generate import keeps_last_logits
+from molehunt.model.cache import branched, positions_for, select_rows, takes, with_cache
 from molehunt.model.site import Site
 from molehunt.model.taps import edit_sites, read_sites
-from molehunt.stress.suffix import cached_prefix, view_of
+from molehunt.stress.suffix import cached_prefix
 from molehunt.traffic.chat import prompt_ids
 
 
@@ -34,7 +34,7 @@ class Insertion:
     """Embeddings of the marks and the answer, as the model has them; padded on the right."""
     real: Bool[Tensor, "batch all"]
     """Of every token, those before the place included: False is padding."""
-    cache: Any
+    prefix: Any
     """Keys and values of the tokens before the place. Passes copy it."""
     longest: int
     """Tokens of the longest answer."""
@@ -57,20 +57,21 @@ class Insertion:
 
     def rows(self, kept: Int[Tensor, " kept"]) -> "Insertion":
         """Some rows of the batch, in this order; a row may be taken more than once."""
-        cache = view_of(self.cache)
-        cache.batch_select_indices(kept)
-        return replace(self, entering=self.entering[kept], behind=self.behind[kept], real=self.real[kept], cache=cache)
+        prefix = branched(self.prefix)
+        select_rows(prefix, kept)
+        return replace(
+            self, entering=self.entering[kept], behind=self.behind[kept], real=self.real[kept], prefix=prefix
+        )
 
     def _logits(self, entering: Tensor) -> Tensor:
         run: Any = self.model
         embedded = torch.cat([entering.to(self.behind.dtype), self.behind], dim=1)
-        last: dict[str, Any] = {"logits_to_keep": self.longest + 1} if keeps_last_logits(self.model) else {}
+        last: dict[str, Any] = {"logits_to_keep": self.longest + 1} if takes(self.model, "logits_to_keep") else {}
         return run(
             inputs_embeds=embedded,
             attention_mask=self.real.long(),
-            position_ids=(self.real.long().cumsum(1) - 1).clamp_min(0)[:, -embedded.shape[1] :],
-            past_key_values=view_of(self.cache),
-            use_cache=True,
+            **positions_for(self.model, (self.real.long().cumsum(1) - 1).clamp_min(0)[:, -embedded.shape[1] :]),
+            **with_cache(self.model, branched(self.prefix)),
             **last,
         ).logits
 
@@ -115,7 +116,7 @@ def insertion_of(
         device=device,
     )
     with edit_sites(model, defence):
-        cache = cached_prefix(
+        prefix = cached_prefix(
             model,
             torch.tensor([[0] * n + row for n, row in zip(held, before, strict=True)], device=device),
             real[:, :width],
@@ -126,7 +127,7 @@ def insertion_of(
         entering=embed(torch.tensor([list(tokens)] * len(prompts), device=device)).float(),
         behind=embed(torch.tensor([row + [0] * (after - len(row)) for row in behind], device=device)),
         real=real,
-        cache=cache,
+        prefix=prefix,
         longest=max(map(len, answers)),
     )
 

@@ -16,10 +16,10 @@ from transformers import PreTrainedTokenizerBase
 
 from molehunt.contracts import Intervention
 from molehunt.errors import UsageError
-from molehunt.model.blocks import decoder
+from molehunt.model.cache import DecoderCall, on_decoder_calls
 from molehunt.model.generate import before_stop, generate, stop_ids
+from molehunt.model.taps import live
 from molehunt.run.progress import Track, silent
-from molehunt.steer.row_gate import prefill_tokens
 from molehunt.stress.attack import AttackConfig, Attacked, attack
 from molehunt.stress.constraint import Free
 from molehunt.stress.insertion import Insertion, embedding
@@ -134,30 +134,30 @@ def soft_answers(
 def _put_in(
     model: nn.Module, known: Mapping[tuple[int, ...], Float[Tensor, "inserted d_model"]], marks: int
 ) -> Generator[None, None, None]:
-    """In each prefill inside the block, the embeddings of its prompts' place are these; all others stay as they are."""
-    rows: list[Tensor] = []  # of the prefill that runs; none in a cached step
+    """Wherever prompts are read inside the block, the embeddings of their place are these; all others stay as they are."""
+    rows: list[Tensor] = []  # of the prompts that the running pass reads; none in a cached step
+    width = 0  # columns of these prompts
 
-    def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        cache = kwargs.get("past_key_values")
+    def begin(call: DecoderCall) -> None:
+        nonlocal width
         rows.clear()
-        if cache is None or not cache.get_seq_length():
-            ids, real = prefill_tokens(args, kwargs)
-            rows.extend(known[tuple(row[there].tolist())] for row, there in zip(ids, real, strict=True))
+        if call.begins or call.again:
+            ids, real = call.tokens()
+            width = call.again or ids.shape[1]
+            prompts = zip(ids[:, :width], real[:, :width], strict=True)
+            rows.extend(known[tuple(row[there].tolist())] for row, there in prompts)
 
     def put(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
         if not rows:
             return None
-        put_in, end = torch.stack(rows), output.shape[1] - marks  # padded on the left: the same columns in every row
+        put_in, end = torch.stack(rows), width - marks  # padded on the left: the same columns in every row
         changed = output.clone()
         changed[:, end - put_in.shape[1] : end] = put_in.to(output)
         return changed
 
-    handles = [
-        decoder(model).register_forward_pre_hook(begin, with_kwargs=True),
-        embedding(model).register_forward_hook(put),
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
+    with on_decoder_calls(model, begin):
+        handle = embedding(model).register_forward_hook(live(put))
+        try:
+            yield
+        finally:
             handle.remove()

@@ -5,7 +5,6 @@ the activations that enter the first block above the site. Exact, not an approxi
 of a full forward pass.
 """
 
-import copy
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,6 +17,8 @@ from torch import Tensor, nn
 from molehunt.contracts import Intervention
 from molehunt.errors import UsageError
 from molehunt.model.blocks import decoder_blocks
+from molehunt.model.cache import branched, left_by, positions_for, select_rows, with_cache
+from molehunt.model.cache_check import must_extend
 from molehunt.model.site import Site
 from molehunt.model.taps import edit_sites, read_sites
 
@@ -39,7 +40,7 @@ class Suffix:
     """From the anchor on."""
     real: Bool[Tensor, "batch all"]
     """Of every token, those before the anchor included: False is padding."""
-    cache: Any
+    prefix: Any
     """Keys and values of the tokens before the anchor; None where every prompt is one token. Passes copy it."""
     as_tuple: bool
     """Whether this model's blocks put out a tuple."""
@@ -57,14 +58,16 @@ class Suffix:
             edit_sites(self.model, above),
             _bypassed(self.model, self.site, (given,) if self.as_tuple else given),
         ):
-            return _forward(self.model, self.tokens, self.real, view_of(self.cache)).float()
+            return _forward(self.model, self.tokens, self.real, branched(self.prefix)).float()
 
     def rows(self, kept: Int[Tensor, " kept"]) -> "Suffix":
         """Some rows of the batch, in this order. Defences must treat each row by itself."""
-        cache = view_of(self.cache)
-        if cache is not None:
-            cache.batch_select_indices(kept)
-        return replace(self, entering=self.entering[kept], tokens=self.tokens[kept], real=self.real[kept], cache=cache)
+        prefix = branched(self.prefix)
+        if prefix is not None:
+            select_rows(prefix, kept)
+        return replace(
+            self, entering=self.entering[kept], tokens=self.tokens[kept], real=self.real[kept], prefix=prefix
+        )
 
 
 @torch.no_grad()
@@ -120,8 +123,8 @@ def suffix_of(
     looking = decoder_blocks(model)[site.layer].register_forward_hook(look)
     try:
         with edit_sites(model, defence), read_sites(model, [site]) as tap:
-            cache = cached_prefix(model, tokens[:, :anchor], real[:, :anchor]) if anchor else None
-            _forward(model, tokens[:, anchor:], real, view_of(cache))
+            prefix = cached_prefix(model, tokens[:, :anchor], real[:, :anchor]) if anchor else None
+            _forward(model, tokens[:, anchor:], real, branched(prefix))
     finally:
         looking.remove()
     return Suffix(
@@ -131,43 +134,30 @@ def suffix_of(
         entering=tap[site].float(),
         tokens=tokens[:, anchor:],
         real=real,
-        cache=cache,
+        prefix=prefix,
         as_tuple=shapes[-1],
     )
 
 
 def cached_prefix(model: nn.Module, tokens: Int[Tensor, "batch pos"], real: Bool[Tensor, "batch pos"]) -> Any:
-    """Keys and values of left-padded tokens."""
+    """Keys and values of left-padded tokens. Raises NotTestable where what follows cannot be read on them."""
+    must_extend(model)
     run: Any = model
     out = run(
         input_ids=tokens,
         attention_mask=real.long(),
-        position_ids=(real.long().cumsum(1) - 1).clamp_min(0),
-        use_cache=True,
+        **positions_for(model, (real.long().cumsum(1) - 1).clamp_min(0)),
+        **with_cache(model, None),
     )
-    return out.past_key_values
+    return left_by(out)
 
 
 def _forward(model: nn.Module, tokens: Tensor, real: Tensor, cache: Any) -> Tensor:
     """Logits of the last tokens of rows; `cache` holds those before, and is written to."""
     run: Any = model
     positions = (real.long().cumsum(1) - 1).clamp_min(0)[:, -tokens.shape[1] :]
-    return run(
-        input_ids=tokens,
-        attention_mask=real.long(),
-        position_ids=positions,
-        past_key_values=cache,
-        use_cache=cache is not None,
-    ).logits
-
-
-def view_of(cache: Any) -> Any:
-    """A cache that grows without the one it came from: both hold the same tensors until then."""
-    if cache is None:
-        return None
-    seen = copy.copy(cache)
-    seen.layers = [copy.copy(layer) for layer in cache.layers]
-    return seen
+    cached = {"use_cache": False} if cache is None else with_cache(model, cache)
+    return run(input_ids=tokens, attention_mask=real.long(), **positions_for(model, positions), **cached).logits
 
 
 @contextmanager

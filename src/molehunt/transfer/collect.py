@@ -13,7 +13,7 @@ from molehunt.model.batches import batches, padded
 from molehunt.model.blocks import decoder
 from molehunt.model.site import Site
 from molehunt.model.taps import read_sites
-from molehunt.run.progress import Track, silent
+from molehunt.run.progress import Track, by_rows, silent
 from molehunt.transfer.alignment import Aligned
 from molehunt.transfer.map_file import Models
 from molehunt.transfer.statistics import GridMoments, PairMoments
@@ -112,7 +112,7 @@ def paired(
 ) -> Iterator[Paired]:
     """The activations themselves, batch by batch; raises as `moments_of`."""
     groups = batches([max(len(row.source), len(row.target)) for row in rows])
-    for group in track(groups, "reading both models", len(groups)):
+    for group in by_rows(track, groups, "reading both models"):
         some = [rows[i] for i in group]
         pairs = [(r, i, j) for r, row in enumerate(some) for i, j in row.pairs]
         if not pairs:

@@ -22,7 +22,7 @@ from molehunt.model.blocks import unwrapped
 from molehunt.model.likelihood import LOGIT_BYTES
 from molehunt.model.site import Site
 from molehunt.model.taps import edit_sites, read_sites
-from molehunt.run.progress import Track, silent
+from molehunt.run.progress import Track, by_rows, silent
 from molehunt.steer.replace import Replace
 from molehunt.transfer.alignment import Aligned
 from molehunt.transfer.collect import read_rows
@@ -151,7 +151,7 @@ def teacher_forced(
         target: the model that is given them.
         rows: texts that neither fitted nor chose a map.
         maps: by name, between any sites. All are scored at the same positions.
-        track: shown batches.
+        track: shows rows.
 
     Returns:
         One for each map, and one for mean ablation at each target site (`ablation_at`).
@@ -166,7 +166,7 @@ def teacher_forced(
     config: Any = unwrapped(target).config
     most = min(TOKENS, LOGIT_BYTES // (4 * int(config.get_text_config(decoder=True).vocab_size)))
     groups = batches([max(len(row.source), len(row.target)) for row in rows], most)
-    for group in track(groups, "replacing activations", len(groups)):
+    for group in by_rows(track, groups, "replacing activations"):
         told[:, group] = _scores(source, target, [rows[i] for i in group], maps, sources, targets)
     kept = told[0, :, 0] > 0
     if not bool(kept.any()):

@@ -16,6 +16,8 @@ from molehunt.activation.scale import sinks
 from molehunt.contracts import TransferMap
 from molehunt.errors import UsageError
 from molehunt.model.blocks import decoder
+from molehunt.model.cache import left_by, positions_for, with_cache
+from molehunt.model.cache_check import must_extend
 from molehunt.model.generate import before_stop, generate, stop_ids
 from molehunt.model.site import Site
 from molehunt.model.taps import read_sites
@@ -60,7 +62,8 @@ def replaced_answers(
 
     Raises:
         UsageError: source and target are one module.
-        CannotTap: a model cannot be read or edited (see `edit_sites`).
+        CannotTap: a model cannot be read or edited (see `edit_sites`), or the target decodes without a cache.
+        NotTestable: the source cannot continue a cached prompt by several tokens at once.
     """
     if decoder(source.model) is decoder(target.model):
         raise UsageError(
@@ -174,6 +177,7 @@ class _Reading:
     """The source, which reads a batch of prompts once and their answers anew at every step."""
 
     def __init__(self, model: nn.Module, site: Site) -> None:
+        must_extend(model)
         self._model = model
         self._site = site
         self._device = next(model.parameters()).device
@@ -206,15 +210,15 @@ class _Reading:
     def _read(self, ids: Tensor, mask: Tensor, *, copy_cache: bool) -> Tensor:
         positions = (mask.long().cumsum(1) - 1).clamp_min(0)[:, -ids.shape[1] :]
         with read_sites(self._model, [self._site]) as tap:
-            out: Any = decoder(self._model)(
+            inner = decoder(self._model)
+            out: Any = inner(
                 input_ids=ids,
                 attention_mask=mask.long(),
-                position_ids=positions,
-                past_key_values=copy.deepcopy(self._cache) if copy_cache else None,
-                use_cache=True,
+                **positions_for(inner, positions),
+                **with_cache(inner, copy.deepcopy(self._cache) if copy_cache else None),
             )
         if not copy_cache:
-            self._cache = out.past_key_values
+            self._cache = left_by(out)
         return tap[self._site].float()
 
 

@@ -1,0 +1,146 @@
+"""Rows that decode together; others may join them, and any may leave, between two steps.
+
+They share one cache. A model whose cache cannot be trusted (see `cache_check`) decodes without one: each step then runs
+the whole text again, and hooks are shown that it continues a batch.
+"""
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn.functional import pad
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from molehunt.errors import CannotTap
+from molehunt.model.blocks import unwrapped
+from molehunt.model.cache import Uncached, announced, holds_keys, left_by, positions_for, select_rows, takes, with_cache
+
+
+class DecodingBatch:
+    """A batch in the middle of its answers. Rows are padded on the left, so that all of them continue at one column."""
+
+    def __init__(self, model: nn.Module, *, cached: bool = True, filler: int = 0) -> None:
+        """An empty batch: `begin` fills it.
+
+        Args:
+            model: a causal language model, in a PEFT wrapper or not.
+            cached: whether it decodes on the model's cache.
+            filler: the token that stands where a row is padded; no answer may depend on it.
+        """
+        self._model = model
+        self._cached = cached
+        self._filler = filler
+        self._device = next(model.parameters()).device
+        self._cache: Any = None  # the model's cache, or an Uncached
+        self._tokens = torch.zeros(0, 0, dtype=torch.long, device=self._device)  # of all columns, where uncached
+        self._mask = torch.zeros(0, 0, dtype=torch.long, device=self._device)
+        self._positions = torch.zeros(0, 1, dtype=torch.long, device=self._device)
+
+    def __len__(self) -> int:
+        return len(self._mask)
+
+    @torch.inference_mode()
+    def begin(self, prompts: Sequence[Sequence[int]], *, width: int | None = None) -> Float[Tensor, "batch vocab"]:
+        """Prefill an empty batch; logits of each row's first answer token.
+
+        Args:
+            prompts: token ids, at least one each.
+            width: columns, by default those of the longest prompt.
+
+        Raises:
+            ValueError: a prompt is empty.
+        """
+        if not all(prompts):
+            raise ValueError("a prompt without tokens has nothing to continue")
+        width = width or max(map(len, prompts))
+        tokens = torch.tensor([[self._filler] * (width - len(p)) + list(p) for p in prompts], device=self._device)
+        lengths = torch.tensor([len(p) for p in prompts], device=self._device)[:, None]
+        self._mask = (torch.arange(width, device=self._device) >= width - lengths).long()
+        self._positions = (self._mask.cumsum(1) - 1).clamp_min(0)
+        return self._forward(tokens, self._positions, kept=1)[:, -1].float()
+
+    @torch.inference_mode()
+    def step(self, tokens: Int[Tensor, " batch"]) -> Float[Tensor, "batch vocab"]:
+        """Feed each row its newest token; logits of the next."""
+        return self.extend(tokens[:, None], torch.ones_like(tokens[:, None], dtype=torch.bool))[:, -1]
+
+    @torch.inference_mode()
+    def extend(
+        self, tokens: Int[Tensor, "batch pos"], real: Bool[Tensor, "batch pos"]
+    ) -> Float[Tensor, "batch pos vocab"]:
+        """Feed each row its next tokens, padded on the right; logits of what follows each of them."""
+        self._mask = torch.cat([self._mask, real.long()], dim=1)
+        n = tokens.shape[1]
+        positions = self._positions[:, -1:] + 1 + torch.arange(n, device=self._device)
+        return self._forward(tokens, positions, kept=n)[:, -n:].float()
+
+    def _forward(self, tokens: Tensor, positions: Tensor, *, kept: int) -> Tensor:
+        begins = self._cache is None
+        inputs: dict[str, Any] = {"logits_to_keep": kept} if takes(self._model, "logits_to_keep") else {}
+        mask = self._mask
+        if self._cached:
+            inputs |= with_cache(self._model, self._cache)
+            if not begins and not holds_keys(self._cache):
+                mask = mask[:, -tokens.shape[1] :]  # a recurrent state asks of the new tokens alone which are real
+            self._positions = positions[:, -1:]
+        else:
+            if begins:
+                self._cache, self._positions = Uncached(tokens.shape[1]), positions
+            else:
+                tokens = torch.cat([self._tokens, tokens], dim=1)
+                self._positions = torch.cat([self._positions, positions], dim=1)
+            self._tokens, positions = tokens, self._positions
+            inputs["use_cache"] = False
+        inputs |= positions_for(self._model, positions)
+        with announced(self._model, begins=begins, uncached=None if self._cached else self._cache):
+            out: Any = self._model(input_ids=tokens, attention_mask=mask, **inputs)
+        if self._cached:
+            self._cache = left_by(out)
+            if self._cache is None:
+                raise CannotTap(f"{type(unwrapped(self._model)).__name__} gives no cache back to continue on.")
+        return cast("Tensor", out.logits)
+
+    @property
+    def can_join(self) -> bool:
+        """Whether rows may join: not where a block keeps a window or a recurrent state instead of every key."""
+        return self._cache is None or (
+            type(self._cache) is DynamicCache and all(type(layer) is DynamicLayer for layer in self._cache.layers)
+        )
+
+    def join(self, others: "DecodingBatch") -> None:
+        """Go on with these rows, too, behind those of this batch; `others` is used up. Raises ValueError unless `can_join`."""
+        if not len(self):
+            self._cache, self._mask, self._positions = others._cache, others._mask, others._positions
+            self._tokens = others._tokens
+            return
+        if not (self.can_join and others.can_join):
+            raise ValueError("the key-value cache of this model is not of the kind that rows can join")
+        width = max(self._mask.shape[1], others._mask.shape[1])
+        for mine, theirs in zip(self._cache.layers, others._cache.layers, strict=True):
+            mine.keys = torch.cat([_widened(mine.keys, width), _widened(theirs.keys, width)])
+            mine.values = torch.cat([_widened(mine.values, width), _widened(theirs.values, width)])
+        masks = [pad(batch._mask, (width - batch._mask.shape[1], 0)) for batch in (self, others)]
+        self._mask = torch.cat(masks)
+        self._positions = torch.cat([self._positions, others._positions])
+
+    def keep(self, rows: Int[Tensor, " kept"]) -> None:
+        """Go on with these rows alone, and without the columns that no row of them uses."""
+        if not len(rows):
+            self.__init__(self._model, cached=self._cached, filler=self._filler)
+            return
+        select_rows(self._cache, rows)
+        self._mask, self._positions = self._mask[rows], self._positions[rows]
+        if not self._cached:
+            self._tokens = self._tokens[rows]
+            return
+        unused = int((self._mask.amax(0) == 0).sum())
+        if unused and self.can_join:
+            for layer in self._cache.layers:
+                layer.keys, layer.values = layer.keys[:, :, unused:], layer.values[:, :, unused:]
+            self._mask = self._mask[:, unused:]
+
+
+def _widened(states: Float[Tensor, "batch heads pos d_head"], width: int) -> Float[Tensor, "batch heads width d_head"]:
+    return pad(states, (0, 0, width - states.shape[2], 0))

@@ -1,0 +1,91 @@
+"""Tiny random models of many architectures, with weights large enough that greedy text varies."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from tiny_models import VOCAB
+
+WIDTH = 32
+COMMON = {
+    "tie_word_embeddings": False,
+    "vocab_size": VOCAB,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+SPREAD = {"initializer_range": 0.3}
+LLAMA = {
+    "hidden_size": WIDTH,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    **SPREAD,
+}
+HEADS = {"head_dim": 8}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+ALIBI = {"n_head": 4, "n_layer": 3, "hidden_size": WIDTH, **SPREAD}
+SLIDING = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+STATES = {"hidden_size": WIDTH, "num_hidden_layers": 3, "state_size": 8, **SPREAD}
+
+OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {**LLAMA, **HEADS}),
+    "qwen2": ("Qwen2", LLAMA),
+    "qwen3": ("Qwen3", {**LLAMA, **HEADS}),
+    "qwen3_moe": ("Qwen3Moe", {**LLAMA, **HEADS, **EXPERTS}),
+    "mixtral": ("Mixtral", {**LLAMA, "num_local_experts": 4}),
+    "gemma2": ("Gemma2", {**LLAMA, **HEADS, **SLIDING, "query_pre_attn_scalar": 8}),
+    "gemma3": ("Gemma3", {**LLAMA, **HEADS, **SLIDING}),
+    "gpt2": ("GPT2", {"n_embd": WIDTH, "n_layer": 3, "n_head": 4, "n_positions": 256, **SPREAD}),
+    "gpt_neox": ("GPTNeoX", {k: v for k, v in LLAMA.items() if k != "num_key_value_heads"}),
+    "phi3": ("Phi3", LLAMA),
+    "falcon": ("Falcon", {**LLAMA, "new_decoder_architecture": True, "num_kv_heads": 2, "alibi": False}),
+    "falcon_alibi": ("Falcon", {**LLAMA, "multi_query": True, "alibi": True}),
+    "opt": ("OPT", {**LLAMA, "ffn_dim": 48, "word_embed_proj_dim": WIDTH, "init_std": 0.3}),
+    "bloom": ("Bloom", ALIBI),
+    "mpt": ("Mpt", {"d_model": WIDTH, "n_heads": 4, "n_layers": 3, "max_seq_len": 256, **SPREAD}),
+    "stablelm": ("StableLm", LLAMA),
+    "olmo2": ("Olmo2", LLAMA),
+    "gpt_oss": ("GptOss", {**LLAMA, **HEADS, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8,
+                "layer_types": SLIDING["layer_types"]}),
+    "mamba": ("Mamba", {**STATES, "expand": 2}),
+    "mamba2": ("Mamba2", {**STATES, "num_heads": 8, "head_dim": 8, "n_groups": 2, "expand": 2, "chunk_size": 16}),
+    "falcon_mamba": ("FalconMamba", {**STATES, "expand": 2}),
+    "recurrent_gemma": ("RecurrentGemma", {**LLAMA, **HEADS, "lru_width": WIDTH, "attention_window_size": 8,
+                        "block_types": ["recurrent", "attention"], "w_init_variance_scale": 1.0}),
+    "jamba": ("Jamba", {**LLAMA, "attn_layer_period": 3, "attn_layer_offset": 1, "expert_layer_period": 2,
+              "expert_layer_offset": 1, "num_experts": 4, "mamba_d_state": 8, "mamba_dt_rank": 4,
+              "use_mamba_kernels": False}),
+    "qwen3_next": ("Qwen3Next", {**LLAMA, **HEADS, **EXPERTS, "layer_types": ["linear_attention", "full_attention",
+                   "linear_attention"], "linear_num_value_heads": 4, "linear_num_key_heads": 2,
+                   "linear_key_head_dim": 8, "linear_value_head_dim": 8, "shared_expert_intermediate_size": 24}),
+    "lfm2": ("Lfm2", {**LLAMA, "layer_types": ["conv", "full_attention", "conv"]}),
+    "rwkv": ("Rwkv", {"hidden_size": WIDTH, "num_hidden_layers": 3, "attention_hidden_size": WIDTH}),
+    "xlstm": ("xLSTM", {"hidden_size": WIDTH, "num_hidden_layers": 3, "num_heads": 4}),
+    "granite_hybrid": ("GraniteMoeHybrid", {**LLAMA, "layer_types": ["mamba", "attention", "mamba"],
+                       "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1,
+                       "num_local_experts": 0, "shared_intermediate_size": 48, "position_embedding_type": "rope"}),
+    "bamba": ("Bamba", {**LLAMA, "attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 8,
+              "mamba_d_state": 8, "mamba_n_groups": 1}),
+    "zamba2": ("Zamba2", {**LLAMA, "mamba_d_state": 8, "mamba_headdim": 8, "n_mamba_heads": 8, "mamba_ngroups": 1, "layers_block_type": ["mamba", "hybrid", "mamba"]}),
+}  # fmt: skip
+"""Name → the class's prefix in transformers, and what its config is given besides `COMMON`."""
+
+
+def zoo_model(name: str, seed: int = 0) -> nn.Module:
+    """A random model in eval mode."""
+    import transformers as hf
+
+    prefix, options = OPTIONS[name]
+    config_class = getattr(hf, f"{prefix}TextConfig", None) or getattr(hf, f"{prefix}Config")
+    model_class = getattr(hf, f"{prefix}ForCausalLM", None) or getattr(hf, f"{prefix}LMHeadModel")
+    torch.manual_seed(seed)
+    model = model_class(config_class(**COMMON, **options)).eval()
+    rng = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.ndim > 1 and float(parameter.detach().std()) < 0.25:  # configs without an initializer_range
+            parameter.data = 0.3 * torch.randn(parameter.shape, generator=rng)
+    return model
