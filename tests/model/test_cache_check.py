@@ -13,6 +13,7 @@ from molehunt.model.generate import generate
 from molehunt.model.site import Site
 from molehunt.model.taps import edit_sites, read_sites
 from molehunt.steer.add import Add
+from molehunt.steer.random_edit import RandomEdit
 from molehunt.steer.row_gate import RowGate
 from renamed_cache import OWN
 from tiny_models import D_MODEL, hooks, prompts, tiny_model, tiny_tokenizer, with_lora
@@ -142,7 +143,8 @@ def test_what_follows_other_rows_is_not_asked_about_those_of_the_check():
     decoding_check(model)
     ran.clear()
     assert decoding_check(model, [Add(SITE, PUSH, 1.0, gate)]).cached
-    assert not ran
+    inner = RandomEdit(Add(SITE, PUSH, 1.0, gate), PUSH)
+    assert decoding_check(model, [inner]).cached and not ran  # nor where the gate stands inside another edit
 
     class OfThreeRows(Centred):
         def __call__(self, acts):

@@ -15,6 +15,7 @@ from molehunt.model.site import Site
 from molehunt.model.taps import edit_sites
 from molehunt.steer.add import Add
 from molehunt.steer.following import following
+from molehunt.steer.patch import Donor, prompt_patch
 from molehunt.steer.prefill_gate import prefill_gate
 from molehunt.steer.row_gate import gate_at_prefill
 from molehunt.steer.scope import last_of_prompt, none_of_it, token_scope, whole_prompt
@@ -74,6 +75,14 @@ def followed(model):
         yield keeping
 
 
+@contextmanager
+def patched(model):
+    rng = torch.Generator().manual_seed(9)
+    donors = {tuple(row): Donor((1, 2), 4 * torch.randn(2, D_MODEL, generator=rng)) for row in PROMPTS[::2]}
+    with prompt_patch(model, SITE, donors) as patch:
+        yield patch
+
+
 WAYS = {
     "row gate": row_gate,
     "prefill gate": threshold_gate,
@@ -82,6 +91,7 @@ WAYS = {
     "scope: last": lambda model: scoped(model, last_of_prompt),
     "following": followed,
 }
+OURS = {**WAYS, "patch": patched}
 every_way = pytest.mark.parametrize("way", WAYS)
 every_name = pytest.mark.parametrize("name", NAMES)
 
@@ -145,11 +155,11 @@ def test_the_test_above_sees_a_step_that_is_taken_for_a_prefill(way, name, monke
 
 
 def answers(model, way):
-    with WAYS[way](model) as edit:
+    with OURS[way](model) as edit:
         return generate(model, tiny_tokenizer(), PROMPTS, max_new_tokens=6, interventions=[edit], stop=())
 
 
-@every_way
+@pytest.mark.parametrize("way", OURS)
 @every_name
 def test_our_own_decoding_gives_the_same_answers_under_every_name(way, name):
     expected = answers(tiny_model("llama"), way)
@@ -164,7 +174,7 @@ def no_cache(monkeypatch):
     monkeypatch.setattr("molehunt.model.generate.decoding_check", lambda *args, **options: check)
 
 
-@pytest.mark.parametrize("way", sorted(WAYS.keys() - {"following"}))
+@pytest.mark.parametrize("way", sorted(OURS.keys() - {"following"}))
 def test_answers_without_a_cache_are_those_with_one(way, request):
     expected = answers(tiny_model("llama"), way)
     request.getfixturevalue("no_cache")

@@ -61,7 +61,7 @@ def decoding_check(
 ) -> DecodingCheck:
     """How this model may decode, checked once for each model, and once for each kind and place of intervention on it.
 
-    What fails is logged as a warning, once. An intervention that follows a batch (its gate says `follows_batch`) cannot
+    What fails is logged as a warning, once. An intervention that follows a batch (it or its gate says `follows_batch`) cannot
     be asked about other rows and is left out: that such gates keep step with the cache is announced to them by our own
     decoding (see `cache.on_decoder_calls`). So is one that cannot act on the rows of the check.
 
@@ -79,7 +79,7 @@ def decoding_check(
     alone = [i for i in interventions if not _follows_batch(i)]
     if not alone or not plain.cached:
         return plain
-    kinds = tuple((type(i), i.site, type(getattr(i, "gate", None))) for i in alone)
+    kinds = tuple((i.site, *map(type, _parts(i))) for i in alone)
     return known.get(kinds) or _checked(model, known, kinds, alone, layers_path)
 
 
@@ -114,9 +114,14 @@ def unsound(model: nn.Module) -> tuple[str, ...]:
     return tuple(dict.fromkeys(check.why for check in _CHECKED.get(model, {}).values() if check.why))
 
 
+def _parts(intervention: object) -> list[object]:
+    """An intervention, its gate, and what it is made around."""
+    inner = [getattr(intervention, name, None) for name in ("gate", "inner", "edit")]
+    return [intervention, *(part for each in inner if each is not None for part in _parts(each))]
+
+
 def _follows_batch(intervention: Intervention) -> bool:
-    gate = getattr(intervention, "gate", None)
-    return any(getattr(each, "follows_batch", False) for each in (intervention, gate))
+    return any(getattr(part, "follows_batch", False) for part in _parts(intervention))
 
 
 def _checked(

@@ -2,7 +2,7 @@
 
 from collections.abc import Generator
 from contextlib import contextmanager
-from typing import Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
@@ -15,6 +15,8 @@ from molehunt.model.cache import DecoderCall, on_decoder_calls
 @runtime_checkable
 class Following(Intervention, Protocol):
     """An intervention that keeps step with a batch. No row may leave the batch before it ends."""
+
+    follows_batch: ClassVar[bool] = True
 
     def begin(self, ids: Int[Tensor, "batch pos"], real: Bool[Tensor, "batch pos"]) -> None:
         """A batch is prefilled: its token ids, and where they are real."""

@@ -7,10 +7,12 @@ from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import takewhile
+from typing import ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers import PreTrainedTokenizerBase
 
 from molehunt.contracts import Intervention
@@ -42,6 +44,8 @@ Donors = Mapping[tuple[int, ...], Donor]
 class _Patch:
     """The intervention of `prompt_patch`: (1 − strength) · acts + strength · donated, in the prefill alone."""
 
+    follows_batch: ClassVar[bool] = True
+
     def __init__(self, site: Site, strength: float, gate: TokenGate) -> None:
         self.site = site
         self.strength = strength
@@ -53,6 +57,7 @@ class _Patch:
         if self.strength == 0 or self._gate.chosen is None or self.source is None:
             return acts
         source = self.source.to(acts.device, torch.float32)
+        source = pad(source, (0, 0, 0, acts.shape[1] - source.shape[1]))  # without a cache the answer stands behind it
         return gated(acts, torch.lerp(acts.float(), source, self.strength), self._gate)
 
 

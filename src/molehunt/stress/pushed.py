@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from typing import ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -18,6 +19,8 @@ from molehunt.steer.following import following
 
 class _Pushed:
     """δ at the last token of each prompt, and at the answer tokens that it reaches."""
+
+    follows_batch: ClassVar[bool] = True
 
     def __init__(self, site: Site, known: Mapping[tuple[int, ...], Float[Tensor, "positions d_model"]]) -> None:
         self.site = site

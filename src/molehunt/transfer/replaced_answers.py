@@ -4,7 +4,7 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -104,6 +104,8 @@ def _prompts_of(
 class _MeanAblated:
     """Each token's activation replaced by the mean over the prompt's positions."""
 
+    follows_batch: ClassVar[bool] = True
+
     def __init__(self, site: Site, known: Mapping[tuple[int, ...], Aligned]) -> None:
         self.site = site
         self._known = known
@@ -130,6 +132,8 @@ class _MeanAblated:
 
 class _Mapped:
     """Each token's activation replaced by what a map makes of the source's."""
+
+    follows_batch: ClassVar[bool] = True
 
     def __init__(
         self,
