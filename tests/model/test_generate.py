@@ -176,7 +176,7 @@ def test_progress_nothing_to_do_and_empty_prompts():
         return items
 
     generate(model, tiny_tokenizer(), PROMPTS, max_new_tokens=1, batch_size=3, track=track, what="judging")
-    assert shown == [("judging", 3)]
+    assert shown == [("judging", len(PROMPTS))]
     assert generate(model, tiny_tokenizer(), [], max_new_tokens=4) == []
     assert generate(model, tiny_tokenizer(), PROMPTS[:1], max_new_tokens=0) == [[]]
     with pytest.raises(ValueError, match="without tokens"):
@@ -198,3 +198,19 @@ def test_rows_that_stopped_cost_nothing_more():
     completions = generate(model, tokenizer, PROMPTS, max_new_tokens=25)
     expected = [sum(len(c) > step for c in completions) for step in range(25)]
     assert rows == [n for n in expected if n]
+
+
+@pytest.mark.parametrize("stop", [None, ()])
+def test_progress_counts_rows_and_moves_within_a_batch(stop):
+    model, taken, steps = tiny_model("llama"), [], []
+
+    def track(items, what, total=None):
+        for item in items:
+            taken.append(len(steps))  # items are asked for as rows are done
+            yield item
+
+    decoding_check(model)
+    model.model.layers[0].register_forward_pre_hook(lambda module, args: steps.append(args[0].shape[0]))
+    generate(model, tiny_tokenizer(), PROMPTS, max_new_tokens=25, stop=stop, track=track)
+    assert len(taken) == len(PROMPTS)  # the first item is under way from the beginning, and the last ends the track
+    assert taken == sorted(taken) and len(set(taken)) > 3

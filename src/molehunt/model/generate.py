@@ -13,7 +13,7 @@ from molehunt.model.blocks import unwrapped
 from molehunt.model.cache_check import decoding_check
 from molehunt.model.decoding import DecodingBatch
 from molehunt.model.taps import edit_sites
-from molehunt.run.progress import Track, silent
+from molehunt.run.progress import Tally, Track, counting, silent
 
 
 @torch.inference_mode()
@@ -43,7 +43,7 @@ def generate(
         max_new_tokens: tokens at most in one completion.
         stop: token ids that end a completion; by default what the generation config says.
         layers_path: see `decoder_blocks`.
-        track: shown batches.
+        track: shown rows.
         what: what progress calls this.
 
     Returns:
@@ -64,19 +64,19 @@ def generate(
     order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
     same = [order] if check.padded else [list(rows) for _, rows in groupby(order, key=lambda row: len(prompts[row]))]
     groups = [rows[i : i + batch_size] for rows in same for i in range(0, len(rows), batch_size)]
-    with edit_sites(model, interventions, layers_path=layers_path):
-        for group in track(groups, what, len(groups)):
+    with edit_sites(model, interventions, layers_path=layers_path), counting(track, what, len(prompts)) as done:
+        for group in groups:
             batch = DecodingBatch(model, cached=check.cached)
-            done = _decode(batch, [prompts[row] for row in group], max_new_tokens, stops)
-            for row, completion in zip(group, done, strict=True):
+            found = _decode(batch, [prompts[row] for row in group], max_new_tokens, stops, done)
+            for row, completion in zip(group, found, strict=True):
                 completions[row] = completion
     return completions
 
 
 def _decode(
-    batch: DecodingBatch, prompts: list[Sequence[int]], max_new_tokens: int, stops: frozenset[int]
+    batch: DecodingBatch, prompts: list[Sequence[int]], max_new_tokens: int, stops: frozenset[int], done: Tally
 ) -> list[list[int]]:
-    """One batch to its end."""
+    """One batch to its end. Each token counts as its part of a row, and a row that stops early as a whole one."""
     completions: list[list[int]] = [[] for _ in prompts]
     live = list(range(len(prompts)))
     logits = batch.begin(prompts)
@@ -86,9 +86,11 @@ def _decode(
         for row, token in zip(live, tokens.tolist(), strict=True):
             completions[row].append(token)
         going = ~torch.isin(tokens, ends)
-        if not left or not bool(going.any()):
+        staying = int(going.sum()) if left else 0
+        done((staying + (len(live) - staying) * (left + 1)) / max_new_tokens)
+        if not staying:
             break
-        if not bool(going.all()):
+        if staying < len(live):
             kept = going.nonzero()[:, 0]
             live = [live[row] for row in kept.tolist()]
             batch.keep(kept)
