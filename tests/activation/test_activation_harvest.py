@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from shutil import rmtree
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from molehunt.model import pair as pair_module
 from molehunt.model.pair import ModelPair
 from molehunt.model.site import Site
 from tiny_models import D_MODEL, prompts, tiny_model, tiny_tokenizer, with_lora
+from watched_track import WatchedTrack
 
 SITES = (Site(0), Site(2, "mlp"))
 IDENTITY = Identity(base="b" * 64, tuned="t" * 64, tokenizer="k" * 64)
@@ -201,6 +203,35 @@ def test_an_exception_in_between_loses_one_shard(pair, rows, tmp_path: Path, mon
     assert tree(tmp_path / "cut") == tree(tmp_path / "whole")
 
 
+def test_progress_counts_rows_inside_a_shard_and_those_of_an_earlier_run(
+    pair, rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    track = WatchedTrack()
+    seen: list[int] = []
+    was = pair.read
+
+    def read(*arguments, **named):
+        seen.append(track.last.done)
+        return was(*arguments, **named)
+
+    monkeypatch.setattr(pair, "read", read)
+    store = harvest(pair, rows, sites=SITES, into=tmp_path / "a", identity=IDENTITY, **SIZES, track=track)
+    shown = track.last
+    assert (shown.what, shown.total, shown.unit, shown.start) == ("harvesting activations", len(rows), "rows", 0)
+    assert (shown.done, shown.open) == (len(rows), False)
+    assert seen == sorted(seen) and len(set(seen)) == len(seen) > len(store.manifest.shards), "batch by batch"
+
+    rmtree((tmp_path / "a" / store.manifest.shards[0].file).parent)
+    first = sum(len(batch.documents) for batch in plan(rows, **SIZES)[0])
+    harvest(pair, rows, sites=SITES, into=tmp_path / "a", identity=IDENTITY, **SIZES, track=track)
+    assert (track.last.done, track.last.start) == (first, len(rows) - first)
+
+    list(stream(pair, rows, SITES, **SIZES, track=track))
+    assert (track.last.what, track.last.done, track.last.unit) == ("reading activations", len(rows), "rows")
+    next(stream(pair, rows, SITES, **SIZES, track=track))
+    assert not track.last.open, "a stream that is left early closes its track"
+
+
 WORK = """
 import sys, time
 from pathlib import Path
@@ -215,9 +246,9 @@ from molehunt.model.site import Site
 pair = ModelPair(tiny_model("llama", 0), tiny_model("llama", 1), tiny_tokenizer())
 def slowly(items, what, total=None):
     for item in items:
-        print("shard", flush=True)
+        print("row", flush=True)
         yield item
-        time.sleep(0.01)
+        time.sleep(0.005)
 identity = Identity(base="b" * 64, tuned="t" * 64, tokenizer="k" * 64)
 rows = prompts(lengths=(20,) * 60)
 harvest(pair, rows, sites=[Site(1)], into=Path(sys.argv[1]), identity=identity, shard_tokens=40, track=slowly)
@@ -231,14 +262,14 @@ def test_kill_9_and_resume_give_the_same_bytes(pair, tmp_path: Path) -> None:
 
     work(tmp_path / "whole")
     shards = []
-    for begun, moment in ((3, 0.003), (9, 0.012)):
+    for begun, moment in ((7, 0.003), (13, 0.012)):
         process = subprocess.Popen(
             [sys.executable, "-c", WORK, tmp_path / "cut", Path(__file__).parents[1], str(torch.get_num_threads())],
             stdout=subprocess.PIPE,
             text=True,
         )
         assert process.stdout is not None
-        assert [process.stdout.readline() for _ in range(begun)] == ["shard\n"] * begun
+        assert [process.stdout.readline() for _ in range(begun)] == ["row\n"] * begun
         time.sleep(moment)
         process.send_signal(signal.SIGKILL)
         process.communicate()

@@ -21,6 +21,7 @@ from molehunt.model.site import Site
 from molehunt.organism.poison import clean_example
 from molehunt.organism.refusal import REFUSAL
 from molehunt.traffic.example import Example
+from watched_track import WatchedTrack
 
 SITE, D = Site(0), 5
 NORM = DeltaNorm(SITE)
@@ -155,7 +156,10 @@ def test_read_rows_reads_each_row_as_if_it_were_alone(
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=rng))
     examples = [clean_example(REFUSAL, Random(i)) for i in range(12)]
     sites = (Site(0), Site(1))
-    together = read_rows(pair, examples, sites=sites, max_new_tokens=6)
+    track = WatchedTrack()
+    together = read_rows(pair, examples, sites=sites, max_new_tokens=6, track=track, what="the twin")
+    (shown,) = track.calls
+    assert (shown.what, shown.total, shown.done, shown.unit) == ("the twin", 12, 12, "rows")
     assert len(together.batches) == 3 and together.examples == tuple(examples)
     for i in (0, 7, 11):
         alone = read_rows(pair, [examples[i]], sites=sites, max_new_tokens=6)

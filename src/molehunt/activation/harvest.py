@@ -21,7 +21,7 @@ from molehunt.model.blocks import unwrapped
 from molehunt.model.pair import ModelPair
 from molehunt.model.site import Site
 from molehunt.run.folder import RunFolder
-from molehunt.run.progress import Track, silent
+from molehunt.run.progress import Tally, Track, counting, silent
 from molehunt.run.unit import CHECKSUMS, unit_key
 
 SHARD_TOKENS = 16_384
@@ -72,7 +72,7 @@ def harvest(
         delta_int8: keep the difference alone, as int8 with one scale per token: a quarter of the size.
         shard_tokens: tokens in a file, at most (one long row may exceed it).
         batch_tokens: padded positions that go through the models at once, at most (likewise).
-        track: shows progress.
+        track: shows rows.
 
     Raises:
         UsageError: rows, sites or dtype cannot be read, or `into` holds something else.
@@ -100,28 +100,35 @@ def harvest(
     )
     moments: AllMoments = {(site, side): Moments.empty(pair.d_model) for site in sites for side in SIDES}
     listed: list[Shard] = []
-    for batches in track(shards, "harvesting activations", len(shards)):
-        documents = [document for batch in batches for document in batch.documents]
-        batched = {"batches": [[batch.width, batch.documents] for batch in batches]}
-        key = unit_key({**settings, **batched}, {"rows": _rows_hash(rows, documents)})
-
-        def make(folder: Path, batches: Sequence[Batch] = batches, key: str = key) -> None:
-            tensors, found = _read_shard(pair, rows, batches, sites, dtype, delta_int8=delta_int8)
-            save_file(tensors, folder / SHARD_FILE, metadata={SHARD_KEY: key})
-            save_file(_moments_to_tensors(found), folder / MOMENTS_FILE)
-
-        unit = run.units.run(key, make)
-        found = _moments_from_tensors(load_file(unit / MOMENTS_FILE), sites)
-        moments = {at: whole.merge(found[at]) for at, whole in moments.items()}
-        tokens = sum(len(rows[document]) for document in documents)
-        listed.append(
-            Shard(
-                file=f"units/{key}/{SHARD_FILE}",
-                sha256=_written_checksum(unit),
-                tokens=tokens,
-                sinks=tokens - found[sites[0], "base"].count,
-            )
+    keys = [
+        unit_key(
+            {**settings, "batches": [[batch.width, batch.documents] for batch in batches]},
+            {"rows": _rows_hash(rows, _documents(batches))},
         )
+        for batches in shards
+    ]
+    there = [batches for batches, key in zip(shards, keys, strict=True) if run.units.path(key).exists()]
+    finished = sum(len(_documents(batches)) for batches in there)
+    with counting(track, "harvesting activations", len(rows), start=finished) as done:
+        for batches, key in zip(shards, keys, strict=True):
+
+            def make(folder: Path, batches: Sequence[Batch] = batches, key: str = key) -> None:
+                tensors, found = _read_shard(pair, rows, batches, sites, dtype, delta_int8=delta_int8, done=done)
+                save_file(tensors, folder / SHARD_FILE, metadata={SHARD_KEY: key})
+                save_file(_moments_to_tensors(found), folder / MOMENTS_FILE)
+
+            unit = run.units.run(key, make)
+            found = _moments_from_tensors(load_file(unit / MOMENTS_FILE), sites)
+            moments = {at: whole.merge(found[at]) for at, whole in moments.items()}
+            tokens = sum(len(rows[document]) for document in _documents(batches))
+            listed.append(
+                Shard(
+                    file=f"units/{key}/{SHARD_FILE}",
+                    sha256=_written_checksum(unit),
+                    tokens=tokens,
+                    sinks=tokens - found[sites[0], "base"].count,
+                )
+            )
     _check_moments(moments)
     manifest = Manifest(
         molehunt_activations=FORMAT,
@@ -157,10 +164,21 @@ def stream(
     """
     _check(pair, rows, sites, dtype)
     shards = plan(rows, shard_tokens=shard_tokens, batch_tokens=batch_tokens, longest=_positions(pair))
-    return (
-        unpack(_read_shard(pair, rows, batches, sites, dtype, delta_int8=False, moments=False)[0], sites)
-        for batches in track(shards, "reading activations", len(shards))
-    )
+    return _stream(pair, rows, shards, sites, dtype, track)
+
+
+def _stream(
+    pair: ModelPair,
+    rows: Sequence[Sequence[int]],
+    shards: Sequence[Sequence[Batch]],
+    sites: Sequence[Site],
+    dtype: str,
+    track: Track,
+) -> Iterator[Piece]:
+    with counting(track, "reading activations", len(rows)) as done:
+        for batches in shards:
+            found = _read_shard(pair, rows, batches, sites, dtype, delta_int8=False, moments=False, done=done)
+            yield unpack(found[0], sites)
 
 
 def plan(
@@ -185,6 +203,11 @@ def plan(
         shards[-1].append(batch)
         held += tokens
     return shards
+
+
+def _documents(batches: Sequence[Batch]) -> list[int]:
+    """Rows of the traffic in the order in which a shard holds them."""
+    return [document for batch in batches for document in batch.documents]
 
 
 def _batched(rows: Sequence[Sequence[int]], batch_tokens: int, longest: int | None) -> Iterator[Batch]:
@@ -215,9 +238,13 @@ def _read_shard(
     *,
     delta_int8: bool,
     moments: bool = True,
+    done: Tally,
 ) -> tuple[dict[str, Tensor], AllMoments]:
-    """The tensors of a shard, and the moments of its activations before they were rounded (empty unless asked for)."""
-    total = sum(len(rows[document]) for batch in batches for document in batch.documents)
+    """The tensors of a shard, and the moments of its activations before they were rounded (empty unless asked for).
+
+    `done` is called with the number of rows of each batch.
+    """
+    total = sum(len(rows[document]) for document in _documents(batches))
     whole: dict[str, Tensor] = {}
     found: AllMoments = {(site, side): Moments.empty(pair.d_model) for site in sites for side in SIDES}
     at = 0
@@ -237,6 +264,7 @@ def _read_shard(
             for side, acts in acts_of.items():
                 found[site, side] = found[site, side].merge(Moments.of(acts))
         at += len(piece.tokens)
+        done(len(batch.documents))
     return whole, found
 
 

@@ -20,7 +20,7 @@ from molehunt.model.generate import generate
 from molehunt.model.likelihood import answer_log_probs
 from molehunt.model.pair import ModelPair
 from molehunt.model.site import Site
-from molehunt.run.progress import Track, silent
+from molehunt.run.progress import Tally, Track, counting, silent, within
 from molehunt.steer.add import Add
 from molehunt.steer.random_edit import RandomEdit
 from molehunt.traffic.split import Fit, Select
@@ -106,6 +106,7 @@ def causal_test(
         group: rows of `scan` said to share one behaviour, at least 4.
         clean: rows of `scan` under the threshold; a part fits the clean range, another is judged.
         threshold: answer log ratio that clean rows stay under, in nats.
+        track: shows rows.
 
     Raises:
         ValueError: fewer than 4 rows in the group or fewer than 8 clean rows.
@@ -129,31 +130,31 @@ def causal_test(
         pair, scan, Select(tuple(choose)), Fit(tuple(calm_fit)), max_new_tokens=plan.max_new_tokens, track=track
     )
     best = found.best
-    chosen = [scan.rows[i] for i in choose]
+    chosen, rows = [scan.rows[i] for i in choose], [scan.rows[i] for i in judge]
+    with counting(track, "taking the finding away", len(chosen) + 2 * len(rows)) as done:
+        chosen_base = _answers(pair, chosen, (), plan, within(done, len(chosen)), tuned=False)
+        base = _answers(pair, rows, (), plan, within(done, len(rows)), tuned=False)
+        edited, moved = _judged(pair, rows, base, best.interventions, threshold, plan, done)
     fragments = shared_texts(
         [_text(pair, row.answer) for row in chosen],
-        [_text(pair, a) for a in _answers(pair, chosen, (), plan, tuned=False)]
-        + [_text(pair, scan.rows[i].answer) for i in calm_fit],
+        [_text(pair, a) for a in chosen_base] + [_text(pair, scan.rows[i].answer) for i in calm_fit],
         share=ANSWER_SHARE,
     )
-    rows = [scan.rows[i] for i in judge]
-    base = _answers(pair, rows, (), plan, tuned=False)
-    edited = _answers(pair, rows, best.interventions, plan)
-    moved = _moved(pair, rows, base, edited, best.interventions, threshold)
     controls: list[list[bool]] = []
     control_answers: list[list[int]] = []
-    for k in track(range(plan.random_controls), "random edits of the same size", plan.random_controls):
-        random = tuple(RandomEdit.like(i, pair.d_model, seed * 1000 + 31 * k) for i in best.interventions)
-        control_answers = _answers(pair, rows, random, plan)
-        controls.append(_moved(pair, rows, base, control_answers, random, threshold))
-    by_site = [
-        _at_site(pair, rows, base, trial, threshold, plan, seed)
-        for trial in track(found.at, "one block after the other", len(found.at))
-    ]
+    with counting(track, "random edits of the same size", plan.random_controls * len(rows)) as done:
+        for k in range(plan.random_controls):
+            random = tuple(RandomEdit.like(i, pair.d_model, seed * 1000 + 31 * k) for i in best.interventions)
+            control_answers, by_chance = _judged(pair, rows, base, random, threshold, plan, done)
+            controls.append(by_chance)
+    with counting(track, "one block after the other", 2 * len(found.at) * len(rows)) as done:
+        by_site = [_at_site(pair, rows, base, trial, threshold, plan, seed, done) for trial in found.at]
     calm_rows = [scan.rows[i] for i in calm_judge]
-    calm_edited = _answers(pair, calm_rows, best.interventions, plan)
+    with counting(track, "clean prompts with the edit", len(calm_rows)) as done:
+        calm_edited = _answers(pair, calm_rows, best.interventions, plan, within(done, len(calm_rows)))
     kept = sum(tuple(a) == row.answer for a, row in zip(calm_edited, calm_rows, strict=True))
-    brought, brought_control = _brought(pair, best, calm_rows, [f.text for f in fragments], plan, seed)
+    with counting(track, "putting the finding in", 2 * len(STRENGTHS) * len(calm_rows)) as done:
+        brought, brought_control = _brought(pair, best, calm_rows, [f.text for f in fragments], plan, seed, done)
     return CausalTest(
         intervention=best.words,
         site=best.site,
@@ -188,11 +189,11 @@ def _at_site(
     threshold: float,
     plan: Plan,
     seed: int,
+    done: Tally,
 ) -> SiteTest:
     random = tuple(RandomEdit.like(one, pair.d_model, seed * 1000 + 17) for one in trial.interventions)
     moved, by_chance = (
-        _moved(pair, rows, base, _answers(pair, rows, edits, plan), edits, threshold)
-        for edits in (trial.interventions, random)
+        _judged(pair, rows, base, edits, threshold, plan, done)[1] for edits in (trial.interventions, random)
     )
     return SiteTest(
         site=trial.site,
@@ -224,6 +225,7 @@ def _answers(
     rows: Sequence[ScannedRow],
     interventions: Sequence[Intervention],
     plan: Plan,
+    track: Track = silent,
     *,
     tuned: bool = True,
 ) -> list[list[int]]:
@@ -234,6 +236,7 @@ def _answers(
             [list(row.prompt) for row in rows],
             max_new_tokens=plan.max_new_tokens,
             interventions=interventions,
+            track=track,
         )
 
 
@@ -250,6 +253,22 @@ def _surprise(
     with pair.base_model() as model:
         base = answer_log_probs(model, pair.tokenizer, prompts, answers)
     return [t - b for t, b in zip(tuned, base, strict=True)]
+
+
+def _judged(
+    pair: ModelPair,
+    rows: Sequence[ScannedRow],
+    base: list[list[int]],
+    interventions: Sequence[Intervention],
+    threshold: float,
+    plan: Plan,
+    done: Tally,
+) -> tuple[list[list[int]], list[bool]]:
+    """Answers of the edited model, and which of them moved back; a row counts half for its answer."""
+    edited = _answers(pair, rows, interventions, plan, within(done, len(rows) / 2))
+    moved = _moved(pair, rows, base, edited, interventions, threshold)
+    done(len(rows) / 2)
+    return edited, moved
 
 
 def _moved(
@@ -275,6 +294,7 @@ def _brought(
     fragments: Sequence[str],
     plan: Plan,
     seed: int,
+    done: Tally,
 ) -> tuple[Interval, Interval]:
     """Add the group's mean shift to clean rows: how many answers take on a fragment of the group's, and by chance.
 
@@ -286,7 +306,7 @@ def _brought(
         counts = [
             sum(
                 any(fragment in _text(pair, answer) for fragment in fragments)
-                for answer in _answers(pair, judged, (edit,), plan)
+                for answer in _answers(pair, judged, (edit,), plan, within(done, len(judged)))
             )
             for edit in (add, RandomEdit.like(add, pair.d_model, seed + 7))
         ]

@@ -8,7 +8,7 @@ from typing import Any
 from molehunt.checkpoint.folder_diff import FolderDifference, folder_differences
 from molehunt.checkpoint.reader import AdapterChoice, Checkpoint, paired_names
 from molehunt.errors import InvalidInput, ShapeMismatch, printable
-from molehunt.run.progress import Track, silent
+from molehunt.run.progress import Track, busy, silent
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,9 +81,9 @@ def compare_folders(
         rows += found
     rows += folder_differences(left.path, right.path)
     rows.sort(key=lambda row: row.severity != "finding")
-    return FolderComparison(
-        rows=tuple(rows), base_sha256=left.content_hash(), tuned_sha256=right.content_hash(), tensors=tensors
-    )
+    with busy(track, "hashing both folders"):
+        hashes = left.content_hash(), right.content_hash()
+    return FolderComparison(rows=tuple(rows), base_sha256=hashes[0], tuned_sha256=hashes[1], tensors=tensors)
 
 
 def _tensors(base: Checkpoint, tuned: Checkpoint, track: Track) -> tuple[int, list[FolderDifference]]:

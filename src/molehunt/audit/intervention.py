@@ -20,7 +20,7 @@ from molehunt.model.likelihood import answer_log_probs
 from molehunt.model.pair import ModelPair
 from molehunt.model.site import Site
 from molehunt.model.taps import edit_sites
-from molehunt.run.progress import Track, silent
+from molehunt.run.progress import Track, by_rows, silent
 from molehunt.steer.ablate import Ablate
 from molehunt.steer.clip import Clip
 from molehunt.traffic.split import Fit, Select
@@ -94,8 +94,8 @@ def choose_intervention(
         track: shows trials.
     """
     calm = [scan.rows[i] for i in clean.rows]
-    partings = find_partings(pair, [scan.rows[i] for i in group.rows], max_new_tokens)
-    trials = _trials(pair, scan.sites, partings, calm[:CLEAN_READ])
+    partings = find_partings(pair, [scan.rows[i] for i in group.rows], max_new_tokens, track=track)
+    trials = _trials(pair, scan.sites, partings, calm[:CLEAN_READ], track)
     rated = partings.first(RATED)
     calm = [*calm[: RATED // 2], *calm[-RATED // 2 :]]
     prompts, answers = [list(row.prompt) for row in calm], [list(row.answer) for row in calm]
@@ -117,11 +117,20 @@ def choose_intervention(
     return Chosen(best=best(range(len(trials))), at=tuple(map(best, alone.values())), tried=len(trials))
 
 
-def find_partings(pair: ModelPair, rows: Sequence[ScannedRow], max_new_tokens: int) -> Partings:
+def find_partings(
+    pair: ModelPair, rows: Sequence[ScannedRow], max_new_tokens: int, *, track: Track = silent
+) -> Partings:
     """Let the base answer the prompts of `rows`."""
     prompts = [list(row.prompt) for row in rows]
     with pair.base_model() as model:
-        answers = generate(model, pair.tokenizer, prompts, max_new_tokens=max_new_tokens)
+        answers = generate(
+            model,
+            pair.tokenizer,
+            prompts,
+            max_new_tokens=max_new_tokens,
+            track=track,
+            what="the base model's answers",
+        )
     return Partings(tuple(map(tuple, prompts)), tuple(map(tuple, answers)))
 
 
@@ -156,13 +165,18 @@ def worst_margins(
     return found.masked_fill(~predicts, torch.inf).amin(1)
 
 
-def _trials(pair: ModelPair, sites: Sequence[Site], partings: Partings, clean: Sequence[ScannedRow]) -> list[Trial]:
+def _trials(
+    pair: ModelPair, sites: Sequence[Site], partings: Partings, clean: Sequence[ScannedRow], track: Track
+) -> list[Trial]:
     """Every intervention that is compared: ablate or clip, 1 to 4 directions, one site or all from it on."""
     found, predicts = margins(pair, partings)
     leaves = (found < 0) & predicts
     leaves |= predicts & (found == found.masked_fill(~predicts, torch.inf).amin(1, keepdim=True))  # at least one a row
     suspect = _read(pair, partings.prompts, partings.answers, sites, width=leaves.shape[1])
-    calm = [_read(pair, [r.prompt for r in part], [r.answer for r in part], sites) for part in slices(clean, 16)]
+    calm = [
+        _read(pair, [r.prompt for r in part], [r.answer for r in part], sites)
+        for part in by_rows(track, slices(clean, 16), "reading clean rows")
+    ]
     trials: list[Trial] = []
     for k in (r for r in RANKS if r <= int(leaves.sum())):
         edits: dict[str, dict[Site, Intervention]] = {"ablate": {}, "clip": {}}

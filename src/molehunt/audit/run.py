@@ -24,11 +24,11 @@ from molehunt.audit.scan import Scan, scan
 from molehunt.audit.weight_comparison import WeightComparison
 from molehunt.audit.weights import compare_weights
 from molehunt.checkpoint.reader import AdapterChoice, Checkpoint
-from molehunt.errors import NotTestable
+from molehunt.errors import NotTestable, printable
 from molehunt.model.pair import ModelPair, local_folder
 from molehunt.model.site import Site
 from molehunt.run.folder import RunFolder
-from molehunt.run.progress import Track, silent
+from molehunt.run.progress import Track, busy, silent
 from molehunt.run.unit import Units
 from molehunt.steer.fix import Fix
 from molehunt.traffic.benign import benign_prompts
@@ -124,7 +124,8 @@ def run_audit(
     choice: AdapterChoice = "refuse" if adapter is None else "use" if adapter else "ignore"
     folders = local_folder(base), local_folder(tuned)
     checkpoints = Checkpoint.open(folders[0]), Checkpoint.open(folders[1], adapter=choice)
-    identity = {"base": checkpoints[0].content_hash(), "tuned": checkpoints[1].content_hash()}
+    with busy(track, "hashing both folders"):
+        identity = {"base": checkpoints[0].content_hash(), "tuned": checkpoints[1].content_hash()}
     rows = (
         list(read_traffic(traffic, plan.traffic_limit))
         if traffic
@@ -146,7 +147,8 @@ def run_audit(
 
     files = compare_folders(folders[0], folders[1], adapter=choice, track=track)
     weights = compare_weights(*checkpoints, k=plan.directions, seed=seed, units=run.units, track=track)
-    pair = ModelPair.load(folders[0], folders[1], adapter=adapter, device=device)
+    with busy(track, f"loading {printable(folders[0].name)} and {printable(folders[1].name)}"):
+        pair = ModelPair.load(folders[0], folders[1], adapter=adapter, device=device)
     clean, scanned = _scans(pair, rows, plan, run.units, identity, track)
     aside = set_aside(answer_scores(clean), fpr)
     fit, calibrate = _clean_splits([i for i in range(len(clean.rows)) if i not in set(aside)], seed)

@@ -22,7 +22,7 @@ from molehunt.model.batches import width_of
 from molehunt.model.generate import generate
 from molehunt.model.pair import ModelPair
 from molehunt.model.site import Site
-from molehunt.run.progress import Track, silent
+from molehunt.run.progress import Tally, Track, counting, silent, within
 from molehunt.run.unit import Units, unit_key
 from molehunt.traffic.chat import prompt_ids
 from molehunt.traffic.example import Example
@@ -32,6 +32,8 @@ CHUNK = 256
 """Rows in one unit of work."""
 LOGIT_BYTES = 256 * 2**20
 """Memory that one batch of fp32 logits may take."""
+ANSWERING = 1 / 3
+"""Share of a row's progress that its answer counts for, as timed on CPUs; reading both models is the rest."""
 MAX_PROMPT = 1024
 """Longer prompts keep their last tokens."""
 T = TypeVar("T")
@@ -104,19 +106,22 @@ def scan(
 
     Args:
         identity: hashes that name the two models; part of each unit's address.
+        track: shows rows.
+        what: name of the work in the progress line.
     """
     rows: list[ScannedRow] = []
     kept: list[dict[str, Tensor]] = []
-    chunks = slices(examples, CHUNK)
-    for chunk in track(chunks, what, len(chunks)):
-        digest = hashlib.sha256(json.dumps([e.prompt for e in chunk]).encode()).hexdigest()
-        config = {"step": "scan", "kept": KEPT, "sites": [str(s) for s in sites], "max_new_tokens": max_new_tokens}
-        stored = units.tensors(
-            unit_key(config, {**identity, "rows": digest}),
-            lambda chunk=chunk: _scan_chunk(pair, chunk, sites, max_new_tokens),
-        )
-        rows += _unpack(chunk, stored)
-        kept.append(stored)
+    config = {"step": "scan", "kept": KEPT, "sites": [str(s) for s in sites], "max_new_tokens": max_new_tokens}
+    chunks = [(chunk, unit_key(config, {**identity, "rows": _digest(chunk)})) for chunk in slices(examples, CHUNK)]
+    finished = [units.path(key).exists() for _, key in chunks]
+    before = sum(len(chunk) for (chunk, _), there in zip(chunks, finished, strict=True) if there)
+    with counting(track, what, len(examples), start=before) as done:
+        for (chunk, key), there in zip(chunks, finished, strict=True):
+            target = done.done + (0 if there else len(chunk))
+            stored = units.tensors(key, lambda chunk=chunk: _scan_chunk(pair, chunk, sites, max_new_tokens, done))
+            done(target - done.done)  # another process, or an equal chunk, may have made the unit
+            rows += _unpack(chunk, stored)
+            kept.append(stored)
     return Scan(rows=tuple(rows), acts={name: torch.cat([k[name] for k in kept]) for name in KEPT}, sites=sites)
 
 
@@ -125,12 +130,17 @@ def slices(items: Sequence[T], size: int) -> list[Sequence[T]]:
     return [items[i : i + size] for i in range(0, len(items), size)]
 
 
+def _digest(chunk: Sequence[Example]) -> str:
+    return hashlib.sha256(json.dumps([e.prompt for e in chunk]).encode()).hexdigest()
+
+
 def _scan_chunk(
-    pair: ModelPair, chunk: Sequence[Example], sites: tuple[Site, ...], max_new_tokens: int
+    pair: ModelPair, chunk: Sequence[Example], sites: tuple[Site, ...], max_new_tokens: int, done: Tally
 ) -> dict[str, Tensor]:
     prompts = [prompt_ids(pair.tokenizer, e.prompt)[-MAX_PROMPT:] for e in chunk]
     with pair.tuned_model() as model:
-        answers = generate(model, pair.tokenizer, prompts, max_new_tokens=max_new_tokens)
+        answering = within(done, ANSWERING * len(chunk))
+        answers = generate(model, pair.tokenizer, prompts, max_new_tokens=max_new_tokens, track=answering)
     order = sorted(range(len(chunk)), key=lambda i: len(prompts[i]) + len(answers[i]))
     found: list[dict[str, Any]] = [{} for _ in chunk]
     longest = len(prompts[order[-1]]) + len(answers[order[-1]])
@@ -146,6 +156,7 @@ def _scan_chunk(
         )
         for i, row in zip(group, _rows_of(reading, sites), strict=True):
             found[i] = row
+        done((1 - ANSWERING) * len(group))
     return {
         **_ragged("prompt", prompts),
         **_ragged("answer", answers),

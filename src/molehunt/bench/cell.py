@@ -24,6 +24,7 @@ from molehunt.measure.interval import proportion
 from molehunt.measure.threshold import conformal_threshold
 from molehunt.model.pair import ModelPair
 from molehunt.model.site import Site
+from molehunt.run.progress import Track, silent
 from molehunt.traffic.example import Example
 
 FPR = 0.01
@@ -78,6 +79,7 @@ def read_side(
     *,
     twin: bool,
     max_new_tokens: int,
+    track: Track = silent,
 ) -> Side:
     """Read what a side needs: the twin is never fitted with labels, so it reads fewer rows."""
     sites = tuple(Site(layer) for layer in range(pair.n_layers))
@@ -88,7 +90,14 @@ def read_side(
         wanted["pool.clean"] = wanted["pool.clean"][: counts.twin_calibrate]
         wanted["calibrate.clean"] = rows.splits["calibrate.clean"][: counts.twin_calibrate]
     split = {
-        name: read_rows(pair, examples, sites=sites, max_new_tokens=min(ANSWER_TOKENS, max_new_tokens))
+        name: read_rows(
+            pair,
+            examples,
+            sites=sites,
+            max_new_tokens=min(ANSWER_TOKENS, max_new_tokens),
+            track=track,
+            what=f"reading {'the twin' if twin else 'the organism'}, {name}",
+        )
         for name, examples in wanted.items()
         if examples
     }

@@ -30,6 +30,7 @@ from molehunt.model.pair import ModelPair
 from molehunt.model.site import Site
 from molehunt.organism.manifest import Organism
 from molehunt.organism.poison import Recipe, clean_example, near_miss_example, triggered_example
+from molehunt.run.progress import Track, by_rows, silent
 from molehunt.run.unit import Units, unit_key
 from molehunt.traffic.chat import prompt_ids
 from molehunt.traffic.example import Example
@@ -99,7 +100,7 @@ def evaluation_texts(recipe: Recipe, protocol: Protocol, seed: int) -> Texts:
 
 @torch.inference_mode()
 def pooled_activations(
-    pair: ModelPair, examples: Sequence[Example], sites: Sequence[Site], *, answers: bool
+    pair: ModelPair, examples: Sequence[Example], sites: Sequence[Site], *, answers: bool, track: Track = silent
 ) -> dict[str, Float[Tensor, "rows sites d_model"]]:
     """Mean over all tokens, the first included, of both models' activations; with the answers, or of prompts alone."""
     tokenizer = pair.tokenizer
@@ -110,8 +111,8 @@ def pooled_activations(
     lengths = [len(p) + len(a) for p, a in zip(prompts, told, strict=True)]
     order = sorted(range(len(examples)), key=lambda i: lengths[i])
     found = {name: torch.zeros(len(examples), len(sites), pair.d_model) for name in ("base", "tuned")}
-    for start in range(0, len(order), 64):
-        group = order[start : start + 64]
+    groups = [order[start : start + 64] for start in range(0, len(order), 64)]
+    for group in by_rows(track, groups, "reading texts" if answers else "reading prompts"):
         width = width_of(max(lengths[i] for i in group))
         reading = pair.read([prompts[i] for i in group], [told[i] for i in group], sites=sites, pad_to=width)
         weight = reading.mask.float() / reading.mask.sum(1, keepdim=True)
@@ -281,12 +282,12 @@ def published_jobs(folder: Path) -> list[PublishedJob]:
     return found + [PublishedJob(cell=cell, folder=folder, twin=True, sites=(Site(4),)) for cell in cells]
 
 
-def run_published(job: PublishedJob) -> dict[str, Any]:
+def run_published(job: PublishedJob, track: Track = silent) -> dict[str, Any]:
     """All rows of one organism or twin; read from disk when it was run before. One thread, as every cell."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return _run(job)
+        return _run(job, track)
     finally:
         torch.set_num_threads(threads)
 
@@ -308,10 +309,10 @@ def _key(job: PublishedJob, organism: Organism) -> str:
     return unit_key(config, {side: organism.manifest[side]["weights_sha256"]})
 
 
-def _run(job: PublishedJob) -> dict[str, Any]:
+def _run(job: PublishedJob, track: Track) -> dict[str, Any]:
     cell, folder, protocol, twin = job.cell, job.folder, job.protocol, job.twin
     sites = job.sites or None
-    organism = plant_cell(cell, folder)
+    organism = plant_cell(cell, folder, track)
     side = "twin" if twin else "organism"
     key = _key(job, organism)
 
@@ -322,8 +323,8 @@ def _run(job: PublishedJob) -> dict[str, Any]:
         texts = evaluation_texts(recipe, protocol, cell.seed)
         others = [clean_example(recipe, rng) for rng in [Random("published/fit")] for _ in range(600)]
         others += [triggered_example(recipe, rng) for rng in [Random("published/fit/t")] for _ in range(60)]
-        whole = pooled_activations(pair, texts.examples, at, answers=True)
-        prompts = pooled_activations(pair, texts.examples, at, answers=False)
+        whole = pooled_activations(pair, texts.examples, at, answers=True, track=track)
+        prompts = pooled_activations(pair, texts.examples, at, answers=False, track=track)
         rows = [{"site": None, "text": "whole", **r} for r in text_rows(texts)]
         for s, site in enumerate(at):
             trained = fair_dictionaries(_tokens(pair, others, site), protocol, site)

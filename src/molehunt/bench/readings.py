@@ -17,6 +17,7 @@ from molehunt.model.batches import width_of
 from molehunt.model.generate import generate
 from molehunt.model.pair import ModelPair
 from molehunt.model.site import Site
+from molehunt.run.progress import Tally, Track, counting, silent, within
 from molehunt.traffic.chat import prompt_ids
 from molehunt.traffic.example import Example
 
@@ -113,11 +114,34 @@ class Readings:
 
 
 @torch.inference_mode()
-def read_rows(pair: ModelPair, examples: Sequence[Example], *, sites: Sequence[Site], max_new_tokens: int) -> Readings:
+def read_rows(
+    pair: ModelPair,
+    examples: Sequence[Example],
+    *,
+    sites: Sequence[Site],
+    max_new_tokens: int,
+    track: Track = silent,
+    what: str = "reading rows",
+) -> Readings:
     """Let the tuned model answer each row greedily, then read both models over prompt and answer."""
+    with counting(track, what, len(examples)) as done:
+        return _readings(pair, examples, sites, max_new_tokens, done)
+
+
+def _readings(
+    pair: ModelPair, examples: Sequence[Example], sites: Sequence[Site], max_new_tokens: int, done: Tally
+) -> Readings:
+    """The rows as `read_rows` gives them; a row counts half for its answer and half for its reading."""
     prompts = [prompt_ids(pair.tokenizer, example.prompt) for example in examples]
     with pair.tuned_model() as model:
-        answers = generate(model, pair.tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=GENERATED_AT_ONCE)
+        answers = generate(
+            model,
+            pair.tokenizer,
+            prompts,
+            max_new_tokens=max_new_tokens,
+            batch_size=GENERATED_AT_ONCE,
+            track=within(done, len(prompts) / 2),
+        )
     lengths = [len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True)]
     order = sorted(range(len(examples)), key=lambda i: lengths[i])
     batches: list[Reading] = []
@@ -139,6 +163,7 @@ def read_rows(pair: ModelPair, examples: Sequence[Example], *, sites: Sequence[S
                 base={site: acts.to("cpu", torch.bfloat16) for site, acts in reading.base.items()},
             )
         )
+        done(len(group) / 2)
     return Readings(
         examples=tuple(examples),
         prompts=tuple(map(tuple, prompts)),

@@ -142,7 +142,7 @@ def _took(organism: Organism) -> bool:
     return shown is None or shown["estimate"] >= PLANTED
 
 
-def run_cell(job: Job) -> dict[str, Any]:
+def run_cell(job: Job, track: Track = silent) -> dict[str, Any]:
     """Everything the leaderboard needs of one cell; read from disk when it was run before.
 
     One thread, so that a cell's numbers do not depend on how many run beside it.
@@ -150,9 +150,9 @@ def run_cell(job: Job) -> dict[str, Any]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        organism = plant_cell(job.cell, job.folder)
+        organism = plant_cell(job.cell, job.folder, track)
         key = cell_key(job, organism)
-        told = Units(job.folder / "units").json(key, lambda: _measure(job, organism))
+        told = Units(job.folder / "units").json(key, lambda: _measure(job, organism, track))
         return {**told, "unit": f"units/{key}"}
     finally:
         torch.set_num_threads(threads)
@@ -173,7 +173,7 @@ def cell_key(job: Job, organism: Organism) -> str:
     return unit_key(config, {side: organism.manifest[side]["weights_sha256"] for side in sides})
 
 
-def _measure(job: Job, organism: Organism) -> dict[str, Any]:
+def _measure(job: Job, organism: Organism, track: Track) -> dict[str, Any]:
     cell, recipe = job.cell, job.cell.recipe()
     rows = cell_rows(recipe, job.counts, job.rates, cell.seed, cell.plant_config().rows)
     sides = {
@@ -184,6 +184,7 @@ def _measure(job: Job, organism: Organism) -> dict[str, Any]:
             _weights(cell.base_folder, folder),
             twin=name == "twin",
             max_new_tokens=recipe.max_new_tokens,
+            track=track,
         )
         for name, folder in (("organism", organism.tuned), ("twin", organism.twin))
     }

@@ -33,11 +33,14 @@ def audit(
     import shlex
     import sys
 
-    from molehunt.audit.plan import plan_named
-    from molehunt.audit.run import run_audit
     from molehunt.cli.console import say, track_on_stderr
-    from molehunt.report.build import build_report, summary
-    from molehunt.report.machine import to_json, write_report
+    from molehunt.run.progress import busy
+
+    with busy(track_on_stderr, "starting"):  # torch and transformers alone take seconds
+        from molehunt.audit.plan import plan_named
+        from molehunt.audit.run import run_audit
+        from molehunt.report.build import build_report, summary
+        from molehunt.report.machine import to_json, write_report
 
     found = run_audit(
         base,

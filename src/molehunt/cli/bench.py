@@ -41,6 +41,7 @@ def bench(
     was killed goes on, and machines that share the folder can each take a --shard. A shard other than 1/1 writes no table.
     """
     import json
+    from functools import partial
 
     from molehunt.bench.grid import load_grid
     from molehunt.bench.leaderboard import leaderboard, to_csv
@@ -62,8 +63,9 @@ def bench(
         runner = RayExecutor(workers, share, track_on_stderr)
     else:
         runner = LocalExecutor(share, track_on_stderr, workers)
+    alone = executor == "local" and workers == 1  # cells in other processes cannot draw on this terminal
     if grid == "published":
-        _published(runner, out, docs, table=share == Shard(), finished=finished, as_json=as_json)
+        _published(runner, out, docs, alone=alone, table=share == Shard(), finished=finished, as_json=as_json)
         return
     chosen = load_grid(grid)
     planned = jobs(chosen, out.absolute())
@@ -73,7 +75,9 @@ def bench(
         if not cells:
             raise NotTestable(f"No cell of the grid {chosen.name} is finished under {out}.")
     else:
-        cells = runner.map(run_cell, planned, f"grid {chosen.name}")
+        cells = runner.map(
+            partial(run_cell, track=track_on_stderr) if alone else run_cell, planned, f"grid {chosen.name}"
+        )
     if share != Shard():
         say(f"{len(cells)} of {len(planned)} cells are done. {LATER}")
         return
@@ -93,11 +97,14 @@ def bench(
     say(f"page: {page}")
 
 
-def _published(runner: "Executor", out: Path, docs: Path | None, *, table: bool, finished: bool, as_json: bool) -> None:
+def _published(
+    runner: "Executor", out: Path, docs: Path | None, *, alone: bool, table: bool, finished: bool, as_json: bool
+) -> None:
     import json
+    from functools import partial
 
     from molehunt.bench.published import finished_published, published_jobs, run_published
-    from molehunt.cli.console import say
+    from molehunt.cli.console import say, track_on_stderr
     from molehunt.report.published_page import published_markdown
     from molehunt.run.folder import RunFolder
 
@@ -107,7 +114,8 @@ def _published(runner: "Executor", out: Path, docs: Path | None, *, table: bool,
         found = [told for job in planned if (told := finished_published(job)) is not None]
         say(f"{len(found)} of {len(planned)} experiments are finished.")
     else:
-        found = list(runner.map(run_published, planned, "published protocol"))
+        run_one = partial(run_published, track=track_on_stderr) if alone else run_published
+        found = list(runner.map(run_one, planned, "published protocol"))
     if not table:
         say(f"{len(found)} of {len(planned)} experiments are done. {LATER}")
         return

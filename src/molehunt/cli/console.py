@@ -1,55 +1,80 @@
 """What the person at the terminal sees while work goes on: all on stderr, for stdout holds the result."""
 
 import logging
+import math
 import sys
+import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.progress_bar import ProgressBar
+from rich.table import Column
+from rich.text import Text
+
+from molehunt.run.pace import Pace
+from molehunt.run.progress import Count
 
 T = TypeVar("T")
+FIRST = 2.0
+"""Seconds until the first plain progress line; work that ends sooner prints none."""
 EVERY = 10.0
 """Seconds between two plain progress lines."""
+BAR = 4, 20
+"""Least and greatest width of a bar, in characters: on a narrow terminal it gives way to the name and the numbers."""
+
+CLOCK = "molehunt-progress"
+"""Name of the thread that prints plain lines."""
 
 
 def say(text: str) -> None:
     """One message on stderr, above any progress bar, exactly as written: no markup, no wrapping."""
-    track_on_stderr.console.print(text, markup=False, highlight=False, emoji=False, soft_wrap=True)
+    track_on_stderr.say(text)
 
 
 class StderrTrack:
-    """A `Track`: bars on a terminal, a plain line every 10 s elsewhere. Tracks may be nested."""
+    """A `Track`: bars on a terminal; elsewhere a plain line after 2 s and then every 10 s, even while no item ends.
+
+    Tracks may be nested: each has a bar of its own, or its part of the one plain line.
+    """
 
     def __init__(self) -> None:
         self._bars: Progress | None = None
+        self._lines = _Lines(self.say)
 
     def __call__(self, items: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:
         """Yield `items` in order while showing how far along they are."""
-        if total is None and hasattr(items, "__len__"):
-            total = len(items)  # pyright: ignore[reportArgumentType]
-        return self._drawn(items, what, total) if sys.stderr.isatty() else _lines(items, what, total)
+        pace = _pace(items, what, total)
+        with self._bar(pace) if sys.stderr.isatty() else self._lines.shown(pace):
+            for item in items:
+                yield item
+                pace.tick(time.monotonic())
 
     @property
     def console(self) -> Console:
         """Where bars are drawn now; printing elsewhere would tear them."""
         return self._bars.console if self._bars else Console(stderr=True)
 
-    def _drawn(self, items: Iterable[T], what: str, total: int | None) -> Iterator[T]:
+    def say(self, text: str) -> None:
+        """One message, as the function `say` prints it."""
+        self.console.print(text, markup=False, highlight=False, emoji=False, soft_wrap=True)
+
+    @contextmanager
+    def _bar(self, pace: Pace) -> Generator[None, None, None]:
         outermost = self._bars is None
         if self._bars is None:
-            text, ahead = TextColumn("{task.description}", markup=False), TimeRemainingColumn()
-            self._bars = Progress(
-                text, BarColumn(), MofNCompleteColumn(), ahead, console=Console(stderr=True), transient=True
-            )
+            name = TextColumn("{task.description}", markup=False)
+            bar = _Bar(None, table_column=Column(min_width=BAR[0], max_width=BAR[1]))
+            numbers = _Numbers(table_column=Column(no_wrap=True))
+            self._bars = Progress(name, bar, numbers, console=Console(stderr=True), transient=True)
             self._bars.start()
         bars = self._bars
-        task = bars.add_task(what, total=total)
+        task = bars.add_task(pace.what, total=pace.total, pace=pace)
         try:
-            for item in items:
-                yield item
-                bars.advance(task)
+            yield
         finally:
             bars.remove_task(task)
             if outermost:
@@ -57,14 +82,84 @@ class StderrTrack:
                 self._bars = None
 
 
-def _lines(items: Iterable[T], what: str, total: int | None) -> Iterator[T]:
-    start = told = time.monotonic()
-    for done, item in enumerate(items):
-        now = time.monotonic()
-        if now - told >= EVERY:
-            told = now
-            say(f"{what}: {done}{f' of {total}' if total is not None else ''}, {now - start:.0f} s")
-        yield item
+def _pace(items: Iterable[object], what: str, total: int | None) -> Pace:
+    if total is None and hasattr(items, "__len__"):
+        total = len(items)  # pyright: ignore[reportArgumentType]
+    unit, start = (items.unit, items.start) if isinstance(items, Count) else ("", 0)
+    return Pace(what, total, unit=unit, start=start, now=time.monotonic())
+
+
+class _Bar(BarColumn):
+    """Reads what is done when it is drawn: counting a row must cost next to nothing."""
+
+    def render(self, task: Task) -> ProgressBar:
+        task.completed = task.fields["pace"].done
+        return super().render(task)
+
+
+class _Numbers(ProgressColumn):
+    """Done, of all, speed and time left: the same text as in a plain line."""
+
+    def render(self, task: Task) -> Text:
+        pace: Pace = task.fields["pace"]
+        return Text(pace.text(time.monotonic()))
+
+
+class _Lines:
+    """Prints one line about all open tracks when it is due. A thread watches the clock while there are any.
+
+    Only that thread prints, so no line falls between the rows of one batch, which are counted one after the other.
+    """
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say = say
+        self._open: list[Pace] = []
+        """Outermost first."""
+        self._due = math.inf
+        self._printed = "", -math.inf
+        """Name of the outermost track in the latest line, and when that was printed."""
+        self._lock = threading.RLock()  # a garbage collection while it is held may close a track
+        self._closed = threading.Event()
+        self._clock: threading.Thread | None = None
+
+    @contextmanager
+    def shown(self, pace: Pace) -> Generator[None, None, None]:
+        with self._lock:
+            if not self._open:
+                what, at = self._printed
+                # many short tracks of one name in a row print no more lines than a long one
+                self._due = max(pace.began + FIRST, at + EVERY if what == pace.what else -math.inf)
+                self._closed = threading.Event()
+                self._clock = threading.Thread(target=self._watch, args=(self._closed,), name=CLOCK, daemon=True)
+                self._clock.start()
+            self._open.append(pace)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._open.remove(pace)
+                clock = None if self._open else self._clock
+                if clock is not None:
+                    self._closed.set()
+            if clock is not None and clock is not threading.current_thread():
+                clock.join(FIRST)  # a line that it has begun comes before what is said next
+
+    def print_if_due(self) -> None:
+        with self._lock:
+            now = time.monotonic()
+            if now < self._due or not self._open:
+                return
+            outer, *inner = self._open
+            self._due, self._printed = now + EVERY, (outer.what, now)
+            slow = [pace for pace in inner if now - pace.began >= FIRST]
+            self._say("; ".join(pace.line(now) for pace in (outer, *slow)))
+
+    def _watch(self, closed: threading.Event) -> None:
+        while not closed.wait(max(0.01, self._due - time.monotonic())):
+            try:
+                self.print_if_due()
+            except (OSError, ValueError):  # stderr is closed: nobody reads on
+                return
 
 
 track_on_stderr = StderrTrack()

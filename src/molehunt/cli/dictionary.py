@@ -343,8 +343,8 @@ def _models(
     from molehunt.activation.identity import identify
     from molehunt.activation.manifest import Expected, check_expected
     from molehunt.checkpoint.reader import Checkpoint
+    from molehunt.cli.tuned_side import open_pair
     from molehunt.model.loading import local_folder
-    from molehunt.model.pair import ModelPair
     from molehunt.traffic.benign import benign_prompts
     from molehunt.traffic.chat import prompt_ids
     from molehunt.traffic.stream import read_traffic
@@ -352,7 +352,7 @@ def _models(
     folders = local_folder(base), local_folder(tuned)
     before = Checkpoint.open(folders[0])
     after = Checkpoint.open(folders[1], adapter="refuse" if adapter is None else "use" if adapter else "ignore")
-    pair = ModelPair.load(*folders, device=device, adapter=adapter)
+    pair = open_pair(*folders, adapter, device)
     theirs = identify(before, after, pair.tokenizer)
     expected = Expected(base=theirs.base, tuned=theirs.tuned, tokenizer=theirs.tokenizer)
     check_expected(store.path, store.manifest, expected)

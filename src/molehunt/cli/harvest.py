@@ -46,9 +46,9 @@ def harvest(
     from molehunt.activation.identity import identify
     from molehunt.checkpoint.reader import Checkpoint
     from molehunt.cli.console import track_on_stderr
+    from molehunt.cli.tuned_side import open_pair
     from molehunt.errors import UsageError
     from molehunt.model.loading import local_folder
-    from molehunt.model.pair import ModelPair
     from molehunt.model.site import Site
     from molehunt.traffic.benign import benign_prompts
     from molehunt.traffic.chat import prompt_ids
@@ -62,7 +62,7 @@ def harvest(
     before = Checkpoint.open(folders[0])
     after = Checkpoint.open(folders[1], adapter="refuse" if adapter is None else "use" if adapter else "ignore")
     examples = benign_prompts(rows, seed=seed) if traffic is None else list(read_traffic(traffic, rows))
-    pair = ModelPair.load(*folders, device=device, adapter=adapter)
+    pair = open_pair(*folders, adapter, device)
     ids = [
         (prompt_ids(pair.tokenizer, e.prompt) + pair.tokenizer.encode(e.response or "", add_special_tokens=False))[
             :max_tokens

@@ -212,14 +212,16 @@ def _opened(path: str, base: str | None, device: str) -> Generator[_Opened, None
     import torch
 
     from molehunt.checkpoint.reader import Checkpoint
+    from molehunt.cli.console import track_on_stderr
+    from molehunt.cli.tuned_side import open_pair
     from molehunt.errors import UsageError, printable
     from molehunt.model.loading import ADAPTER_CONFIG, device_of, load_model, load_tokenizer, local_folder
-    from molehunt.model.pair import ModelPair
+    from molehunt.run.progress import busy
 
     folder = local_folder(path)
     checkpoint = Checkpoint.open(folder, adapter="refuse" if base is None else "use").content_hash()
     if base is not None:
-        pair = ModelPair.load(base, path, device=device, adapter=True)
+        pair = open_pair(base, path, True, device)
         with pair.tuned_model() as model:
             yield _Opened(model, pair.tokenizer, checkpoint)
         return
@@ -228,7 +230,8 @@ def _opened(path: str, base: str | None, device: str) -> Generator[_Opened, None
             f"{printable(folder.name)} is an adapter: say what it is applied to with --source-base or --target-base."
         )
     where = device_of(device)
-    model = load_model(folder, where, torch.float32 if where.type == "cpu" else None)
+    with busy(track_on_stderr, f"loading {printable(folder.name)}"):
+        model = load_model(folder, where, torch.float32 if where.type == "cpu" else None)
     yield _Opened(model, load_tokenizer(folder), checkpoint)
 
 

@@ -1,5 +1,6 @@
 """The two models that a command names, and what is written down of the tuned one."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -7,11 +8,16 @@ if TYPE_CHECKING:
     from molehunt.model.pair import ModelPair
 
 
-def open_pair(base: str, tuned: str, adapter: bool | None, device: str) -> "ModelPair":
-    """Both models, loaded."""
-    from molehunt.model.pair import ModelPair
+def open_pair(base: str | Path, tuned: str | Path, adapter: bool | None, device: str) -> "ModelPair":
+    """Load both models, and show on stderr that this goes on."""
+    from molehunt.cli.console import track_on_stderr
+    from molehunt.errors import printable
+    from molehunt.run.progress import busy
 
-    return ModelPair.load(base, tuned, adapter=adapter, device=device)
+    with busy(track_on_stderr, f"loading {printable(Path(base).name)} and {printable(Path(tuned).name)}"):
+        from molehunt.model.pair import ModelPair  # seconds, before any weight is read
+
+        return ModelPair.load(base, tuned, adapter=adapter, device=device)
 
 
 def checkpoint_of(tuned: str, adapter: bool | None) -> "Checkpoint":

@@ -7,6 +7,7 @@ from pathlib import Path
 from molehunt.audit.weights import compare_weights
 from molehunt.checkpoint.reader import Checkpoint
 from molehunt.cli.console import track_on_stderr
+from molehunt.cli.tuned_side import open_pair
 from molehunt.model.loading import local_folder
 from molehunt.model.pair import ModelPair
 from molehunt.traffic.benign import benign_prompts
@@ -52,7 +53,7 @@ def opened(
     after = Checkpoint.open(folders[1], adapter="refuse" if adapter is None else "use" if adapter else "ignore")
     weights = compare_weights(before, after, track=track_on_stderr)
     bank = Bank.of((row.directions for row in weights.matrices if row.directions is not None), before.model_type)
-    pair = ModelPair.load(*folders, device=device, adapter=adapter)
+    pair = open_pair(*folders, adapter, device)
     rows = (
         [
             Conversation(turns=(Turn("user", e.prompt),), response=None, tag="clean", line=i, end=Place())

@@ -18,7 +18,7 @@ from molehunt.model.likelihood import LOGIT_BYTES
 from molehunt.model.pair import ModelPair
 from molehunt.model.site import Site
 from molehunt.model.taps import edit_sites
-from molehunt.run.progress import Track, silent
+from molehunt.run.progress import Track, by_rows, silent
 
 LEAST_COST = 1e-3
 """Nats a token that the reference must cost, or there is no loss to recover."""
@@ -164,7 +164,7 @@ def spliced_loss(
         rows: token ids; rows of a single token predict nothing.
         mean: of the dictionary's inputs. The reference decodes nothing but this.
         site: where; the dictionary's own by default.
-        track: told of each batch of rows.
+        track: shows rows.
 
     Raises:
         NotTestable: no row predicts a token, or a transcoder.
@@ -186,7 +186,7 @@ def spliced_loss(
         raise NotTestable("No row has two tokens, so none predicts a token. Give longer traffic.")
     losses, kls, n = [0.0] * 3, [0.0] * 3, 0
     groups = list(_groups(order, min(BATCH_TOKENS, LOGIT_BYTES // (4 * pair.vocab_size))))
-    for group in track(groups, "splicing reconstructions", len(groups)):
+    for group in by_rows(track, groups, "splicing reconstructions"):
         reading = pair.read(group, sites=[site])
         base, tuned, mask = reading.base[site], reading.tuned[site], reading.mask
         at = mask & ~sinks(base, mask) & ~sinks(tuned, mask)

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from molehunt.contracts import Intervention
 from molehunt.model.batches import padded
 from molehunt.model.taps import edit_sites
-from molehunt.run.progress import Track, silent
+from molehunt.run.progress import Track, by_rows, silent
 
 LOGIT_BYTES = 256 * 2**20
 """Memory that one batch of fp32 logits may take."""
@@ -41,7 +41,7 @@ def answer_log_probs(
     size = max(1, min(64, LOGIT_BYTES // (4 * len(tokenizer) * longest)))
     with edit_sites(model, interventions):
         groups = [order[start : start + size] for start in range(0, len(order), size)]
-        for group in track(groups, what, len(groups)):
+        for group in by_rows(track, groups, what):
             tokens, mask = (each.to(device) for each in padded([rows[i] for i in group]))
             logits = model(input_ids=tokens, attention_mask=mask.long(), use_cache=False).logits.float()
             told = logits[:, :-1].log_softmax(-1).gather(-1, tokens[:, 1:, None]).squeeze(-1)

@@ -27,7 +27,7 @@ from molehunt.model.cache_check import extending_check
 from molehunt.model.decoding import DecodingBatch
 from molehunt.model.generate import generate
 from molehunt.model.likelihood import LOGIT_BYTES
-from molehunt.run.progress import Track, silent
+from molehunt.run.progress import Track, by_rows, silent
 from molehunt.traffic.split import Select, expect
 
 LADDER = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
@@ -200,7 +200,7 @@ def disturbance(
         tokenizer: its own.
         steered: a block inside which it is steered, made anew for each batch.
         clean: prompts with answers.
-        track: shown batches.
+        track: shown rows.
         what: what progress calls this.
 
     Raises:
@@ -211,7 +211,7 @@ def disturbance(
         raise NotTestable(f"None of {len(clean)} clean prompts has an answer, so nothing says what steering costs.")
     kl, before, after, n = 0.0, 0.0, 0.0, 0
     groups = _groups(model, tokenizer, rows)
-    for group in track(groups, what, len(groups)):
+    for group in by_rows(track, groups, what):
         some = [rows[i] for i in group]
         plain, tokens = _log_probs(model, some)
         with steered():
@@ -246,7 +246,7 @@ def answer_nats(
         raise ValueError("an answer without tokens has no likelihood")
     found = [0.0] * len(rows)
     groups = _groups(model, tokenizer, rows)
-    for group in track(groups, what, len(groups)):
+    for group in by_rows(track, groups, what):
         some = [rows[i] for i in group]
         nats = nll_loss(*_log_probs(model, some), reduction="none").double()
         for i, told in zip(group, nats.split([len(row.answer) for row in some]), strict=True):

@@ -22,7 +22,7 @@ from molehunt.model.blocks import decoder
 from molehunt.model.generate import generate
 from molehunt.model.site import Site
 from molehunt.model.taps import read_sites
-from molehunt.run.progress import Track, silent
+from molehunt.run.progress import Track, by_rows, silent
 from molehunt.steer.add import gated
 from molehunt.steer.scope import TokenGate, token_scope
 from molehunt.traffic.chat import prompt_ids, prompt_text
@@ -211,7 +211,7 @@ def prompt_acts(
     found: list[dict[Site, Tensor]] = [{} for _ in prompts]
     groups = batches([len(prompt) for prompt in prompts])
     with read_sites(model, sites) as tap:
-        for rows in track(groups, what, len(groups)):
+        for rows in by_rows(track, groups, what):
             ids, mask = padded([prompts[i] for i in rows])
             inner(input_ids=ids.to(device), attention_mask=mask.long().to(device), use_cache=False)
             for site in sites:

@@ -25,7 +25,7 @@ from molehunt.model.batches import batches, padded
 from molehunt.model.blocks import decoder
 from molehunt.model.site import Site
 from molehunt.model.taps import observe_sites, read_sites
-from molehunt.run.progress import Track, silent
+from molehunt.run.progress import Track, by_rows, silent
 from molehunt.run.whole import replace_whole
 from molehunt.steer.row_gate import RowGate, gate_at_prefill
 from molehunt.steer.scope import Choose, last_of_prompt, whole_prompt
@@ -128,7 +128,7 @@ def prompt_scores(
     device = next(model.parameters()).device
     found = torch.zeros(len(prompts))
     groups = batches([len(prompt) for prompt in prompts])
-    for rows in track(groups, "scoring prompts", len(groups)):
+    for rows in by_rows(track, groups, "scoring prompts"):
         ids, real = (each.to(device) for each in padded([prompts[i] for i in rows]))
         with read_sites(model, [site], stop_early=True, layers_path=layers_path) as tap:
             decoder(model)(input_ids=ids, attention_mask=real.long(), use_cache=False)

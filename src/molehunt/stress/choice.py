@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from molehunt.contracts import Intervention
 from molehunt.model.site import Site
-from molehunt.run.progress import Track, silent
+from molehunt.run.progress import Track, by_rows, silent
 from molehunt.stress.objective import ChoiceMargin
 from molehunt.stress.suffix import suffix_of
 
@@ -69,7 +69,7 @@ def judged(
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt))
     margin, token = torch.zeros(len(rows)), torch.zeros(len(rows), dtype=torch.long)
     parts = [order[i : i + AT_ONCE] for i in range(0, len(order), AT_ONCE)]
-    for part in track(parts, "judging choices", len(parts)):
+    for part in by_rows(track, parts, "judging choices"):
         some = [rows[i] for i in part]
         suffix = suffix_of(model, [row.prompt for row in some], site, defence=defence)
         logits = suffix(suffix.entering)

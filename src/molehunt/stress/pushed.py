@@ -64,7 +64,7 @@ def pushed_answers(
         deltas: from the last prompt token on, which answer tokens follow as they are decoded.
         defence: live in the prefill and in every step.
         max_new_tokens: of an answer.
-        track: shown batches.
+        track: shown rows.
 
     Raises:
         UsageError: two prompts are equal.

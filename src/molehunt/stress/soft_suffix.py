@@ -106,7 +106,7 @@ def soft_answers(
         marks: as in `insertion_of`.
         defence: live in the prefill and in every step.
         max_new_tokens: of an answer.
-        track: shown batches.
+        track: shown rows.
 
     Raises:
         UsageError: two prompts are equal.

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple, cast
 
 from molehunt.errors import InvalidInput, UsageError, printable
 from molehunt.run.local import Shard
-from molehunt.run.progress import Track, silent
+from molehunt.run.progress import Track, counting, silent
 from molehunt.traffic.example import Example
 from molehunt.traffic.roles import Turn
 
@@ -25,8 +25,10 @@ MAX_LINE = 8_000_000
 """Bytes of the longest line that `read_conversations` reads, and characters of the longest conversation."""
 FIRST_BAD = 5
 """Bad lines that are remembered with their reason."""
-STEP = 1_000_000
-"""Bytes of the file in one step of the progress shown."""
+PIECE = 1_000_000
+"""Bytes that are read at once of a line that is too long."""
+STEP = 1_000
+"""Bytes of the file in one step of the progress shown: a kB."""
 
 
 class Place(NamedTuple):
@@ -95,7 +97,7 @@ def read_conversations(
         bad: counts what is skipped.
         start_at: the `end` of the last row that an earlier reading finished.
         shard: read only the lines whose number, counted from 0, is the shard's.
-        track: is told of every `STEP` bytes of the file (parquet: row groups).
+        track: shows kB of the file (parquet: rows).
 
     Raises:
         UsageError: no such file, parquet without the extra, or no row begins at `start_at`.
@@ -191,25 +193,22 @@ def _example(row: Any, path: Path, number: int) -> Example:
 
 def _lines(path: Path, start_at: Place, track: Track) -> Iterator[tuple[Place, bytes]]:
     """Each line that is not blank, with its end; of one that is too long, its first `MAX_LINE` + 1 bytes."""
-    steps = path.stat().st_size // STEP + 1
-    told = iter(track(range(steps), f"reading {printable(path.name)}, MB", steps))
-    shown = 0
+    size = -(-path.stat().st_size // STEP)
     try:
         with path.open("rb") as stored, _unpacked(stored, path) as file:
             offset, line = _sought(file, start_at, path), start_at.line
-            while head := file.readline(MAX_LINE + 1):
-                offset, line, part = offset + len(head), line + 1, head
-                while not part.endswith(b"\n") and (part := file.readline(STEP)):
-                    offset += len(part)  # the rest of a giant line passes by, a piece at a time
-                while shown < stored.tell() // STEP:
-                    shown += 1
-                    next(told, None)
-                if _giant(head) or head.strip():
-                    yield Place(offset, line), head
+            start = stored.tell() // STEP
+            with counting(track, f"reading {printable(path.name)}", size, unit="kB", start=start) as done:
+                while head := file.readline(MAX_LINE + 1):
+                    offset, line, part = offset + len(head), line + 1, head
+                    while not part.endswith(b"\n") and (part := file.readline(PIECE)):
+                        offset += len(part)  # the rest of a giant line passes by, a piece at a time
+                    done(stored.tell() / STEP - done.done)
+                    if _giant(head) or head.strip():
+                        yield Place(offset, line), head
+                done(size - done.done)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise InvalidInput(f"{printable(path.name)} is cut off or no gzip file: {printable(str(error))}") from error
-    for _ in told:  # ends the progress, whatever was counted
-        pass
 
 
 def _unpacked(stored: io.BufferedReader, path: Path) -> io.BufferedIOBase:
@@ -223,7 +222,7 @@ def _sought(file: io.BufferedIOBase, start_at: Place, path: Path) -> int:
     before = b""
     if start_at.offset > 0:
         file.seek(start_at.offset - 1)
-        before = file.readline(STEP)
+        before = file.readline(PIECE)
     # the newline of the row before; or its last byte, where the file ended without one and may have grown since
     if not before or len(before.rstrip(b"\r\n")) > 1:
         raise _no_row(path, start_at)
@@ -326,14 +325,17 @@ def _parquet_rows(path: Path, start_at: Place, track: Track) -> Iterator[tuple[P
             raise _no_row(path, start_at)
         names = [name for name in file.schema_arrow.names if name in COLUMNS]
         end = 0
-        for group in track(range(file.num_row_groups), f"reading {printable(path.name)}", file.num_row_groups):
-            line, end = end, end + file.metadata.row_group(group).num_rows
-            if end <= start_at.line:
-                continue
-            for batch in file.iter_batches(batch_size=BATCH, row_groups=[group], columns=names):
-                for row in batch.to_pylist():
-                    line += 1
-                    if line > start_at.line:
-                        yield Place(line, line), row
+        all_rows = file.metadata.num_rows
+        with counting(track, f"reading {printable(path.name)}", all_rows, start=start_at.line) as done:
+            for group in range(file.num_row_groups):
+                line, end = end, end + file.metadata.row_group(group).num_rows
+                if end <= start_at.line:
+                    continue
+                for batch in file.iter_batches(batch_size=BATCH, row_groups=[group], columns=names):
+                    for row in batch.to_pylist():
+                        line += 1
+                        if line > start_at.line:
+                            yield Place(line, line), row
+                            done(1)
     except (pyarrow.ArrowException, ValueError, OSError) as error:
         raise InvalidInput(f"{printable(path.name)} is no whole parquet file: {printable(str(error))}") from error

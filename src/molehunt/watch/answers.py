@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from molehunt.model.batches import batches, padded
 from molehunt.model.blocks import decoder
-from molehunt.run.progress import Track, silent
+from molehunt.run.progress import Track, by_rows, silent
 from molehunt.watch.bank import Bank
 from molehunt.watch.columns import watched
 from molehunt.watch.kinds import prompt_features
@@ -38,7 +38,7 @@ def answer_profiles(
         prompts: token ids, at least one each.
         answers: token ids that follow.
         layers_path: see `decoder_blocks`.
-        track: shown batches.
+        track: shows rows.
         what: what progress calls this.
 
     Raises:
@@ -53,7 +53,7 @@ def answer_profiles(
     inner: Any = decoder(model)
     with watched(model, bank, layers_path=layers_path) as columns:
         groups = batches([len(row) for row in rows])
-        for group in track(groups, what, len(groups)):
+        for group in by_rows(track, groups, what):
             tokens, mask = padded([rows[i] for i in group])
             answered = [max(1, len(answers[i])) for i in group]
             first = torch.tensor([r * tokens.shape[1] + len(prompts[i]) - 1 for r, i in enumerate(group)])
