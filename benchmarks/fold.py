@@ -13,8 +13,8 @@ from row import Row, now, shown
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from molehunt.model.cache import left_by, with_cache
 from molehunt.model.blocks import decoder_blocks, final_norm, unembedding
+from molehunt.model.cache import left_by, with_cache
 from molehunt.model.site import Site
 from molehunt.model.taps import observe_sites
 from molehunt.watch.fold import fold_cosines

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from guarded import PROMPTS, Heard, asked, guard_of, run, tiny_pair
+from molehunt.model.decoding import DecodingBatch
 from molehunt.model.generate import generate
 from molehunt.model.pair import ModelPair
-from molehunt.model.decoding import DecodingBatch
 from molehunt.serve.engine import Engine
 from molehunt.serve.request import Ended, Failed, Overloaded
 from molehunt.serve.sampling import Sampling

@@ -8,8 +8,8 @@ from torch.nn.functional import normalize
 
 from molehunt.direction.weight import change_directions
 from molehunt.errors import CannotTap, NotTestable
-from molehunt.model.cache import left_by, with_cache
 from molehunt.model.blocks import unwrapped
+from molehunt.model.cache import left_by, with_cache
 from molehunt.model.site import Site
 from molehunt.model.taps import read_sites
 from molehunt.watch.bank import Bank

@@ -58,7 +58,7 @@ def replaced_answers(
         map: what replaces; a site asks for mean ablation there (by the mean over the prompt's positions), None for
             the target's own answers.
         max_new_tokens: of an answer.
-        track: shown batches.
+        track: shown rows.
 
     Raises:
         UsageError: source and target are one module.
