@@ -432,9 +432,7 @@ def test_a_model_that_answers_wrongly_when_packed_is_refused(
     assert "something else" in refused(tiny_model("llama"), new_guard())
 
 
-@pytest.mark.parametrize(
-    ("architecture", "keeps"), [("qwen3", True), ("gpt2", True), ("lora", True), ("gpt2", False)]
-)
+@pytest.mark.parametrize(("architecture", "keeps"), [("qwen3", True), ("gpt2", True), ("lora", True), ("gpt2", False)])
 def test_other_architectures_run_packed_as_they_run_alone(
     new_guard: NewGuard, monkeypatch: pytest.MonkeyPatch, architecture: str, keeps: bool
 ) -> None:
