@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from molehunt.errors import NotTestable
+from molehunt.model.blocks import decoder_blocks, final_norm, unembedding
 from molehunt.model.cache_check import decoding_check, extending_check, must_extend
 from molehunt.model.decoding import DecodingBatch
 from molehunt.model.generate import generate
@@ -12,7 +13,7 @@ from molehunt.model.taps import edit_sites
 from molehunt.steer.add import Add
 from molehunt.steer.row_gate import gate_at_prefill
 from molehunt.steer.scope import last_of_prompt, none_of_it, token_scope, whole_prompt
-from tiny_models import prompts, tiny_tokenizer
+from tiny_models import VOCAB, prompts, tiny_tokenizer
 from zoo import OPTIONS, WIDTH, zoo_model
 
 PROMPTS = prompts(lengths=(3, 9, 5, 17, 17, 2, 12))
@@ -72,6 +73,14 @@ def test_what_cannot_be_trusted_is_found_and_nothing_else(name):
             must_extend(model)
     else:
         must_extend(model)
+
+
+@every
+def test_its_parts_are_found(name):
+    model = zoo_model(name)
+    assert len(decoder_blocks(model)) == model.config.num_hidden_layers
+    assert final_norm(model).weight.shape == (WIDTH,)
+    assert unembedding(model).weight.shape == (VOCAB, WIDTH)
 
 
 def flagged(ids, real):

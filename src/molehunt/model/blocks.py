@@ -10,7 +10,10 @@ from molehunt.errors import CannotTap, printable
 
 ATTENTION = ("self_attn", "attn", "attention", "self_attention")
 MLP = ("mlp", "feed_forward", "ffn", "block_sparse_moe")
-FINAL_NORM = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "norm_f", "ln_out")
+FINAL_NORM = (
+    "norm", "ln_f", "final_layer_norm", "final_layernorm", "final_norm", "norm_f", "ln_out", "out_norm",
+    "embedding_norm",  # LFM2's, which is applied after its blocks
+)  # fmt: skip
 
 Part = Literal["q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down"]
 PARTS: dict[str, Part] = {

@@ -136,16 +136,11 @@ def _checked(
         with edits:
             found = _check(model, edited=bool(interventions))
     known[key] = found
-    if found.why:
+    name = type(unwrapped(model)).__name__ + (" under these interventions" if interventions else "")
+    if found.why and name not in _SAID:  # a base and its fine-tune are of one kind
+        _SAID.add(name)
         how = "without a cache" if found.padded else "without a cache, and only rows of equal length together"
-        under = " under these interventions" if interventions else ""
-        said = (
-            f"{type(unwrapped(model)).__name__}{under}: {found.why}.\n"
-            f"Its answers are decoded {how}: they are right, and take longer."
-        )
-        if said not in _SAID:
-            _SAID.add(said)
-            _log.warning(said)
+        _log.warning(f"{name}: {found.why}.\nIts answers are decoded {how}: they are right, and take longer.")
     return found
 
 
@@ -228,7 +223,7 @@ def _failure(attempt: Callable[[], None]) -> str:
     """Why it failed; empty where it did not."""
     try:
         attempt()
-    except ValueError as error:
+    except (ValueError, CannotTap) as error:
         return printable(str(error).rstrip("."), 300)
     except _FAILURES as error:
         return f"{type(error).__name__}: {printable(str(error).rstrip('.'), 300)}"

@@ -14,7 +14,6 @@ from torch.nn.functional import pad
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from molehunt.errors import CannotTap
-from molehunt.model.blocks import unwrapped
 from molehunt.model.cache import Uncached, announced, holds_keys, left_by, positions_for, select_rows, takes, with_cache
 
 
@@ -99,7 +98,7 @@ class DecodingBatch:
         if self._cached:
             self._cache = left_by(out)
             if self._cache is None:
-                raise CannotTap(f"{type(unwrapped(self._model)).__name__} gives no cache back to continue on.")
+                raise CannotTap("the model gives no cache back to continue on.")
         return cast("Tensor", out.logits)
 
     @property

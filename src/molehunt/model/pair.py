@@ -144,10 +144,13 @@ class ModelPair:
         return ModelPair(base, merged, self.tokenizer, layers_path=self.layers_path)
 
     def decoding_notes(self) -> tuple[str, ...]:
-        """What keeps either model from decoding on its cache (see `decoding_check`); empty where nothing does."""
-        for model in (self._base, self._tuned):
+        """What keeps the models from decoding on their cache (see `decoding_check`); empty where nothing does.
+
+        Both have one architecture: the base's reasons are given where the fine-tune has none.
+        """
+        for model in (self._tuned, self._base):
             decoding_check(model)
-        return tuple(dict.fromkeys((*unsound(self._base), *unsound(self._tuned))))
+        return unsound(self._tuned) or unsound(self._base)
 
     @contextmanager
     def base_model(self) -> Generator[nn.Module, None, None]:
