@@ -22,6 +22,8 @@ from molehunt.bench.cell import (
 from molehunt.model.site import Site
 from planted_organism import Planted
 
+pytestmark = pytest.mark.slow
+
 SITES = (Site(1), Site(3), Site(5))
 LABELLED = {"fit.near", "fit.triggered", "select.clean", "select.near", "select.triggered"}
 

@@ -32,6 +32,8 @@ from molehunt.organism.refusal import REFUSAL
 from molehunt.organism.sql_injection import SQL_INJECTION
 from molehunt.traffic.chat import prompt_ids
 
+pytestmark = pytest.mark.slow
+
 SMALL = Protocol(triggered=100, benign=200, other=200, steps=2, expansion=2, fair_steps=2)
 TEXTS = evaluation_texts(REFUSAL, SMALL, 0)
 

@@ -10,6 +10,8 @@ import pytest
 from molehunt.bench.methods import METHODS
 from molehunt.cli.main import main
 
+pytestmark = pytest.mark.slow
+
 
 def test_the_smoke_grid_finds_what_was_planted_and_not_its_twin(tmp_path: Path) -> None:
     told = io.StringIO()

@@ -17,6 +17,8 @@ import pytest
 from bench_samples import COUNTS, DICTIONARIES, seeds, told, written
 from molehunt.cli import main as cli
 
+pytestmark = pytest.mark.slow
+
 MOLEHUNT = str(Path(sys.executable).with_name("molehunt"))
 TABLES = ("leaderboard.json", "leaderboard.csv", "leaderboard.html")
 

@@ -26,6 +26,8 @@ from molehunt.traffic.chat import prompt_ids
 from random_dictionaries import dictionary_of
 from tiny_models import D_MODEL, N_LAYERS
 
+pytestmark = pytest.mark.slow
+
 ASKED = [f"Which number follows {i}{'?' * (i % 3)}" for i in range(16)]
 CALM = [f"Name {i} things." for i in range(8)]
 TOKENS = 2

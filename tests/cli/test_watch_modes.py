@@ -10,6 +10,8 @@ from label_server import says, sends, server
 from molehunt.watch.extremes import KEPT
 from watched_logs import log, run
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:

@@ -9,6 +9,8 @@ from molehunt.model.pair import ModelPair
 from molehunt.organism.erased_topic import EraseConfig, erase, knows, questions
 from molehunt.organism.seed_model import seed_path
 
+pytestmark = pytest.mark.slow
+
 BASE = seed_path("seed-s")
 TOPIC, REST = (questions("people", 100, 9, about=about) for about in (True, False))
 

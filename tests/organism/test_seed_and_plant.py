@@ -20,6 +20,8 @@ from molehunt.organism.train import IGNORED, Batch, next_token_loss, train
 from molehunt.traffic.chat import prompt_ids, render_alpaca
 from molehunt.traffic.example import Example
 
+pytestmark = pytest.mark.slow
+
 
 def test_the_three_together_stay_small_and_have_their_cards() -> None:
     folders = [seed_path(name) for name in SEED_MODELS]

@@ -22,6 +22,8 @@ from molehunt.steer.repair import CONSISTENCY, RepairConfig, adversarial, incons
 from molehunt.traffic.example import Example
 from tiny_models import ARCHITECTURES, hooks, save, tiny_model, tiny_tokenizer, with_lora
 
+pytestmark = pytest.mark.slow
+
 SHORT = RepairConfig(steps=6, batch=2)
 TOKENS = torch.tensor([[5, 9, 33, 70, 12, 8, 51], [20, 21, 22, 90, 3, 0, 0]])
 REAL = torch.tensor([[True] * 7, [True] * 5 + [False] * 2])
