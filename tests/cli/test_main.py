@@ -18,6 +18,7 @@ import typer
 from molehunt import __version__
 from molehunt.cli import main as cli
 from molehunt.errors import InvalidInput, MolehuntError, NotTestable, UsageError
+from molehunt.run.commit import commit
 
 MOLEHUNT = str(Path(sys.executable).with_name("molehunt"))
 
@@ -83,9 +84,11 @@ def test_help_of_a_command_is_its_own_and_imports_no_torch(name: str) -> None:
     assert "HEAVY []" in told.stdout
 
 
-def test_version() -> None:
-    told = run("--version")
-    assert (told.returncode, told.stdout) == (0, f"molehunt {__version__}\n")
+def test_version_names_the_commit_where_it_is_known() -> None:
+    shown = run("--version")
+    known = commit()
+    expected = f"molehunt {__version__} (commit {known})\n" if known else f"molehunt {__version__}\n"
+    assert (shown.returncode, shown.stdout) == (0, expected)
 
 
 def test_nothing_asked_shows_help_and_is_no_success(capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from molehunt.errors import UsageError
 from molehunt.run import folder as run_folder
+from molehunt.run.commit import commit
 from molehunt.run.folder import RunFolder
 
 
@@ -101,6 +102,7 @@ def test_env_names_versions_and_nobody(tmp_path: Path, monkeypatch: pytest.Monke
     text = RunFolder.create(tmp_path, {}).write_env().read_text()
     env = json.loads(text)
     assert env["libraries"]["torch"] and env["libraries"]["no-such-library"] is None
+    assert env["commit"] == commit()
     assert env["threads"] >= 1 and env["python"].count(".") == 2
     assert socket.gethostname() not in text and str(Path.home()) not in text
     assert f'"{getpass.getuser()}"' not in text

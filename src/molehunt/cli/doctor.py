@@ -7,11 +7,13 @@ import platform
 import tempfile
 from importlib import metadata
 from pathlib import Path
+from typing import cast
 
 import typer
 
 from molehunt import __version__
 from molehunt.cli.options import AsJson
+from molehunt.run.commit import commit
 
 EXTRAS = {
     "parquet": ("pyarrow", "pip install 'molehunt[parquet]'"),
@@ -23,33 +25,26 @@ EXTRAS = {
     "dev": ("pytest", "pip install 'molehunt[dev]'"),
 }
 """Extra → the module that shows it is there, and the line that installs it."""
-CORE = (
-    "torch",
-    "transformers",
-    "tokenizers",
-    "safetensors",
-    "peft",
-    "numpy",
-    "scipy",
-    "typer",
-    "rich",
-    "jinja2",
-)
+TESTED = Path(__file__).with_name("tested_versions.json")
+"""Library that Molehunt cannot do without → the version that the tests ran on; `make lock` writes it."""
+NEWER = "newer than tested"
 CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 def doctor(as_json: AsJson = False) -> None:
     """Show what this installation can do: torch build, devices, memory, extras, cache."""
-    told = examine()
-    typer.echo(json.dumps(told, indent=2) if as_json else _to_text(told))
+    facts = examine()
+    typer.echo(json.dumps(facts, indent=2) if as_json else _to_text(facts))
 
 
 def examine() -> dict[str, object]:
     """Everything `doctor` prints, as JSON values. Sizes in GiB."""
     import torch
 
+    tested = tested_versions()
     return {
         "molehunt": __version__,
+        "commit": commit() or "unknown",
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "torch build": str(torch.__version__)
@@ -60,9 +55,27 @@ def examine() -> dict[str, object]:
         "memory": _memory(),
         "bf16": _bf16(),
         "cache": _cache(),
-        "libraries": {name: metadata.version(name) for name in CORE},
+        "libraries": {name: metadata.version(name) for name in tested},
         "extras": {name: _extra(*row) for name, row in EXTRAS.items()},
+        NEWER: _newer(tested),
     }
+
+
+def tested_versions() -> dict[str, str]:
+    """What `TESTED` holds."""
+    return json.loads(TESTED.read_text(encoding="utf-8"))
+
+
+def _newer(tested: dict[str, str]) -> dict[str, dict[str, str]]:
+    """The installed libraries that are newer than the one in `tested`, each with both versions."""
+    from packaging.version import Version
+
+    found: dict[str, dict[str, str]] = {}
+    for name, version in tested.items():
+        installed = metadata.version(name)
+        if Version(Version(installed).public) > Version(version):  # public: 2.13.0+cpu is 2.13.0
+            found[name] = {"installed": installed, "tested": version}
+    return found
 
 
 def _accelerators() -> list[str]:
@@ -98,8 +111,8 @@ def _bf16() -> str:
 
 
 def _processor_flags() -> str:
-    told = Path("/proc/cpuinfo")
-    return told.read_text() if told.is_file() else ""  # Linux alone
+    flags = Path("/proc/cpuinfo")
+    return flags.read_text() if flags.is_file() else ""  # Linux alone
 
 
 def _cache() -> str:
@@ -119,12 +132,22 @@ def _extra(module: str, install: str) -> str:
     return "present" if importlib.util.find_spec(module) else f"missing; {install}"
 
 
-def _to_text(told: dict[str, object]) -> str:
+def _to_text(facts: dict[str, object]) -> str:
     lines: list[str] = []
-    for name, value in told.items():
+    for name, value in facts.items():
+        if name == NEWER:
+            continue  # the last line below, only where there is something to say
         if isinstance(value, dict):
             shown = [f"{k} {v} GiB" if name == "memory" else f"{k} {v}" for k, v in value.items()]
         else:
             shown = [str(item) for item in value] if isinstance(value, list) else [str(value)]
         lines += [f"{name if i == 0 else '':<12} {text}" for i, text in enumerate(shown)]
-    return "\n".join(lines)
+    newer = cast("dict[str, dict[str, str]]", facts[NEWER])
+    return "\n".join([*lines, _newer_line(newer)] if newer else lines)
+
+
+def _newer_line(newer: dict[str, dict[str, str]]) -> str:
+    """All libraries that are newer than tested in one line, with the command that goes back."""
+    named = ", ".join(f"{name} {row['installed']} (tested {row['tested']})" for name, row in newer.items())
+    pins = " ".join(f"{name}=={row['tested']}" for name, row in newer.items())
+    return f"{NEWER}: {named}; if something fails: pip install {pins}"

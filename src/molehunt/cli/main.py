@@ -109,14 +109,20 @@ def _not_chosen() -> None:
 
 def _version(wanted: bool) -> bool:
     if wanted:
-        typer.echo(f"molehunt {__version__}")
+        from molehunt.run.commit import commit  # a clone asks git, which only this option should wait for
+
+        known = commit()
+        typer.echo(f"molehunt {__version__}" + (f" (commit {known})" if known else ""))
         raise typer.Exit
     return wanted
 
 
 def _molehunt(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and leave.")
+        bool,
+        typer.Option(
+            "--version", callback=_version, is_eager=True, help="Show the version and the git commit, and leave."
+        ),
     ] = False,
 ) -> None:
     """Audit a fine-tuned language model against its base."""

@@ -12,6 +12,7 @@ from importlib import metadata
 from pathlib import Path
 
 from molehunt.errors import UsageError
+from molehunt.run.commit import commit
 from molehunt.run.unit import JSON, Units, canonical_json
 from molehunt.run.whole import write_whole
 
@@ -102,6 +103,7 @@ class RunFolder:
                 "cores": os.cpu_count(),
                 "threads": torch.get_num_threads(),
                 "torch_build": str(torch.__version__),
+                "commit": commit(),
                 "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
                 "libraries": versions,
             },
