@@ -99,6 +99,7 @@ def test_without_scripts_alerts_are_there_and_can_be_reviewed(serve, browser) ->
     page.get_by_label("Key of this server").fill(KEY)
     page.get_by_role("button", name="Open the live page").click()
     page.get_by_role("button", name="Confirm: an attack").click()
+    page.locator("details.alert .tag.confirmed").wait_for()  # a click does not wait for the page that it asks for
     assert page.locator("details.alert .tag.confirmed").count() == 1
     assert served.ledger.recent(1)[0].status == "confirmed"
     context.close()
