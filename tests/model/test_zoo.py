@@ -8,6 +8,7 @@ from molehunt.model.blocks import decoder_blocks, final_norm, unembedding
 from molehunt.model.cache_check import decoding_check, extending_check, must_extend
 from molehunt.model.decoding import DecodingBatch
 from molehunt.model.generate import generate
+from molehunt.model.pair import ModelPair
 from molehunt.model.site import Site
 from molehunt.model.taps import edit_sites
 from molehunt.steer.add import Add
@@ -135,3 +136,14 @@ def edited(model, prompt, scope):
     at[:, {"prompt": slice(n), "answer": slice(n, None), "last": slice(n - 1, n)}[scope]] = True
     with edit_sites(model, [Add(**EDIT, gate=lambda acts: at)]):
         return model(torch.tensor([[*prompt, *ANSWER]]), use_cache=False).logits[0, n - 1 :]
+
+
+def test_rows_are_not_padded_on_the_left_where_padding_is_read():
+    model = zoo_model("rwkv")
+    pair = ModelPair(model, zoo_model("rwkv", seed=1), tiny_tokenizer())
+    with pytest.raises(NotTestable, match="padded on the right"):
+        pair.read(PROMPTS[:2], logits=True, padding_side="left")
+    reading = pair.read(PROMPTS[:2], logits=True)
+    with torch.no_grad():
+        alone = model(torch.tensor([PROMPTS[0]]), use_cache=False).logits[0]
+    torch.testing.assert_close(reading.base_logits[0, : len(PROMPTS[0])], alone, rtol=1e-4, atol=1e-4)

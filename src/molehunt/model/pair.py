@@ -188,6 +188,7 @@ class ModelPair:
             ValueError: a prompt is empty, a row is longer than `pad_to`, the lists differ in length, or neither sites
                 nor logits were asked for.
             CannotTap: a site cannot be read (see `read_sites`).
+            NotTestable: rows are to be padded on the left, and the models take padding for text.
         """
         if not sites and not logits:
             raise ValueError("neither sites nor logits were asked for, so there is nothing to read")
@@ -202,6 +203,10 @@ class ModelPair:
             raise ValueError(f"a row of {max(map(len, rows))} tokens is longer than pad_to={pad_to}")
         if padding_side not in ("left", "right"):
             raise ValueError(f"padding_side is left or right, got {padding_side!r}")
+        if padding_side == "left" and not decoding_check(self._tuned).padded:
+            raise NotTestable(
+                f"{type(unwrapped(self._tuned)).__name__} takes padding on the left for text; read it padded on the right."
+            )
         tokens = torch.full((len(rows), width), cast("int", self.tokenizer.pad_token_id))
         mask = torch.zeros(len(rows), width, dtype=torch.bool)
         starts = [0 if padding_side == "right" else width - len(row) for row in rows]
