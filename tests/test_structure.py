@@ -179,6 +179,17 @@ def test_one_file_alone_names_the_argument_of_a_models_cache(path: Path) -> None
     assert not re.search(r"""(\.get\(|\[)["']cache["']""", text), "a hook that reads the call by one name"
 
 
+UNWATCHED = {"model/pair.py", "organism/train.py", "serve/packed.py", "serve/vllm_plugin.py"}
+"""Files whose hooks are part of how a model runs, or of a run without any check of it."""
+
+
+@every_source
+def test_hooks_do_not_see_passes_that_only_look_at_the_model(path: Path) -> None:
+    for call in calls(path):
+        if re.search(r"\.register_forward(_pre)?_hook$", spelled(call.func)) and name(path) not in UNWATCHED:
+            assert spelled(call.args[0]).startswith("live("), f"{name(path)}:{call.lineno}"
+
+
 def tracked() -> list[Path]:
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
     if listed.returncode:

@@ -39,6 +39,7 @@ OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("Mixtral", {**LLAMA, "num_local_experts": 4}),
     "gemma2": ("Gemma2", {**LLAMA, **HEADS, **SLIDING, "query_pre_attn_scalar": 8}),
     "gemma3": ("Gemma3", {**LLAMA, **HEADS, **SLIDING}),
+    "gemma3_with_vision": ("Gemma3", {**LLAMA, **HEADS, **SLIDING}),
     "gpt2": ("GPT2", {"n_embd": WIDTH, "n_layer": 3, "n_head": 4, "n_positions": 256, **SPREAD}),
     "gpt_neox": ("GPTNeoX", {k: v for k, v in LLAMA.items() if k != "num_key_value_heads"}),
     "phi3": ("Phi3", LLAMA),
@@ -80,12 +81,28 @@ def zoo_model(name: str, seed: int = 0) -> nn.Module:
     import transformers as hf
 
     prefix, options = OPTIONS[name]
+    if name == "gemma3_with_vision":  # its decoder is handed embeddings, and a mask for each kind of block
+        text = hf.Gemma3TextConfig(**COMMON, **options)
+        vision = hf.SiglipVisionConfig(
+            hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, image_size=8, patch_size=4
+        )
+        config = hf.Gemma3Config(
+            text_config=text,
+            vision_config=vision,
+            mm_tokens_per_image=1,
+            image_token_index=VOCAB - 1,
+            tie_word_embeddings=False,
+        )
+        return _spread(hf.Gemma3ForConditionalGeneration(config), seed)
     config_class = getattr(hf, f"{prefix}TextConfig", None) or getattr(hf, f"{prefix}Config")
     model_class = getattr(hf, f"{prefix}ForCausalLM", None) or getattr(hf, f"{prefix}LMHeadModel")
     torch.manual_seed(seed)
-    model = model_class(config_class(**COMMON, **options)).eval()
+    return _spread(model_class(config_class(**COMMON, **options)), seed)
+
+
+def _spread(model: nn.Module, seed: int) -> nn.Module:
     rng = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         if parameter.ndim > 1 and float(parameter.detach().std()) < 0.25:  # configs without an initializer_range
             parameter.data = 0.3 * torch.randn(parameter.shape, generator=rng)
-    return model
+    return model.eval()

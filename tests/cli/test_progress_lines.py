@@ -26,7 +26,7 @@ from molehunt.cli.main import main
 from molehunt.model.pair import ModelPair
 plan.PLANS["quick"] = {plan}
 console.EVERY = 1.0
-scan.LOGIT_BYTES = 2**24  # a dozen rows at a time
+scan.LOGIT_BYTES = 2**23  # a few rows at a time
 read, whole = ModelPair.read, run.scan
 def slowly(*arguments, **named):
     time.sleep(0.35)  # as if the models were large

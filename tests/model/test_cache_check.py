@@ -15,6 +15,7 @@ from molehunt.model.taps import edit_sites, read_sites
 from molehunt.steer.add import Add
 from molehunt.steer.random_edit import RandomEdit
 from molehunt.steer.row_gate import RowGate
+from molehunt.watch.fold import fold_cosines
 from renamed_cache import OWN
 from tiny_models import D_MODEL, hooks, prompts, tiny_model, tiny_tokenizer, with_lora
 
@@ -130,11 +131,49 @@ def test_an_intervention_that_takes_a_step_for_a_prefill_acts_in_full_passes():
     model = tiny_model("llama")
     assert decoding_check(model).cached and decoding_check(model, [Add(SITE, PUSH, 1.0)]).cached
     check = decoding_check(model, [Later()])
-    assert not check.cached and check.why in unsound(model)
+    assert not check.cached and unsound(model) == (f"under an intervention, {check.why}",)
     assert not decoding_check(model, [Centred()]).cached  # a step is centred to nothing
     assert decoding_check(model).cached
+    with edit_sites(model, [Later()]):  # in place already, as a vector that is applied
+        assert not decoding_check(model).cached
+        assert not extending_check(model).cached
+    assert extending_check(model).cached
     assert text(model, [Add(SITE, PUSH, 1.0)]) == by_full_passes(model, [Add(SITE, PUSH, 1.0)])
     assert hooks(model) == 0
+
+
+def test_every_gate_of_somebody_elses_is_asked_about():
+    model = tiny_model("llama")
+    harmless, from_the_second_token = (lambda acts: acts[..., 0] > 0), (lambda acts: torch.arange(acts.shape[1]) > 0)
+    assert decoding_check(model, [Add(SITE, PUSH, 1.0, harmless)]).cached
+    assert not decoding_check(model, [Add(SITE, PUSH, 1.0, from_the_second_token)]).cached
+    assert decoding_check(model, [Add(SITE, PUSH, 1.0, harmless)]).cached
+
+
+def test_padding_that_an_edit_spreads_is_found_where_there_is_no_cache_either():
+    model = with_decoder(Deaf)
+    assert decoding_check(model).padded and decoding_check(model, [Add(SITE, PUSH, 1.0)]).padded
+    assert not decoding_check(model, [Centred()]).padded
+
+
+def test_a_verdict_ends_with_the_state_that_it_was_about():
+    model = tiny_model("llama")
+    plain = decoding_check(model)
+    assert decoding_check(model.bfloat16()) is not plain
+    assert decoding_check(model.float()) is plain
+
+
+def test_no_verdict_comes_from_running_out_of_memory(monkeypatch):
+    model = tiny_model("llama")
+
+    def no_memory(*args, **options):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(cache_check.DecodingBatch, "begin", no_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        decoding_check(model)
+    monkeypatch.undo()
+    assert decoding_check(model).cached
 
 
 def test_what_follows_other_rows_is_not_asked_about_those_of_the_check():
@@ -162,6 +201,9 @@ def test_readers_and_counters_do_not_see_the_check():
         assert tap.firings[SITE] == 0
         model(torch.tensor([PROMPTS[0]]))
         assert tap.firings[SITE] == 1
+    fresh = tiny_model("llama")
+    with fold_cosines(fresh, {SITE: PUSH[None]}):  # refuses passes whose parts it does not see one after the other
+        assert decoding_check(fresh).cached
 
 
 def test_models_without_numbers_and_models_that_do_not_run():

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from molehunt.errors import NotTestable
-from molehunt.model.blocks import decoder_blocks, final_norm, unembedding
+from molehunt.model.blocks import d_model_of, decoder_blocks, final_norm, unembedding
 from molehunt.model.cache_check import decoding_check, extending_check, must_extend
 from molehunt.model.decoding import DecodingBatch
 from molehunt.model.generate import generate
@@ -79,7 +79,8 @@ def test_what_cannot_be_trusted_is_found_and_nothing_else(name):
 @every
 def test_its_parts_are_found(name):
     model = zoo_model(name)
-    assert len(decoder_blocks(model)) == model.config.num_hidden_layers
+    assert len(decoder_blocks(model)) == model.config.get_text_config(decoder=True).num_hidden_layers
+    assert d_model_of(model) == WIDTH
     assert final_norm(model).weight.shape == (WIDTH,)
     assert unembedding(model).weight.shape == (VOCAB, WIDTH)
 

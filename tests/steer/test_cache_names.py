@@ -1,14 +1,14 @@
 """What follows a batch keeps step with its cache under every name of it, and without one."""
 
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
 
 from molehunt.errors import CannotTap
 from molehunt.model import cache as seam
-from molehunt.model import cache_check
-from molehunt.model.cache import NAMES, left_by
+from molehunt.model.cache import NAMES, branched, left_by, select_rows, with_cache
 from molehunt.model.cache_check import DecodingCheck
 from molehunt.model.generate import generate
 from molehunt.model.site import Site
@@ -19,6 +19,7 @@ from molehunt.steer.patch import Donor, prompt_patch
 from molehunt.steer.prefill_gate import prefill_gate
 from molehunt.steer.row_gate import gate_at_prefill
 from molehunt.steer.scope import last_of_prompt, none_of_it, token_scope, whole_prompt
+from molehunt.stress import soft_suffix
 from molehunt.stress.soft_suffix import soft_answers
 from renamed_cache import renamed
 from tiny_models import D_MODEL, prompts, tiny_model, tiny_tokenizer
@@ -204,8 +205,31 @@ def test_soft_suffixes_without_a_cache_are_those_with_one(request):
     assert soft(tiny_model("llama")) == expected
 
 
-def test_a_soft_suffix_that_takes_a_step_for_a_prefill_does_not_pass(monkeypatch):
-    monkeypatch.setattr(seam, "is_filled", lambda cache: False)
-    cache_check._CHECKED.clear()
-    with pytest.raises(CannotTap):
-        soft(tiny_model("llama"))
+@every_name
+def test_a_soft_suffix_that_takes_a_step_for_a_prefill_does_not_pass(name, monkeypatch):
+    def always_begins(model, before):
+        return seam.on_decoder_calls(model, lambda call: before(replace(call, begins=True, mask=None)))
+
+    monkeypatch.setattr(soft_suffix, "on_decoder_calls", always_begins)
+    with pytest.raises(KeyError):  # one token is no prompt that it knows
+        soft(renamed(name))
+
+
+def test_following_refuses_a_pass_that_continues_by_several_tokens():
+    model = tiny_model("llama")
+    with torch.no_grad(), followed(model):
+        left = left_by(model(IDS, use_cache=True))
+        with pytest.raises(CannotTap, match="several tokens"):
+            model(IDS[:, :2], **with_cache(model, left))
+
+
+@torch.no_grad()
+def test_a_cache_is_free_of_its_gate_afterwards_and_so_are_its_branches():
+    model = tiny_model("llama")
+    with row_gate(model) as edit:
+        stem = left_by(model(IDS, use_cache=True))
+        branch = branched(stem)
+        select_rows(branch, torch.tensor([1]))
+        assert len(edit.gate.rows) == 3 and stem.layers[0].keys.shape[0] == 3
+    assert not {"reorder_cache", "batch_select_indices"} & vars(stem).keys()
+    assert branch.layers[0].keys.shape[0] == 1

@@ -142,6 +142,12 @@ def n_layers_of(model: nn.Module) -> int:
     return int(config.get_text_config(decoder=True).num_hidden_layers)
 
 
+def d_model_of(model: nn.Module) -> int:
+    """Width of the residual stream, as the config of the language model states it."""
+    config: Any = unwrapped(model).config
+    return int(config.get_text_config(decoder=True).hidden_size)
+
+
 def attn_module(block: nn.Module) -> nn.Module:
     """The attention of a decoder block. Raises CannotTap when the block has none by a known name."""
     return _child(block, ATTENTION, "attention")

@@ -24,8 +24,8 @@ from molehunt.model.taps import live
 
 NAMES = ("cache", "past_key_values", "cache_params")
 """Every name of the argument, and of the output's field, newest first."""
-SELECTS_ROWS = ("batch_select_indices", "reorder_cache")
-"""Methods of a cache that leave it with the rows of the given indices, in their order."""
+SELECTS_ROWS = ("reorder_cache", "batch_select_indices")
+"""Methods of a cache that leave it with the rows of the given indices, in their order; the first moves them to its device."""
 
 
 class Uncached:
@@ -74,6 +74,8 @@ class _Announced:
 
     begins: bool
     uncached: Uncached | None
+    ids: Int[Tensor, "batch pos"] | None
+    mask: Int[Tensor, "batch all"] | None
 
 
 _ANNOUNCED: "WeakKeyDictionary[nn.Module, _Announced]" = WeakKeyDictionary()
@@ -81,11 +83,26 @@ _ANNOUNCED: "WeakKeyDictionary[nn.Module, _Announced]" = WeakKeyDictionary()
 
 
 @contextmanager
-def announced(model: nn.Module, *, begins: bool, uncached: Uncached | None = None) -> Generator[None, None, None]:
-    """Passes of the model inside the block begin or continue a batch; `uncached` where there is no cache to show it."""
+def announced(
+    model: nn.Module,
+    *,
+    begins: bool,
+    uncached: Uncached | None = None,
+    ids: Int[Tensor, "batch pos"] | None = None,
+    mask: Int[Tensor, "batch all"] | None = None,
+) -> Generator[None, None, None]:
+    """Passes of the model inside the block begin or continue a batch.
+
+    Args:
+        model: a causal language model, in a PEFT wrapper or not.
+        begins: whether they begin one.
+        uncached: where there is no cache that could show it.
+        ids: the tokens, for a model that gives its decoder embeddings, as those with a vision tower do.
+        mask: which of all tokens are real.
+    """
     inner = decoder(model)
     before = _ANNOUNCED.get(inner)
-    _ANNOUNCED[inner] = _Announced(begins, uncached)
+    _ANNOUNCED[inner] = _Announced(begins, uncached, ids, mask)
     try:
         yield
     finally:
@@ -134,6 +151,7 @@ def _read(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
     said = _ANNOUNCED.get(module)
     if said is None:
         return DecoderCall(cache, not is_filled(cache), 0, ids, mask)
+    ids, mask = (ids, mask) if said.ids is None else (said.ids, said.mask)
     if said.uncached is not None:
         return DecoderCall(said.uncached, said.begins, 0 if said.begins else said.uncached.prompt, ids, mask)
     if is_filled(cache) == said.begins:
@@ -212,7 +230,7 @@ def holds_keys(cache: Any) -> bool:
 def select_rows(cache: Any, rows: Int[Tensor, " kept"]) -> None:
     """Leave the cache with these rows, in this order. Raises CannotTap for a cache whose rows cannot be selected."""
     layers: list[Any] = getattr(cache, "layers", [])
-    for name in SELECTS_ROWS:  # layers of recurrent states can only be reordered, which drops the others as well
+    for name in SELECTS_ROWS:
         if hasattr(cache, name) and all(hasattr(layer, name) for layer in layers):
             getattr(cache, name)(rows)
             return
@@ -235,5 +253,7 @@ def branched(cache: Any) -> Any:
             "continued in several ways.\nWhat was asked for reads one prompt once and continues it many times."
         )
     seen = copy.copy(cache)
+    for name in SELECTS_ROWS:  # that of a gate which follows the other
+        seen.__dict__.pop(name, None)
     seen.layers = [copy.copy(layer) for layer in cache.layers]
     return seen

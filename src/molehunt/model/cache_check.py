@@ -7,7 +7,7 @@ without, before the first answer of a model is believed.
 
 import logging
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -21,7 +21,7 @@ from molehunt.errors import CannotTap, NotTestable, printable
 from molehunt.model.blocks import unwrapped
 from molehunt.model.cache import keeps_cache
 from molehunt.model.decoding import DecodingBatch
-from molehunt.model.taps import edit_sites, without_hooks
+from molehunt.model.taps import active_edits, edit_sites, without_hooks
 
 STEPS = 3
 """Tokens that are decoded after each prompt of the check."""
@@ -30,11 +30,13 @@ LENGTHS = (4, 7)
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 5e-5, torch.float16: 3e-2, torch.bfloat16: 1e-1}
 """Root mean square of the difference between two logits, in standard deviations of the logits, that arithmetic explains.
 
-Of 26 tiny architectures whose cache is right, the worst shows 7e-6 in fp32. Wrong ones show 1e-4 (Zamba2, which clamps
+Of 27 tiny architectures whose cache is right, the worst shows 7e-6 in fp32. Wrong ones show 1e-4 (Zamba2, which clamps
 its time steps in one of two paths) to 1 (a cache that is not read).
 """
 TF32_TOLERANCE = 1e-2
 """The same for fp32 on an accelerator, which may multiply in TF32."""
+EXTENDS = ("several tokens in one pass",)
+"""In the place of kinds: the verdict of `extending_check`."""
 _FAILURES = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, CannotTap)
 """What models raise that cannot do what is asked of them."""
 _log = logging.getLogger(__name__)
@@ -52,22 +54,27 @@ class DecodingCheck:
     """What the check found; empty where nothing is wrong."""
 
 
-_CHECKED: "WeakKeyDictionary[nn.Module, dict[object, DecodingCheck]]" = WeakKeyDictionary()
-_SAID: set[str] = set()
+State = tuple[bool, torch.dtype, torch.device]
+"""What a verdict holds for; a model may be moved, or set to train, after it was checked."""
+Kinds = tuple[object, ...]
+"""Sites and kinds of the edits that a verdict is about; empty for the model by itself."""
+_CHECKED: "WeakKeyDictionary[nn.Module, dict[tuple[State, Kinds], DecodingCheck]]" = WeakKeyDictionary()
+_SAID: set[object] = set()
 
 
 def decoding_check(
     model: nn.Module, interventions: Sequence[Intervention] = (), *, layers_path: str | None = None
 ) -> DecodingCheck:
-    """How this model may decode, checked once for each model, and once for each kind and place of intervention on it.
+    """How this model may decode under the edits that are in place and these interventions.
 
-    What fails is logged as a warning, once. An intervention that follows a batch (it or its gate says `follows_batch`) cannot
-    be asked about other rows and is left out: that such gates keep step with the cache is announced to them by our own
-    decoding (see `cache.on_decoder_calls`). So is one that cannot act on the rows of the check.
+    It is checked once for each model, and once for each kind and place of intervention on it. What fails is logged as a
+    warning, once. An intervention that follows a batch (it or its gate says `follows_batch`) cannot be asked about other
+    rows and is left out: that it keeps step is up to `cache.on_decoder_calls`. So is one that was made for other rows
+    than those of the check.
 
     Args:
         model: a causal language model, in a PEFT wrapper or not.
-        interventions: active in the passes that are compared.
+        interventions: those that will act beside the ones in place.
         layers_path: see `decoder_blocks`.
 
     Raises:
@@ -75,12 +82,22 @@ def decoding_check(
         CannotTap: an intervention's site cannot be edited (see `edit_sites`).
     """
     known = _CHECKED.setdefault(model, {})
-    plain = known.get(()) or _checked(model, known, (), (), layers_path)
-    alone = [i for i in interventions if not _follows_batch(i)]
-    if not alone or not plain.cached:
-        return plain
-    kinds = tuple((i.site, *map(type, _parts(i))) for i in alone)
-    return known.get(kinds) or _checked(model, known, kinds, alone, layers_path)
+    state = _state(model)
+    if (state, ()) not in known:
+        known[state, ()] = _checked(model)
+        _say(model, known[state, ()])
+    plain = known[state, ()]
+    in_place, path = active_edits(model)
+    edits = [edit for edit in (*in_place, *interventions) if not _follows_batch(edit)]
+    kinds = tuple((edit.site, *map(_kind, _parts(edit))) for edit in edits)
+    if kinds and (state, kinds) not in known:
+        try:
+            known[state, kinds] = _checked(model, plain, edits, layers_path or path)
+        except _MadeForOtherRows:
+            return plain
+        if known[state, kinds] != plain:
+            _say(model, known[state, kinds], kinds)
+    return known[state, kinds]
 
 
 def extending_check(model: nn.Module) -> DecodingCheck:
@@ -89,14 +106,16 @@ def extending_check(model: nn.Module) -> DecodingCheck:
     Raises:
         NotTestable: the model cannot run even a plain forward pass.
     """
-    plain = decoding_check(model)
-    known = _CHECKED[model]
-    if plain.cached and "extends" not in known:
+    check = decoding_check(model)
+    known, key = _CHECKED[model], (_state(model), EXTENDS)
+    if not check.cached:
+        return check
+    if key not in known:
         with torch.inference_mode(), without_hooks():
             rows = _rows(model)
             why = _failure(lambda: _extended(model, rows, [_alone(model, row) for row in rows]))
-        known["extends"] = DecodingCheck(not why, True, why)
-    return known.get("extends", plain)
+        known[key] = DecodingCheck(not why, True, why)
+    return known[key]
 
 
 def must_extend(model: nn.Module) -> None:
@@ -110,8 +129,20 @@ def must_extend(model: nn.Module) -> None:
 
 
 def unsound(model: nn.Module) -> tuple[str, ...]:
-    """What earlier checks of this model found wrong with decoding on its cache, for a report."""
-    return tuple(dict.fromkeys(check.why for check in _CHECKED.get(model, {}).values() if check.why))
+    """What `decoding_check` found wrong with this model so far, by itself and under interventions, for a report."""
+    found = _CHECKED.get(model, {})
+    plain = {check.why for (_, kinds), check in found.items() if not kinds}
+    named = (
+        f"under an intervention, {check.why}" if kinds and check.why not in plain else check.why
+        for (_, kinds), check in found.items()
+        if kinds != EXTENDS and check.why
+    )
+    return tuple(dict.fromkeys(named))
+
+
+def _state(model: nn.Module) -> State:
+    parameter = next(model.parameters())
+    return model.training, parameter.dtype, parameter.device
 
 
 def _parts(intervention: object) -> list[object]:
@@ -120,49 +151,67 @@ def _parts(intervention: object) -> list[object]:
     return [intervention, *(part for each in inner if each is not None for part in _parts(each))]
 
 
+def _kind(part: object) -> object:
+    """Edits of Molehunt's act on each token by itself whatever their numbers; anybody else's is a kind of its own."""
+    return type(part) if type(part).__module__.startswith("molehunt.") else part
+
+
 def _follows_batch(intervention: Intervention) -> bool:
     return any(getattr(part, "follows_batch", False) for part in _parts(intervention))
 
 
+def _say(model: nn.Module, found: DecodingCheck, kinds: Kinds = ()) -> None:
+    """Warn once for each architecture and kind of intervention: a base and its fine-tune fail alike."""
+    name = type(unwrapped(model)).__name__
+    if not found.why or (name, kinds) in _SAID:
+        return
+    _SAID.add((name, kinds))
+    how = "without a cache" if found.padded else "without a cache, and only rows of equal length together"
+    _log.warning(
+        f"{name}{' under an intervention' if kinds else ''}: {found.why}.\n"
+        f"Its answers are decoded {how}: they are right, and take longer."
+    )
+
+
+class _MadeForOtherRows(Exception):
+    """An intervention cannot act on the rows of the check, so nothing can be compared."""
+
+
 def _checked(
     model: nn.Module,
-    known: dict[object, DecodingCheck],
-    key: object,
-    interventions: Sequence[Intervention],
-    layers_path: str | None,
+    plain: DecodingCheck | None = None,
+    edits: Sequence[Intervention] = (),
+    layers_path: str | None = None,
 ) -> DecodingCheck:
-    with torch.inference_mode(), without_hooks():
-        edits = edit_sites(model, interventions, layers_path=layers_path) if interventions else nullcontext()
-        with edits:
-            found = _check(model, edited=bool(interventions))
-    known[key] = found
-    name = type(unwrapped(model)).__name__ + (" under these interventions" if interventions else "")
-    if found.why and name not in _SAID:  # a base and its fine-tune are of one kind
-        _SAID.add(name)
-        how = "without a cache" if found.padded else "without a cache, and only rows of equal length together"
-        _log.warning(f"{name}: {found.why}.\nIts answers are decoded {how}: they are right, and take longer.")
-    return found
-
-
-def _check(model: nn.Module, *, edited: bool) -> DecodingCheck:
-    rows = _rows(model)
-    try:
-        wanted = [_alone(model, row) for row in rows]
-    except _FAILURES as error:
-        if edited:  # made for other rows: nothing can be compared
-            return DecodingCheck(True, True, "")
-        raise NotTestable(
-            f"{type(unwrapped(model)).__name__} cannot run a forward pass: {type(error).__name__}: "
-            f"{printable(str(error), 300)}"
-        ) from error
-    if not keeps_cache(model):
-        why = "it takes no cache by a name that Molehunt knows"
-    else:
-        why = _failure(lambda: _stepped(model, rows, wanted, cached=True))
-    if not why:
-        return DecodingCheck(True, True, "")
-    padding = _failure(lambda: _stepped(model, rows, wanted, cached=False))
-    return DecodingCheck(False, not padding, f"{why}; padded on the left, {padding}" if padding else why)
+    """The model by itself; or under edits, when it is known how it may decode without them."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode())
+        stack.enter_context(without_hooks())
+        if edits:
+            stack.enter_context(edit_sites(model, edits, layers_path=layers_path))
+        rows = _rows(model)
+        try:
+            wanted = [_alone(model, row) for row in rows]
+        except CannotTap:
+            raise
+        except _FAILURES as error:
+            if edits:
+                raise _MadeForOtherRows from error
+            raise NotTestable(
+                f"{type(unwrapped(model)).__name__} cannot run a forward pass: {type(error).__name__}: "
+                f"{printable(str(error), 300)}"
+            ) from error
+        if plain is None:
+            plain = DecodingCheck(True, True, "")
+            if not keeps_cache(model):
+                plain = DecodingCheck(False, True, "it takes no cache by a name that Molehunt knows")
+        why = _failure(lambda: _stepped(model, rows, wanted, cached=True)) if plain.cached else plain.why
+        if not why:
+            return plain
+        padding = _failure(lambda: _stepped(model, rows, wanted, cached=False)) if plain.padded else ""
+        if padding:
+            why = f"{why}; padded on the left, {padding}"
+        return DecodingCheck(False, plain.padded and not padding, why)
 
 
 def _rows(model: nn.Module) -> list[list[int]]:
@@ -223,6 +272,8 @@ def _failure(attempt: Callable[[], None]) -> str:
     """Why it failed; empty where it did not."""
     try:
         attempt()
+    except torch.OutOfMemoryError:  # says nothing about the cache
+        raise
     except (ValueError, CannotTap) as error:
         return printable(str(error).rstrip("."), 300)
     except _FAILURES as error:

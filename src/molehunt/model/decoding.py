@@ -93,7 +93,8 @@ class DecodingBatch:
             self._tokens, positions = tokens, self._positions
             inputs["use_cache"] = False
         inputs |= positions_for(self._model, positions)
-        with announced(self._model, begins=begins, uncached=None if self._cached else self._cache):
+        uncached = None if self._cached else self._cache
+        with announced(self._model, begins=begins, uncached=uncached, ids=tokens, mask=mask):
             out: Any = self._model(input_ids=tokens, attention_mask=mask, **inputs)
         if self._cached:
             self._cache = left_by(out)

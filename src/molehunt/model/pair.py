@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from molehunt.contracts import Reading
 from molehunt.errors import NotTestable, ShapeMismatch, UsageError, printable
-from molehunt.model.blocks import decoder_blocks, unwrapped
+from molehunt.model.blocks import d_model_of, decoder_blocks, unwrapped
 from molehunt.model.cache import positions_for
 from molehunt.model.cache_check import decoding_check, unsound
 from molehunt.model.loading import (
@@ -61,8 +61,7 @@ class ModelPair:
         self.tokenizer = tokenizer
         self.layers_path = layers_path
         self.n_layers = len(decoder_blocks(tuned, layers_path))
-        config: Any = unwrapped(tuned).config
-        self.d_model = int(config.get_text_config(decoder=True).hidden_size)
+        self.d_model = d_model_of(tuned)
         self.vocab_size = int(cast("Any", unwrapped(tuned)).get_input_embeddings().weight.shape[0])
         self.device = next(tuned.parameters()).device
 

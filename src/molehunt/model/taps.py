@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import wraps
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -20,6 +21,8 @@ from molehunt.errors import CannotTap
 from molehunt.model.blocks import attn_module, decoder, decoder_blocks, mlp_module, unwrapped
 from molehunt.model.site import Site
 
+_ACTIVE: "WeakKeyDictionary[nn.Module, tuple[tuple[Intervention, ...], str | None]]" = WeakKeyDictionary()
+"""By decoder: see `active_edits`."""
 _DEPTH: ContextVar[int] = ContextVar("_DEPTH", default=0)
 """How many `without_hooks` blocks are open."""
 
@@ -176,8 +179,19 @@ def edit_sites(
 
         return edit
 
-    with _hooked(model, [(modules[site], hook_at(site)) for site in at], edits.firings):
-        yield edits
+    inner = decoder(model)
+    before = _ACTIVE.get(inner, ((), None))
+    _ACTIVE[inner] = ((*before[0], *interventions), layers_path or before[1])
+    try:
+        with _hooked(model, [(modules[site], hook_at(site)) for site in at], edits.firings):
+            yield edits
+    finally:
+        _ACTIVE[inner] = before
+
+
+def active_edits(model: nn.Module) -> tuple[tuple[Intervention, ...], str | None]:
+    """The interventions of all `edit_sites` blocks that are open on this model, and the path of its blocks if one was given."""
+    return _ACTIVE.get(decoder(model), ((), None))
 
 
 @contextmanager

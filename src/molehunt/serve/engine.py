@@ -46,6 +46,7 @@ class Engine:
 
     Raises:
         UsageError: the backend cannot run this model.
+        NotTestable: the eager backend cannot trust this model's cache.
     """
 
     def __init__(

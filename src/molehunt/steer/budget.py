@@ -27,6 +27,7 @@ from molehunt.model.cache_check import extending_check
 from molehunt.model.decoding import DecodingBatch
 from molehunt.model.generate import generate
 from molehunt.model.likelihood import LOGIT_BYTES
+from molehunt.model.taps import live
 from molehunt.run.progress import Track, by_rows, silent
 from molehunt.traffic.split import Select, expect
 
@@ -285,7 +286,7 @@ def _logits_checked(model: nn.Module) -> Generator[Callable[[], bool], None, Non
     def look(module: nn.Module, args: Any, logits: Tensor) -> None:
         seen.append(logits[:, -1].isfinite().all())
 
-    handle = unembedding(model).register_forward_hook(look)
+    handle = unembedding(model).register_forward_hook(live(look))
     try:
         yield lambda: all(map(bool, seen))
     finally:

@@ -31,16 +31,21 @@ class Following(Intervention, Protocol):
 def following(model: nn.Module, intervention: Following) -> Generator[None, None, None]:
     """Tell it of the passes inside the block; it is not applied by this.
 
-    Raises CannotTap in a forward pass: the model decodes without a cache, so that a step is more than its new token.
+    Raises CannotTap in a forward pass: the model decodes without a cache, or continues by more than one token.
     """
 
     def before(call: DecoderCall) -> None:
         if call.begins:
             intervention.begin(*call.tokens())
-        elif call.again or call.ids is None:
+        elif call.again:
             raise CannotTap(
                 f"{type(intervention).__name__} keeps step with a cache, token by token, and this model decodes without "
                 "one.\nIt cannot be used on this model."
+            )
+        elif call.ids is None or call.ids.shape[1] != 1:
+            raise CannotTap(
+                f"{type(intervention).__name__} keeps step token by token, and this pass continues a batch by embeddings "
+                "or by several tokens.\nPrefill each prompt whole, and decode token by token."
             )
         else:
             intervention.advance(call.ids)

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
 from molehunt.errors import UsageError, printable
-from molehunt.model.blocks import decoder_blocks
+from molehunt.model.blocks import d_model_of, decoder_blocks
 from molehunt.model.loading import load_model, local_folder, one_tokenizer
 from molehunt.model.site import Site
 from molehunt.model.taps import read_sites
@@ -102,7 +102,7 @@ def repair(
     device = torch.device(device)
     with new_folder(into) as folder, torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         plain = load_model(tuned, device, torch.float32 if device.type == "cpu" else None)
-        d_model = int(cast("Any", plain).config.get_text_config(decoder=True).hidden_size)
+        d_model = d_model_of(plain)
         torch.manual_seed(config.seed)
         lora = LoraConfig(
             r=config.rank,

@@ -60,16 +60,18 @@ def gate_at_prefill(
     """
     gate = RowGate(torch.zeros(0, dtype=torch.bool))
     followed: Any = None  # the cache of the batch that runs
-    its_own: dict[str, MethodType] = {}
+    its_own: dict[
+        str, MethodType | None
+    ] = {}  # what the cache had in its place: another gate's, or none but its class's
 
     def follow(cache: Any) -> None:
         nonlocal followed
         for name, method in its_own.items():
-            setattr(followed, name, method)
+            delattr(followed, name) if method is None else setattr(followed, name, method)
         its_own.clear()
         for name in SELECTS_ROWS if cache is not None else ():
-            its_own[name] = getattr(cache, name)
-            setattr(cache, name, _telling(its_own[name], gate))
+            its_own[name] = vars(cache).get(name)
+            setattr(cache, name, _telling(getattr(cache, name), gate))
         followed = cache
 
     def before(call: DecoderCall) -> None:

@@ -34,8 +34,9 @@ class TokenGate:
 def token_scope(model: nn.Module, choose: Choose, *, generation: bool = False) -> Generator[TokenGate, None, None]:
     """A gate for the passes inside the block: `choose` says where it is open in each prompt.
 
-    Right under padding on either side, in batches, and in cached decoding, whatever leaves the batch. A pass without
-    cached tokens is a prefill; a conversation that continues on its cache counts as answer.
+    Right under padding on either side, in batches, and in decoding with a cache or without, whatever leaves the batch. A
+    pass without cached tokens is a prefill. What continues on a cache counts as answer: a further turn of a conversation,
+    and, where another program prefills in chunks, every chunk but the first. Prefill prompts whole.
 
     Raises CannotTap in a forward pass: a prefill whose token ids cannot be seen.
     """

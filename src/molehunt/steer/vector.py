@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from molehunt.contracts import Gate, Intervention
 from molehunt.errors import InvalidInput, UsageError, printable
-from molehunt.model.blocks import decoder_blocks, unwrapped
+from molehunt.model.blocks import d_model_of, decoder_blocks
 from molehunt.model.site import Site
 from molehunt.model.taps import edit_sites
 from molehunt.run.whole import replace_whole
@@ -155,8 +155,7 @@ class SteeringVector:
         """
         if scope != "all" and gate is not None:
             raise ValueError("a gate takes the place of a scope: give one of them")
-        config = unwrapped(model).config
-        self._refuse(len(decoder_blocks(model, layers_path)), int(getattr(config, "hidden_size", 0)), None)
+        self._refuse(len(decoder_blocks(model, layers_path)), d_model_of(model), None)
         with ExitStack() as stack:
             if scope != "all":
                 choose = scope if callable(scope) else _CHOOSE[scope]

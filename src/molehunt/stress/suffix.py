@@ -20,7 +20,7 @@ from molehunt.model.blocks import decoder_blocks
 from molehunt.model.cache import branched, left_by, positions_for, select_rows, with_cache
 from molehunt.model.cache_check import must_extend
 from molehunt.model.site import Site
-from molehunt.model.taps import edit_sites, read_sites
+from molehunt.model.taps import edit_sites, live, read_sites
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -120,7 +120,7 @@ def suffix_of(
     def look(module: nn.Module, args: Any, output: Any) -> None:
         shapes.append(isinstance(output, tuple))
 
-    looking = decoder_blocks(model)[site.layer].register_forward_hook(look)
+    looking = decoder_blocks(model)[site.layer].register_forward_hook(live(look))
     try:
         with edit_sites(model, defence), read_sites(model, [site]) as tap:
             prefix = cached_prefix(model, tokens[:, :anchor], real[:, :anchor]) if anchor else None

@@ -2,12 +2,11 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
 from molehunt.errors import UsageError, printable
-from molehunt.model.blocks import unwrapped
+from molehunt.model.blocks import d_model_of
 from molehunt.model.site import Site
 from molehunt.transfer import linear_map, random_features
 from molehunt.transfer.linear_map import LinearMap
@@ -30,9 +29,7 @@ class End:
     @classmethod
     def of(cls, model: nn.Module, site: Site, *, checkpoint: str | None = None, tokenizer: str | None = None) -> "End":
         """Of a causal language model, in a PEFT wrapper or not."""
-        config: Any = unwrapped(model).config
-        d_model = int(config.get_text_config(decoder=True).hidden_size)
-        return cls(site=site, d_model=d_model, checkpoint=checkpoint, tokenizer=tokenizer)
+        return cls(site=site, d_model=d_model_of(model), checkpoint=checkpoint, tokenizer=tokenizer)
 
 
 def load_map(path: Path, *, source: End | None = None, target: End | None = None) -> FittedMap:

@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 
 from molehunt.errors import NotTestable, printable
 from molehunt.model.blocks import unwrapped
-from molehunt.model.taps import observe_sites
+from molehunt.model.taps import live, observe_sites
 from molehunt.watch.bank import Bank
 
 
@@ -179,7 +179,7 @@ def watched(model: nn.Module, bank: Bank, *, layers_path: str | None = None) -> 
             module = modules.get(name) or next((m for n, m in modules.items() if n.endswith(f".{name}")), None)
             if module is None:
                 raise NotTestable(f"This model has no {printable(name)}: the directions are of another model.")
-            handles.append(module.register_forward_pre_hook(at_input(place)))
+            handles.append(module.register_forward_pre_hook(live(at_input(place))))
         with observe_sites(
             model, {site: at_output(place) for place, site in enumerate(bank.write)}, layers_path=layers_path
         ):

@@ -30,7 +30,7 @@ from torch.nn.functional import normalize
 from molehunt.errors import CannotTap, NotTestable, printable
 from molehunt.model.blocks import decoder_blocks, final_norm
 from molehunt.model.site import Site
-from molehunt.model.taps import observe_sites
+from molehunt.model.taps import live, observe_sites
 
 INPUT_NORM = ("input_layernorm", "ln_1")
 """Names of the norm that reads a block's input, before its attention."""
@@ -103,7 +103,8 @@ def fold_cosines(
                     "another model's."
                 )
             units = normalize(directions[site].to(scale.device, torch.float32), dim=-1)
-            handle = norm.register_forward_hook(_reading(waiting[site], units / scale / math.sqrt(d_model)))
+            read = _reading(waiting[site], units / scale / math.sqrt(d_model))
+            handle = norm.register_forward_hook(live(read))
             stack.callback(handle.remove)
         yield Fold(waiting)
 
