@@ -10,6 +10,7 @@ import time
 import tomllib
 import zipfile
 from email.message import Message
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -118,7 +119,9 @@ def test_the_demo_starts_from_the_wheel_and_can_be_stopped(installed: Path, tmp_
     log = tmp_path / "log.txt"
     planted = tmp_path / "out" / "organism" / "model.safetensors"
     with log.open("w") as stderr:
-        demo = subprocess.Popen([installed, "demo", "--out", "out"], stderr=stderr, cwd=tmp_path, env=offline())
+        heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a job in the background may ignore interrupts
+        command = [installed, "demo", "--out", "out"]
+        demo = subprocess.Popen(command, stderr=stderr, cwd=tmp_path, env=offline(), preexec_fn=heard)
     try:
         until = time.monotonic() + 300
         while not planted.is_file() and demo.poll() is None and time.monotonic() < until:
@@ -127,5 +130,6 @@ def test_the_demo_starts_from_the_wheel_and_can_be_stopped(installed: Path, tmp_
         assert demo.wait(60) == 130, log.read_text()
     finally:
         demo.kill()
+        demo.wait()
     assert planted.is_file(), log.read_text()
     assert "Planting:" in log.read_text() and "Traceback" not in log.read_text()

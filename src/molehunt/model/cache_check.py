@@ -111,7 +111,7 @@ def extending_check(model: nn.Module) -> DecodingCheck:
     if not check.cached:
         return check
     if key not in known:
-        with torch.inference_mode(), without_hooks():
+        with torch.no_grad(), without_hooks():
             rows = _rows(model)
             why = _failure(lambda: _extended(model, rows, [_alone(model, row) for row in rows]))
         known[key] = DecodingCheck(not why, True, why)
@@ -185,7 +185,7 @@ def _checked(
 ) -> DecodingCheck:
     """The model by itself; or under edits, when it is known how it may decode without them."""
     with ExitStack() as stack:
-        stack.enter_context(torch.inference_mode())
+        stack.enter_context(torch.no_grad())  # what an edit works out once may be differentiated later
         stack.enter_context(without_hooks())
         if edits:
             stack.enter_context(edit_sites(model, edits, layers_path=layers_path))

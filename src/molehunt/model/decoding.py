@@ -40,7 +40,7 @@ class DecodingBatch:
     def __len__(self) -> int:
         return len(self._mask)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def begin(self, prompts: Sequence[Sequence[int]], *, width: int | None = None) -> Float[Tensor, "batch vocab"]:
         """Prefill an empty batch; logits of each row's first answer token.
 
@@ -60,12 +60,12 @@ class DecodingBatch:
         self._positions = (self._mask.cumsum(1) - 1).clamp_min(0)
         return self._forward(tokens, self._positions, kept=1)[:, -1].float()
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def step(self, tokens: Int[Tensor, " batch"]) -> Float[Tensor, "batch vocab"]:
         """Feed each row its newest token; logits of the next."""
         return self.extend(tokens[:, None], torch.ones_like(tokens[:, None], dtype=torch.bool))[:, -1]
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def extend(
         self, tokens: Int[Tensor, "batch pos"], real: Bool[Tensor, "batch pos"]
     ) -> Float[Tensor, "batch pos vocab"]:
