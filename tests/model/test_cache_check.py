@@ -148,6 +148,10 @@ def test_every_gate_of_somebody_elses_is_asked_about():
     assert decoding_check(model, [Add(SITE, PUSH, 1.0, harmless)]).cached
     assert not decoding_check(model, [Add(SITE, PUSH, 1.0, from_the_second_token)]).cached
     assert decoding_check(model, [Add(SITE, PUSH, 1.0, harmless)]).cached
+    ran = passes(model)
+    for site in (Site(0), SITE, Site(2)):  # ours are of one kind, whatever their numbers and wherever
+        assert decoding_check(model, [Add(site, PUSH * site.layer, 1.0)]).cached
+    assert len(ran) == 2 + 4
 
 
 def test_padding_that_an_edit_spreads_is_found_where_there_is_no_cache_either():

@@ -35,7 +35,7 @@ its time steps in one of two paths) to 1 (a cache that is not read).
 """
 TF32_TOLERANCE = 1e-2
 """The same for fp32 on an accelerator, which may multiply in TF32."""
-EXTENDS = ("several tokens in one pass",)
+EXTENDS: "Kinds" = frozenset({("several tokens in one pass",)})
 """In the place of kinds: the verdict of `extending_check`."""
 _FAILURES = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, CannotTap)
 """What models raise that cannot do what is asked of them."""
@@ -56,9 +56,10 @@ class DecodingCheck:
 
 State = tuple[bool, torch.dtype, torch.device]
 """What a verdict holds for; a model may be moved, or set to train, after it was checked."""
-Kinds = tuple[object, ...]
-"""Sites and kinds of the edits that a verdict is about; empty for the model by itself."""
+Kinds = frozenset[tuple[object, ...]]
+"""Of the edits that a verdict is about; empty for the model by itself."""
 _CHECKED: "WeakKeyDictionary[nn.Module, dict[tuple[State, Kinds], DecodingCheck]]" = WeakKeyDictionary()
+ALONE: Kinds = frozenset()
 _SAID: set[object] = set()
 
 
@@ -67,7 +68,7 @@ def decoding_check(
 ) -> DecodingCheck:
     """How this model may decode under the edits that are in place and these interventions.
 
-    It is checked once for each model, and once for each kind and place of intervention on it. What fails is logged as a
+    It is checked once for each model, and once for each set of kinds of interventions on it. What fails is logged as a
     warning, once. An intervention that follows a batch (it or its gate says `follows_batch`) cannot be asked about other
     rows and is left out: that it keeps step is up to `cache.on_decoder_calls`. So is one that was made for other rows
     than those of the check.
@@ -83,13 +84,13 @@ def decoding_check(
     """
     known = _CHECKED.setdefault(model, {})
     state = _state(model)
-    if (state, ()) not in known:
-        known[state, ()] = _checked(model)
-        _say(model, known[state, ()])
-    plain = known[state, ()]
+    if (state, ALONE) not in known:
+        known[state, ALONE] = _checked(model)
+        _say(model, known[state, ALONE])
+    plain = known[state, ALONE]
     in_place, path = active_edits(model)
     edits = [edit for edit in (*in_place, *interventions) if not _follows_batch(edit)]
-    kinds = tuple((edit.site, *map(_kind, _parts(edit))) for edit in edits)
+    kinds = frozenset(tuple(map(_kind, _parts(edit))) for edit in edits)
     if kinds and (state, kinds) not in known:
         try:
             known[state, kinds] = _checked(model, plain, edits, layers_path or path)
@@ -151,16 +152,29 @@ def _parts(intervention: object) -> list[object]:
     return [intervention, *(part for each in inner if each is not None for part in _parts(each))]
 
 
+class _Itself:
+    """Equal to another around the same object: what others wrote need not be hashable."""
+
+    def __init__(self, part: object) -> None:
+        self.part = part
+
+    def __hash__(self) -> int:
+        return id(self.part)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Itself) and other.part is self.part
+
+
 def _kind(part: object) -> object:
-    """Edits of Molehunt's act on each token by itself whatever their numbers; anybody else's is a kind of its own."""
-    return type(part) if type(part).__module__.startswith("molehunt.") else part
+    """Edits of Molehunt's act on each token by itself, whatever their numbers and wherever; any other is its own kind."""
+    return type(part) if type(part).__module__.startswith("molehunt.") else _Itself(part)
 
 
 def _follows_batch(intervention: Intervention) -> bool:
     return any(getattr(part, "follows_batch", False) for part in _parts(intervention))
 
 
-def _say(model: nn.Module, found: DecodingCheck, kinds: Kinds = ()) -> None:
+def _say(model: nn.Module, found: DecodingCheck, kinds: Kinds = ALONE) -> None:
     """Warn once for each architecture and kind of intervention: a base and its fine-tune fail alike."""
     name = type(unwrapped(model)).__name__
     if not found.why or (name, kinds) in _SAID:
