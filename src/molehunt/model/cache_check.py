@@ -35,8 +35,6 @@ its time steps in one of two paths) to 1 (a cache that is not read).
 """
 TF32_TOLERANCE = 1e-2
 """The same for fp32 on an accelerator, which may multiply in TF32."""
-EXTENDS: "Kinds" = frozenset({("several tokens in one pass",)})
-"""In the place of kinds: the verdict of `extending_check`."""
 _FAILURES = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, CannotTap)
 """What models raise that cannot do what is asked of them."""
 _log = logging.getLogger(__name__)
@@ -58,8 +56,10 @@ State = tuple[bool, torch.dtype, torch.device]
 """What a verdict holds for; a model may be moved, or set to train, after it was checked."""
 Kinds = frozenset[tuple[object, ...]]
 """Of the edits that a verdict is about; empty for the model by itself."""
-_CHECKED: "WeakKeyDictionary[nn.Module, dict[tuple[State, Kinds], DecodingCheck]]" = WeakKeyDictionary()
 ALONE: Kinds = frozenset()
+EXTENDS: Kinds = frozenset({("several tokens in one pass",)})
+"""In the place of kinds: the verdict of `extending_check`."""
+_CHECKED: "WeakKeyDictionary[nn.Module, dict[tuple[State, Kinds], DecodingCheck]]" = WeakKeyDictionary()
 _SAID: set[object] = set()
 
 
