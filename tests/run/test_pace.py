@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from molehunt.run.pace import RECENT, SETTLING, Pace, rate_text, time_text
@@ -72,6 +72,7 @@ def test_work_that_stands_still_slows_down() -> None:
 
 
 @given(st.lists(st.floats(0.0, 30.0), min_size=1, max_size=60), st.integers(0, 5), st.booleans(), st.floats(0, 1e6))
+@example(gaps=[2.225073858507203e-309], more=0, known=False, began=0.0)
 def test_any_history_gives_a_readable_line(gaps: list[float], more: int, known: bool, began: float) -> None:
     total = len(gaps) + more if known else None
     pace = Pace("doing", total, unit="rows", now=began)

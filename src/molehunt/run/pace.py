@@ -2,6 +2,8 @@
 
 SETTLING = 2.0
 """Seconds at the start that are left out of the speed: what is done in them may have been read from an earlier run."""
+TICK = 1e-9
+"""Seconds that a clock cannot tell from none: no speed follows from them."""
 RECENT = 1.0
 """Seconds for which a speed measured while settling may be shown."""
 
@@ -34,7 +36,7 @@ class Pace:
         done, seconds = self.done - before, max(self._last - since, now - self._last)
         if not done and now - since < RECENT:
             done, seconds = self.done - self._start, since - self.began
-        return done / seconds if done > 0 and seconds > 0 else None
+        return done / seconds if done > 0 and seconds > TICK else None
 
     def left(self, now: float) -> float | None:
         """Seconds until all are done; None while that is not known."""
