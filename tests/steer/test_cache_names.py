@@ -147,7 +147,7 @@ def test_steps_of_anybodys_decoding_are_no_prefills(way, name):
     torch.testing.assert_close(by_anybody(renamed(name), name, way), in_one_pass(way), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("way", sorted(WAYS.keys() - {"scope: prompt"}))
+@every_way
 @every_name
 def test_the_test_above_sees_a_step_that_is_taken_for_a_prefill(way, name, monkeypatch):
     expected, model = in_one_pass(way), renamed(name)
