@@ -15,8 +15,8 @@ from torch.nn.functional import normalize
 
 from molehunt.model.blocks import decoder_blocks, final_norm, unembedding
 from molehunt.model.cache import left_by, with_cache
-from molehunt.model.site import Site
 from molehunt.model.taps import observe_sites
+from molehunt.site import Site
 from molehunt.watch.fold import fold_cosines
 
 K = 24

@@ -130,7 +130,7 @@ def _race(pair: Any, rows: list[list[int]], *, have_nnsight: bool) -> dict[str, 
 
     from molehunt.activation.harvest import harvest, stream
     from molehunt.activation.manifest import Identity
-    from molehunt.model.site import Site
+    from molehunt.site import Site
 
     sites = [Site(layer) for layer in range(pair.n_layers)]
 

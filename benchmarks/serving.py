@@ -14,9 +14,9 @@ from torch.nn.functional import normalize
 
 from molehunt.model.blocks import decoder_blocks, module_role
 from molehunt.model.decoding import DecodingBatch
-from molehunt.model.site import Site
 from molehunt.organism.seed_model import seed_path
 from molehunt.serve.backend import HELD_STEPS, last_tokens
+from molehunt.site import Site
 from molehunt.watch.bank import Bank
 from molehunt.watch.columns import Columns, watched
 from molehunt.watch.kinds import PromptKinds, prompt_features

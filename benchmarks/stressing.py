@@ -20,10 +20,10 @@ from molehunt.dictionary.pairing import Pairing
 from molehunt.dictionary.train import DictionarySpec, TrainingConfig, train_dictionaries
 from molehunt.model.blocks import decoder_blocks
 from molehunt.model.loading import load_tokenizer
-from molehunt.model.site import Site
 from molehunt.organism.lessons import handing_lesson, handing_lessons
 from molehunt.organism.seed_model import seed_path
 from molehunt.organism.taught import TeachConfig, teach
+from molehunt.site import Site
 from molehunt.steer.clamp import Clamp
 from molehunt.stress.attack import PUBLISHED, AttackConfig, Attacked, attack
 from molehunt.stress.choice import Choice, choice_margin, judged

@@ -14,7 +14,7 @@ from molehunt.activation.manifest import FORMAT, MANIFEST, SHARD_FILE, Identity,
 from molehunt.activation.piece import COLUMNS
 from molehunt.activation.scale import Moments
 from molehunt.activation.store import SHARD_KEY
-from molehunt.model.site import Site
+from molehunt.site import Site
 
 SITE = Site(0)
 SHARD_TOKENS = 16_384

@@ -65,8 +65,8 @@ def measure() -> dict[str, object]:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from molehunt.model.site import Site
     from molehunt.model.taps import read_sites
+    from molehunt.site import Site
 
     torch.set_num_threads(1)  # at this size a second thread adds noise, not speed
     torch.manual_seed(0)

@@ -43,10 +43,10 @@ from molehunt.measure.interval import Interval, proportion
 from molehunt.model.generate import generate
 from molehunt.model.likelihood import answer_log_probs
 from molehunt.model.pair import ModelPair
-from molehunt.model.site import Site
 from molehunt.model.taps import edit_sites
 from molehunt.organism.poison import Recipe, clean_example, near_miss_example, taught_prompts, triggered_example
 from molehunt.run.unit import Units
+from molehunt.site import Site
 from molehunt.steer.ablate import Ablate
 from molehunt.steer.budget import Answered, disturbance
 from molehunt.steer.prefill_gate import Condition, linear_score, prompt_scores

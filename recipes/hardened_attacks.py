@@ -21,7 +21,7 @@ from molehunt.measure.interval import proportion
 from molehunt.model.generate import before_stop, generate, stop_ids
 from molehunt.model.likelihood import answer_log_probs
 from molehunt.model.pair import ModelPair
-from molehunt.model.site import Site
+from molehunt.site import Site
 from molehunt.steer.ablate import Ablate
 from molehunt.steer.budget import Answered, disturbance
 from molehunt.steer.prefill_gate import Condition

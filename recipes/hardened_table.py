@@ -42,8 +42,8 @@ from molehunt.contracts import Intervention
 from molehunt.measure.interval import proportion
 from molehunt.model.blocks import unembedding
 from molehunt.model.pair import ModelPair
-from molehunt.model.site import Site
 from molehunt.model.taps import edit_sites
+from molehunt.site import Site
 from molehunt.steer.ablate import Ablate
 from molehunt.steer.benign_null import BenignNull
 from molehunt.steer.budget import Answered

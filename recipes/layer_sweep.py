@@ -19,9 +19,9 @@ from molehunt.bench.grid import Cell, load_grid
 from molehunt.bench.run import plant_cell
 from molehunt.measure.interval import Interval
 from molehunt.model.pair import ModelPair
-from molehunt.model.site import Site
 from molehunt.organism.poison import Recipe
 from molehunt.organism.seed_model import SEED_MODELS
+from molehunt.site import Site
 from molehunt.steer.patch import trigger_positions
 from molehunt.steer.position_role import position_roles
 from molehunt.steer.sweep import Sweep, Swept, SweptRole, layer_sweep

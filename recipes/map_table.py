@@ -20,8 +20,8 @@ from transfer_table import PAIRS, opened
 from transformers import PreTrainedTokenizerBase
 
 from molehunt.measure.interval import Interval
-from molehunt.model.site import Site
 from molehunt.organism.poison import Recipe, clean_example, triggered_example
+from molehunt.site import Site
 from molehunt.traffic.chat import prompt_text
 from molehunt.transfer.alignment import Aligned, align, by_index
 from molehunt.transfer.collect import PairActs, acts_of

@@ -11,10 +11,10 @@ from stress_taught import Trained, activations, answered, cost_of, dictionary_of
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from molehunt.model.site import Site
 from molehunt.organism.lessons import handing_lesson, handing_lessons
 from molehunt.organism.seed_model import SEED_MODELS
 from molehunt.organism.taught import Lesson, TeachConfig
+from molehunt.site import Site
 from molehunt.steer.clamp import Clamp
 from molehunt.stress.attack import PUBLISHED
 from molehunt.stress.choice import Choice, judged

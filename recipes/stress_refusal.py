@@ -35,10 +35,10 @@ from transformers import PreTrainedTokenizerBase
 
 from molehunt.measure.interval import proportion
 from molehunt.measure.paired import paired_difference
-from molehunt.model.site import Site
 from molehunt.organism.lessons import REFUSALS, ordinary_lessons, text_ids
 from molehunt.organism.seed_model import SEED_MODELS
 from molehunt.organism.taught import TeachConfig
+from molehunt.site import Site
 from molehunt.steer.budget import Answered
 from molehunt.steer.clamp import Clamp
 from molehunt.stress.answer_like import BASE_LIKE, STRICT, is_like, no_refusal

@@ -17,11 +17,11 @@ from molehunt.dictionary.pairing import Pairing
 from molehunt.dictionary.train import DictionarySpec, TrainingConfig, train_dictionaries
 from molehunt.model.batches import batches
 from molehunt.model.loading import load_model, load_tokenizer
-from molehunt.model.site import Site
 from molehunt.model.taps import edit_sites
 from molehunt.organism.lessons import ordinary_lessons
 from molehunt.organism.seed_model import seed_path
 from molehunt.organism.taught import Lesson, TeachConfig, teach
+from molehunt.site import Site
 from molehunt.steer.budget import Answered, disturbance
 from molehunt.steer.clamp import Clamp, Mode
 from molehunt.stress.selection import Chosen

@@ -16,8 +16,8 @@ from stress_taught import activations, dictionary_of
 from torch import Tensor
 
 from molehunt.model.loading import load_model, load_tokenizer
-from molehunt.model.site import Site
 from molehunt.organism.seed_model import SEED_MODELS, seed_path
+from molehunt.site import Site
 from molehunt.stress.attack import AttackConfig
 from molehunt.stress.constraint import Exact
 from molehunt.stress.norms import epsilon50, median

@@ -14,11 +14,11 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from molehunt.measure.interval import proportion
-from molehunt.model.site import Site
 from molehunt.organism.erased_topic import questions
 from molehunt.organism.lessons import choice_lessons, text_ids
 from molehunt.organism.seed_model import SEED_MODELS
 from molehunt.organism.taught import Lesson, TeachConfig
+from molehunt.site import Site
 from molehunt.steer.clamp import Clamp
 from molehunt.stress.attack import PUBLISHED
 from molehunt.stress.choice import Choice, Judged, judged

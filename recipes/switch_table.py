@@ -27,9 +27,9 @@ from molehunt.measure.interval import proportion
 from molehunt.model.blocks import decoder_blocks, unwrapped
 from molehunt.model.generate import generate
 from molehunt.model.pair import ModelPair
-from molehunt.model.site import Site
 from molehunt.model.taps import read_sites
 from molehunt.organism.poison import Recipe, clean_example, taught_prompts, triggered_example
+from molehunt.site import Site
 from molehunt.steer.capability import Probed, compared, probe
 from molehunt.steer.mapped import switched
 from molehunt.steer.trial import Steered

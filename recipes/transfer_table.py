@@ -24,8 +24,8 @@ from molehunt.measure.equivalence import paired_equivalence
 from molehunt.measure.interval import Interval, proportion
 from molehunt.model.generate import generate
 from molehunt.model.pair import ModelPair
-from molehunt.model.site import Site
 from molehunt.organism.poison import Recipe, clean_example, triggered_example
+from molehunt.site import Site
 from molehunt.steer.patch import moved, patched_answers, prompt_acts, trigger_positions
 from molehunt.traffic.chat import prompt_text
 from molehunt.traffic.world import ask

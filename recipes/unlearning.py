@@ -24,10 +24,10 @@ from molehunt.measure.interval import Interval, proportion
 from molehunt.model.blocks import unwrapped
 from molehunt.model.generate import generate
 from molehunt.model.pair import ModelPair
-from molehunt.model.site import Site
 from molehunt.organism.erased_topic import EraseConfig, erase, knows, questions
 from molehunt.organism.seed_model import seed_path
 from molehunt.run.whole import write_whole
+from molehunt.site import Site
 from molehunt.steer.ablate import Ablate
 from molehunt.traffic.chat import prompt_ids
 from molehunt.traffic.example import Example

@@ -25,8 +25,8 @@ from molehunt.bench.run import plant_cell
 from molehunt.checkpoint.reader import Checkpoint
 from molehunt.direction.mean_difference import mean_difference
 from molehunt.model.pair import ModelPair
-from molehunt.model.site import Site
 from molehunt.organism.poison import taught_prompts
+from molehunt.site import Site
 from molehunt.steer.patch import prompt_acts
 from molehunt.steer.repair import CONSISTENCY, RepairConfig
 from molehunt.steer.saved_model import write_model

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from molehunt.model.site import Site
+from molehunt.site import Site
 
 D, F, K = 6, 12, 3
 X = torch.randn(17, D, generator=torch.Generator().manual_seed(9)) * 2

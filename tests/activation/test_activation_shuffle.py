@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from molehunt.activation.piece import Piece
 from molehunt.activation.shuffle import PairBatch, batches
 from molehunt.errors import NotTestable, UsageError
-from molehunt.model.site import Site
+from molehunt.site import Site
 
 SITE = Site(1)
 

@@ -21,7 +21,7 @@ from molehunt.activation.shuffle import batches
 from molehunt.activation.store import SHARD_KEY, ActivationStore
 from molehunt.errors import InvalidInput, MolehuntError, UsageError
 from molehunt.model.pair import ModelPair
-from molehunt.model.site import Site
+from molehunt.site import Site
 from tiny_models import prompts, tiny_model, tiny_tokenizer
 
 SITE = Site(1)

@@ -11,9 +11,9 @@ from molehunt.audit.plan import Plan
 from molehunt.audit.run import run_audit
 from molehunt.audit.scan import Scan, scan
 from molehunt.model.pair import ModelPair
-from molehunt.model.site import Site
 from molehunt.organism.seed_model import seed_path
 from molehunt.run.unit import Units
+from molehunt.site import Site
 from molehunt.traffic.benign import benign_prompts
 from molehunt.traffic.example import Example
 from watched_track import WatchedTrack

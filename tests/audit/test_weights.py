@@ -12,8 +12,8 @@ from torch import Tensor
 from molehunt.audit import weights
 from molehunt.audit.weights import compare_weights
 from molehunt.errors import InvalidInput, ShapeMismatch
-from molehunt.model.site import Site
 from molehunt.run.unit import Units
+from molehunt.site import Site
 from tiny_models import ARCHITECTURES, D_MODEL, tiny_model, with_lora
 
 D, MLP, LAYERS = 16, 24, 2

@@ -19,7 +19,7 @@ from molehunt.bench.cell import (
     score_unseen,
     traffic_of,
 )
-from molehunt.model.site import Site
+from molehunt.site import Site
 from planted_organism import Planted
 
 pytestmark = pytest.mark.slow

@@ -10,7 +10,7 @@ from molehunt.contracts import Reading
 from molehunt.detect.logistic_probe import LogisticProbe
 from molehunt.dictionary.pairing import Pairing
 from molehunt.dictionary.train import DictionarySpec, untrained
-from molehunt.model.site import Site
+from molehunt.site import Site
 from molehunt.traffic.example import Example
 
 SITE, D = Site(0), 8

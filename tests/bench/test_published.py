@@ -27,9 +27,9 @@ from molehunt.cli.main import main
 from molehunt.errors import NotTestable
 from molehunt.measure.curve import bis, bis_ceiling, bis_of_features
 from molehunt.model.pair import ModelPair
-from molehunt.model.site import Site
 from molehunt.organism.refusal import REFUSAL
 from molehunt.organism.sql_injection import SQL_INJECTION
+from molehunt.site import Site
 from molehunt.traffic.chat import prompt_ids
 
 pytestmark = pytest.mark.slow

@@ -17,9 +17,9 @@ from molehunt.detect.mean_difference import MeanDifference
 from molehunt.detect.pooling import HOW, WHERE
 from molehunt.detect.reads import READS
 from molehunt.model.pair import ModelPair
-from molehunt.model.site import Site
 from molehunt.organism.poison import clean_example
 from molehunt.organism.refusal import REFUSAL
+from molehunt.site import Site
 from molehunt.traffic.example import Example
 from watched_track import WatchedTrack
 

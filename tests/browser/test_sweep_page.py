@@ -6,8 +6,8 @@ import pytest
 
 from chromium import needs_chromium
 from molehunt.measure.interval import proportion
-from molehunt.model.site import Site
 from molehunt.report.sweep_page import render_sweep
+from molehunt.site import Site
 from molehunt.steer.sweep import Sweep, Swept, SweptRole
 
 pytestmark = needs_chromium

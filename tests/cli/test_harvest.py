@@ -10,7 +10,7 @@ from molehunt.activation.manifest import Expected
 from molehunt.activation.store import ActivationStore
 from molehunt.checkpoint.reader import Checkpoint
 from molehunt.cli.main import main
-from molehunt.model.site import Site
+from molehunt.site import Site
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,8 @@ from molehunt.dictionary.formats.sae_lens import save_dictionary
 from molehunt.dictionary.nonlinearity import JumpReLU
 from molehunt.model.generate import before_stop, generate, stop_ids
 from molehunt.model.pair import ModelPair
-from molehunt.model.site import Site
 from molehunt.report.stress_page import SUFFIXES, share_of
+from molehunt.site import Site
 from molehunt.steer.add import Add
 from molehunt.steer.fix import Fix
 from molehunt.stress.certificate import digest

@@ -21,8 +21,8 @@ from molehunt.dictionary.dictionary import Dictionary
 from molehunt.dictionary.nonlinearity import ReLU
 from molehunt.dictionary.pairing import Pairing
 from molehunt.measure.threshold import conformal_threshold
-from molehunt.model.site import Site
 from molehunt.run.catalog import load
+from molehunt.site import Site
 
 SITE, D, VOCAB = Site(1), 8, 11
 AXIS = torch.eye(D)[0]

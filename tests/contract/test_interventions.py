@@ -10,9 +10,9 @@ from molehunt.contracts import Intervention
 from molehunt.dictionary.dictionary import Dictionary
 from molehunt.dictionary.nonlinearity import JumpReLU
 from molehunt.model.generate import generate
-from molehunt.model.site import Site
 from molehunt.model.taps import edit_sites, read_sites
 from molehunt.run.catalog import load
+from molehunt.site import Site
 from molehunt.steer.catalog import CATALOG
 from molehunt.transfer.linear_map import LinearMap
 from tiny_models import hooks, prompts, tiny_model, tiny_tokenizer

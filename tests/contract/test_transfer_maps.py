@@ -9,8 +9,8 @@ import torch
 
 from molehunt.contracts import TransferMap
 from molehunt.errors import NotTestable, UsageError
-from molehunt.model.site import Site
 from molehunt.run.catalog import load
+from molehunt.site import Site
 from molehunt.transfer.catalog import CATALOG, FROM_ACTIVATIONS, FROM_MOMENTS
 from molehunt.transfer.collect import PairActs
 from molehunt.transfer.map_file import Models

@@ -7,7 +7,7 @@ from molehunt.detect.mean_difference import MeanDifference
 from molehunt.detect.pooling import HOW, WHERE, pool, positions
 from molehunt.detect.token_kl import AnswerLogRatio, TokenKL
 from molehunt.detect.weight_range import WeightRange
-from molehunt.model.site import Site
+from molehunt.site import Site
 
 
 def reading(**more: torch.Tensor) -> Reading:

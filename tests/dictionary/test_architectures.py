@@ -17,7 +17,7 @@ from molehunt.dictionary.pairing import Pairing
 from molehunt.dictionary.train import DictionarySpec, Trained, TrainingConfig, train_dictionaries, untrained
 from molehunt.dictionary.trainee import Scale, Trainee
 from molehunt.errors import UsageError
-from molehunt.model.site import Site
+from molehunt.site import Site
 from planted_atoms import Planted
 
 SITE = Site(1)

@@ -23,7 +23,7 @@ from molehunt.dictionary.formats.sae_lens import save_dictionary
 from molehunt.dictionary.nonlinearity import Gated, GroupMax, JumpReLU, ReLU, TopK
 from molehunt.dictionary.pairing import Pairing
 from molehunt.errors import InvalidInput, UsageError
-from molehunt.model.site import Site
+from molehunt.site import Site
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -7,7 +7,7 @@ from molehunt.dictionary.grid import grid
 from molehunt.dictionary.pairing import Pairing
 from molehunt.dictionary.train import DictionarySpec
 from molehunt.errors import UsageError
-from molehunt.model.site import Site
+from molehunt.site import Site
 
 HERE, THERE = Site(1), Site(2)
 

@@ -15,7 +15,7 @@ from molehunt.dictionary.pairing import Pairing
 from molehunt.dictionary.quality import Measured, SplicedLoss, measure_quality, spliced_loss
 from molehunt.errors import NotTestable, UsageError
 from molehunt.model.pair import ModelPair
-from molehunt.model.site import Site
+from molehunt.site import Site
 from tiny_models import D_MODEL, prompts, tiny_model, tiny_tokenizer, with_lora
 
 SITE = Site(1)

@@ -17,7 +17,7 @@ from molehunt.dictionary.formats.detect import load_dictionary
 from molehunt.dictionary.formats.sae_lens import save_dictionary
 from molehunt.dictionary.nonlinearity import Gated, JumpReLU, ReLU, TopK
 from molehunt.dictionary.pairing import Pairing
-from molehunt.model.site import Site
+from molehunt.site import Site
 
 pytestmark = pytest.mark.filterwarnings("default")  # theirs are not ours to mend
 D, F = 8, 20

@@ -14,7 +14,7 @@ from molehunt.dictionary.pairing import Pairing
 from molehunt.dictionary.train import DictionarySpec, Trained, TrainingConfig, train_dictionaries
 from molehunt.dictionary.trainee import Scale
 from molehunt.errors import InvalidInput, NotTestable, UsageError
-from molehunt.model.site import Site
+from molehunt.site import Site
 from planted_atoms import Planted
 
 HERE, THERE = Site(1), Site(2, "mlp")

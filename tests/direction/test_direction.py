@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from molehunt.direction.direction import Direction, Directions, Provenance, chance_z, facts_of
 from molehunt.direction.weight import lora_directions
-from molehunt.model.site import Site
+from molehunt.site import Site
 
 
 def example(k: int = 3) -> Directions:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from molehunt.direction.mean_difference import MeanDifferenceFitter, SampleMean, mean_difference
 from molehunt.errors import NotTestable
-from molehunt.model.site import Site
+from molehunt.site import Site
 
 SITE = Site(3)
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from molehunt.direction.pca import PCAFitter, pca_directions
 from molehunt.errors import NotTestable
-from molehunt.model.site import Site
+from molehunt.site import Site
 
 SITE = Site(1)
 

@@ -14,8 +14,8 @@ from molehunt.model.blocks import (
     module_role,
     unembedding,
 )
-from molehunt.model.site import Site
 from molehunt.model.taps import read_sites
+from molehunt.site import Site
 from tiny_models import ARCHITECTURES, D_MODEL, N_LAYERS, VOCAB, Blocks, prompts, tiny_model, with_lora
 
 

@@ -10,8 +10,8 @@ from molehunt.errors import CannotTap, NotTestable
 from molehunt.model import cache_check
 from molehunt.model.cache_check import decoding_check, extending_check, unsound
 from molehunt.model.generate import generate
-from molehunt.model.site import Site
 from molehunt.model.taps import edit_sites, read_sites
+from molehunt.site import Site
 from molehunt.steer.add import Add
 from molehunt.steer.random_edit import RandomEdit
 from molehunt.steer.row_gate import RowGate

@@ -6,8 +6,8 @@ from molehunt.errors import CannotTap
 from molehunt.model.cache import with_cache
 from molehunt.model.cache_check import decoding_check
 from molehunt.model.generate import generate
-from molehunt.model.site import STREAMS, Site
 from molehunt.model.taps import edit_sites, read_sites
+from molehunt.site import STREAMS, Site
 from molehunt.steer.add import Add
 from molehunt.steer.clip import Clip
 from tiny_models import ARCHITECTURES, hooks, prompts, tiny_model, tiny_tokenizer, with_lora

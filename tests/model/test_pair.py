@@ -10,8 +10,8 @@ from molehunt.errors import InvalidInput, NotTestable, ShapeMismatch, UsageError
 from molehunt.model import pair as pair_module
 from molehunt.model.loading import local_folder
 from molehunt.model.pair import ModelPair
-from molehunt.model.site import Site
 from molehunt.model.taps import read_sites
+from molehunt.site import Site
 from tiny_models import (
     ARCHITECTURES,
     D_MODEL,

@@ -5,8 +5,8 @@ import torch
 
 from molehunt.errors import CannotTap
 from molehunt.model.blocks import attn_module, decoder_blocks, mlp_module
-from molehunt.model.site import STREAMS, Site
 from molehunt.model.taps import edit_sites, read_sites
+from molehunt.site import STREAMS, Site
 from molehunt.steer.add import Add
 from molehunt.steer.clip import Clip
 from molehunt.steer.replace import Replace

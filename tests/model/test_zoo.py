@@ -9,8 +9,8 @@ from molehunt.model.cache_check import decoding_check, extending_check, must_ext
 from molehunt.model.decoding import DecodingBatch
 from molehunt.model.generate import generate
 from molehunt.model.pair import ModelPair
-from molehunt.model.site import Site
 from molehunt.model.taps import edit_sites
+from molehunt.site import Site
 from molehunt.steer.add import Add
 from molehunt.steer.row_gate import gate_at_prefill
 from molehunt.steer.scope import last_of_prompt, none_of_it, token_scope, whole_prompt

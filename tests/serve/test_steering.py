@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from guarded import clean_rows, tiny_pair
 from molehunt.model.generate import generate
 from molehunt.model.pair import ModelPair
-from molehunt.model.site import Site
 from molehunt.serve.steering import Held, RowHold, Steering
+from molehunt.site import Site
 from molehunt.steer.ablate import Ablate
 from molehunt.watch.answers import answer_profiles, token_columns
 from molehunt.watch.bank import Bank

@@ -24,7 +24,6 @@ from molehunt.checkpoint.reader import Checkpoint
 from molehunt.errors import CannotTap, InvalidInput, NotTestable, UsageError
 from molehunt.model.generate import generate
 from molehunt.model.pair import ModelPair
-from molehunt.model.site import Site
 from molehunt.serve.packed import Chunk, packed_columns, summed
 from molehunt.serve.vllm_plugin import (
     REQUIRED,
@@ -35,6 +34,7 @@ from molehunt.serve.vllm_plugin import (
     save_directions,
     write_directions,
 )
+from molehunt.site import Site
 from molehunt.traffic.roles import roled_prompt
 from molehunt.watch.answers import answer_profiles
 from molehunt.watch.bank import Bank

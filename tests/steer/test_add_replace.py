@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from molehunt.model.site import Site
+from molehunt.site import Site
 from molehunt.steer.add import Add
 from molehunt.steer.replace import Replace
 

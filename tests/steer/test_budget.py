@@ -9,7 +9,7 @@ import torch
 from molehunt.errors import NotTestable, UsageError
 from molehunt.measure.interval import proportion
 from molehunt.model.generate import generate
-from molehunt.model.site import Site
+from molehunt.site import Site
 from molehunt.steer.add import Add
 from molehunt.steer.budget import Answered, Budget, Disturbance, Search, Tried, disturbance, search_strength
 from molehunt.steer.prefill_gate import linear_score, prefill_gate

@@ -11,8 +11,8 @@ from molehunt.model import cache as seam
 from molehunt.model.cache import NAMES, branched, left_by, select_rows, with_cache
 from molehunt.model.cache_check import DecodingCheck
 from molehunt.model.generate import generate
-from molehunt.model.site import Site
 from molehunt.model.taps import edit_sites
+from molehunt.site import Site
 from molehunt.steer.add import Add
 from molehunt.steer.following import following
 from molehunt.steer.patch import Donor, prompt_patch

@@ -11,7 +11,7 @@ from molehunt.dictionary.nonlinearity import ReLU
 from molehunt.dictionary.pairing import Pairing
 from molehunt.errors import UsageError
 from molehunt.model.generate import generate
-from molehunt.model.site import Site
+from molehunt.site import Site
 from molehunt.steer.clamp import MODES, Clamp
 from random_dictionaries import FAMILIES, D, F, dictionary_of, some_acts
 from tiny_models import prompts, tiny_model, tiny_tokenizer

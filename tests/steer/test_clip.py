@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from molehunt.model.site import Site
+from molehunt.site import Site
 from molehunt.steer.clip import Clip
 
 SITE = Site(0)

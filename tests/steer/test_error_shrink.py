@@ -7,7 +7,7 @@ import torch
 
 from molehunt.dictionary.dictionary import INPUT_NORMS
 from molehunt.errors import NotTestable, UsageError
-from molehunt.model.site import Site
+from molehunt.site import Site
 from molehunt.steer.error_shrink import ErrorShrink
 from molehunt.steer.span_clamp import SpanClamp
 from random_dictionaries import FAMILIES, D, dictionary_of, some_acts

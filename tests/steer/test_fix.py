@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from molehunt.errors import InvalidInput, UsageError
-from molehunt.model.site import Site
+from molehunt.site import Site
 from molehunt.steer.ablate import Ablate
 from molehunt.steer.add import Add
 from molehunt.steer.clip import Clip

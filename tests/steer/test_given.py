@@ -13,7 +13,7 @@ from molehunt.dictionary.pairing import Pairing
 from molehunt.direction.direction import Directions
 from molehunt.direction.weight import lora_directions, weight_directions
 from molehunt.errors import NotTestable, UsageError
-from molehunt.model.site import Site
+from molehunt.site import Site
 from molehunt.steer.clamp import Clamp
 from molehunt.steer.given import latent_vector, weight_vector
 from molehunt.steer.vector import VectorFacts

@@ -9,8 +9,8 @@ import torch
 from molehunt.activation.scale import sinks
 from molehunt.errors import CannotTap, UsageError
 from molehunt.model.generate import generate
-from molehunt.model.site import Site
 from molehunt.model.taps import read_sites
+from molehunt.site import Site
 from molehunt.steer.mapped import Mapped, switched
 from molehunt.transfer.alignment import align
 from molehunt.transfer.linear_map import LinearMap

@@ -6,7 +6,7 @@ import torch
 from molehunt.errors import NotTestable, UsageError
 from molehunt.measure.interval import proportion
 from molehunt.model.generate import generate
-from molehunt.model.site import Site
+from molehunt.site import Site
 from molehunt.steer.patch import Donor, differing, prompt_acts, prompt_patch, trigger_positions
 from molehunt.steer.sweep import Sweep, Swept, layer_sweep
 from molehunt.traffic.chat import prompt_ids

@@ -17,8 +17,8 @@ from molehunt.errors import CannotTap, InvalidInput, NotTestable, UsageError
 from molehunt.measure.interval import proportion
 from molehunt.model.cache import left_by, with_cache
 from molehunt.model.generate import generate
-from molehunt.model.site import Site
 from molehunt.model.taps import edit_sites, read_sites
+from molehunt.site import Site
 from molehunt.steer.add import Add
 from molehunt.steer.prefill_gate import Condition, linear_score, prefill_gate, prompt_scores
 from molehunt.steer.vector import SteeringVector, VectorFacts

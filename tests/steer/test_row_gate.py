@@ -7,8 +7,8 @@ from molehunt.contracts import Gate
 from molehunt.errors import CannotTap
 from molehunt.model.cache import left_by, with_cache
 from molehunt.model.generate import generate
-from molehunt.model.site import Site
 from molehunt.model.taps import edit_sites
+from molehunt.site import Site
 from molehunt.steer.ablate import Ablate
 from molehunt.steer.add import Add
 from molehunt.steer.clip import Clip

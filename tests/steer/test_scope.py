@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from molehunt.model.generate import generate
-from molehunt.model.site import Site
+from molehunt.site import Site
 from molehunt.steer.add import Add
 from molehunt.steer.scope import last_of_prompt, none_of_it, occurrences, token_scope, whole_prompt
 from tiny_models import hooks, tiny_model, tiny_tokenizer

@@ -11,7 +11,7 @@ from molehunt.dictionary.nonlinearity import JumpReLU
 from molehunt.dictionary.pairing import Pairing
 from molehunt.errors import UsageError
 from molehunt.model.generate import generate
-from molehunt.model.site import Site
+from molehunt.site import Site
 from molehunt.steer.clamp import Clamp
 from molehunt.steer.span_clamp import SPAN_MODES, SpanClamp, pre_activations_of
 from random_dictionaries import FAMILIES, D, F, dictionary_of, some_acts

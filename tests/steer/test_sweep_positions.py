@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from molehunt.errors import UsageError
 from molehunt.measure.interval import proportion
 from molehunt.model.generate import generate
-from molehunt.model.site import Site
+from molehunt.site import Site
 from molehunt.steer.patch import differing
 from molehunt.steer.position_role import position_roles
 from molehunt.steer.sweep import Sweep, Swept, SweptRole, layer_sweep

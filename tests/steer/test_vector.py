@@ -8,8 +8,8 @@ from safetensors.torch import save_file
 
 from molehunt.errors import InvalidInput, NotTestable, UsageError
 from molehunt.model.generate import generate
-from molehunt.model.site import Site
 from molehunt.model.taps import edit_sites, read_sites
+from molehunt.site import Site
 from molehunt.steer.add import Add
 from molehunt.steer.clip import Clip
 from molehunt.steer.contrast import contrast_vector, random_like

@@ -19,8 +19,8 @@ from molehunt.direction.weight import change_directions, weight_directions
 from molehunt.errors import InvalidInput, MolehuntError, NotTestable, UsageError
 from molehunt.model.blocks import decoder_blocks, module_role
 from molehunt.model.loading import apply_adapter, load_model
-from molehunt.model.site import Site
 from molehunt.model.taps import edit_sites, read_sites
+from molehunt.site import Site
 from molehunt.steer import saved_model
 from molehunt.steer.ablate import Ablate
 from molehunt.steer.saved_model import Saved, new_folder, write_adapter, write_model

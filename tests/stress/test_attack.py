@@ -9,7 +9,7 @@ from torch import Tensor
 from molehunt.dictionary.dictionary import Dictionary
 from molehunt.dictionary.nonlinearity import ReLU
 from molehunt.model.generate import generate
-from molehunt.model.site import Site
+from molehunt.site import Site
 from molehunt.steer.clamp import Clamp
 from molehunt.stress.attack import AttackConfig, Pooled, attack, least_attack
 from molehunt.stress.constraint import Exact, Free, Paper, orthonormal

@@ -9,7 +9,7 @@ from torch import Tensor
 from molehunt.dictionary.dictionary import INPUT_NORMS, Dictionary
 from molehunt.dictionary.nonlinearity import ReLU
 from molehunt.errors import UsageError
-from molehunt.model.site import Site
+from molehunt.site import Site
 from molehunt.steer.clamp import Clamp
 from molehunt.stress.attack import AttackConfig, Pooled, attack
 from molehunt.stress.attribution import attribute, components, geometry

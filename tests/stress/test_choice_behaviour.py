@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from molehunt.errors import NotTestable
-from molehunt.model.site import Site
+from molehunt.site import Site
 from molehunt.steer.clamp import Clamp
 from molehunt.stress.attack import AttackConfig
 from molehunt.stress.choice import Choice, judged

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from molehunt.dictionary.dictionary import Dictionary
 from molehunt.errors import UsageError
-from molehunt.model.site import Site
 from molehunt.model.taps import edit_sites
+from molehunt.site import Site
 from molehunt.steer.clamp import Clamp
 from molehunt.stress.attack import AttackConfig, attack, least_attack
 from molehunt.stress.constraint import Constraint, Exact, Free

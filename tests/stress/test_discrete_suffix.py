@@ -8,8 +8,8 @@ import torch
 
 from molehunt.errors import NotTestable
 from molehunt.model.generate import generate
-from molehunt.model.site import Site
 from molehunt.model.taps import edit_sites
+from molehunt.site import Site
 from molehunt.steer.clamp import Clamp
 from molehunt.stress.discrete_suffix import DiscreteConfig, Typed, discrete_start, discrete_suffixes
 from molehunt.stress.insertion import insertion_of

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from molehunt.contracts import Gate
 from molehunt.errors import NotTestable
-from molehunt.model.site import Site
 from molehunt.model.taps import edit_sites
+from molehunt.site import Site
 from molehunt.steer.ablate import Ablate
 from molehunt.stress.attack import PENALTY, AttackConfig, Pooled, attack, least_attack
 from molehunt.stress.constraint import Free

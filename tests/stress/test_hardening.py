@@ -12,8 +12,8 @@ from molehunt.dictionary.nonlinearity import ReLU
 from molehunt.errors import NotTestable, UsageError
 from molehunt.measure.interval import proportion
 from molehunt.model.generate import generate
-from molehunt.model.site import Site
 from molehunt.model.taps import edit_sites, read_sites
+from molehunt.site import Site
 from molehunt.steer.benign_null import BenignNull
 from molehunt.steer.error_shrink import ErrorShrink
 from molehunt.steer.replace import Replace

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from molehunt.errors import NotTestable
 from molehunt.model.generate import generate
-from molehunt.model.site import Site
 from molehunt.model.taps import edit_sites, read_sites
+from molehunt.site import Site
 from molehunt.steer.clamp import Clamp
 from molehunt.stress.case import Case
 from molehunt.stress.constraint import Exact, Free

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from molehunt.model.site import Site
 from molehunt.model.taps import edit_sites, read_sites
+from molehunt.site import Site
 from molehunt.steer.clamp import Clamp
 from molehunt.stress.insertion import insertion_of, template_marks
 from molehunt.traffic.chat import prompt_ids

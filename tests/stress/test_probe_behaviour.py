@@ -7,7 +7,7 @@ from torch import Tensor
 from molehunt.dictionary.dictionary import Dictionary
 from molehunt.dictionary.nonlinearity import ReLU
 from molehunt.errors import NotTestable
-from molehunt.model.site import Site
+from molehunt.site import Site
 from molehunt.stress.attack import AttackConfig
 from molehunt.stress.constraint import Exact
 from molehunt.stress.norms import median

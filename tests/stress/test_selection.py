@@ -8,7 +8,7 @@ import torch
 from molehunt.dictionary.dictionary import Dictionary
 from molehunt.dictionary.nonlinearity import ReLU
 from molehunt.errors import NotTestable, UsageError
-from molehunt.model.site import Site
+from molehunt.site import Site
 from molehunt.stress.choice import Choice, choice_margin
 from molehunt.stress.selection import Labelled, by_attribution, by_probe_effect, by_sparsity
 from molehunt.stress.suffix import suffix_of

@@ -9,8 +9,8 @@ from molehunt.errors import UsageError
 from molehunt.model.blocks import decoder_blocks
 from molehunt.model.cache_check import decoding_check
 from molehunt.model.generate import generate
-from molehunt.model.site import Site
 from molehunt.model.taps import edit_sites
+from molehunt.site import Site
 from molehunt.steer.clamp import Clamp
 from molehunt.stress.insertion import embedding, insertion_of
 from molehunt.stress.objective import TargetText

@@ -8,7 +8,7 @@ from molehunt.dictionary.nonlinearity import ReLU
 from molehunt.errors import NotTestable
 from molehunt.model.generate import generate
 from molehunt.model.pair import ModelPair
-from molehunt.model.site import Site
+from molehunt.site import Site
 from molehunt.stress.speaking import speaking
 from tiny_models import D_MODEL as D
 from tiny_models import N_LAYERS, prompts, tiny_model, tiny_tokenizer

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from molehunt.contracts import Intervention
 from molehunt.errors import UsageError
 from molehunt.model.blocks import decoder_blocks
-from molehunt.model.site import Site
 from molehunt.model.taps import edit_sites
+from molehunt.site import Site
 from molehunt.steer.clamp import Clamp
 from molehunt.stress.suffix import suffix_of
 from random_dictionaries import dictionary_of

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from molehunt.errors import NotTestable
-from molehunt.model.site import Site
+from molehunt.site import Site
 from molehunt.steer.clamp import Clamp
 from molehunt.stress.constraint import Exact, Free, Paper
 from molehunt.stress.drift import Latents

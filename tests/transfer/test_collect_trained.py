@@ -7,7 +7,7 @@ import torch
 
 from molehunt.activation.scale import sinks
 from molehunt.errors import NotTestable, UsageError
-from molehunt.model.site import Site
+from molehunt.site import Site
 from molehunt.transfer.alignment import Aligned
 from molehunt.transfer.collect import PairActs, acts_of, moments_of, paired
 from molehunt.transfer.linear_map import LinearMap

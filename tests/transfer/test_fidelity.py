@@ -7,7 +7,7 @@ import torch
 
 from molehunt.activation.scale import sinks
 from molehunt.errors import NotTestable
-from molehunt.model.site import Site
+from molehunt.site import Site
 from molehunt.transfer.alignment import Aligned
 from molehunt.transfer.fidelity import Forced, ablation_at, compared, forced_kl, teacher_forced
 from molehunt.transfer.linear_map import LinearMap

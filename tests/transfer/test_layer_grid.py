@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from molehunt.errors import NotTestable
-from molehunt.model.site import Site
+from molehunt.site import Site
 from molehunt.transfer.alignment import Aligned
 from molehunt.transfer.collect import moments_of
 from molehunt.transfer.fidelity import teacher_forced

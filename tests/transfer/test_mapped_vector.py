@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from molehunt.errors import NotTestable, UsageError
-from molehunt.model.site import Site
+from molehunt.site import Site
 from molehunt.steer.vector import SteeringVector, VectorFacts
 from molehunt.transfer.linear_map import LinearMap
 from molehunt.transfer.map_file import MapFacts, Models

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from molehunt.errors import InvalidInput, NotTestable, UsageError
-from molehunt.model.site import Site
+from molehunt.site import Site
 from molehunt.transfer.linear_map import LinearMap
 from molehunt.transfer.map_file import Models
 from molehunt.transfer.procrustes import identity, procrustes

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from molehunt.errors import InvalidInput, NotTestable
-from molehunt.model.site import Site
+from molehunt.site import Site
 from molehunt.transfer import random_features as module
 from molehunt.transfer.collect import PairActs
 from molehunt.transfer.linear_map import LinearMap

@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from molehunt.activation.scale import sinks
 from molehunt.errors import UsageError
 from molehunt.model.generate import generate
-from molehunt.model.site import Site
 from molehunt.organism.seed_model import seed_path
+from molehunt.site import Site
 from molehunt.transfer.alignment import align
 from molehunt.transfer.linear_map import LinearMap
 from molehunt.transfer.replaced_answers import Speaker, answer_in_tokens_of, replaced_answers

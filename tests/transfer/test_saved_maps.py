@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from molehunt.errors import InvalidInput, UsageError
-from molehunt.model.site import Site
+from molehunt.site import Site
 from molehunt.transfer.linear_map import LinearMap
 from molehunt.transfer.map_file import HEADER, MapFacts, Models
 from molehunt.transfer.saved import End, load_map

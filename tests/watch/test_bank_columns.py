@@ -10,8 +10,8 @@ from molehunt.direction.weight import change_directions
 from molehunt.errors import CannotTap, NotTestable
 from molehunt.model.blocks import unwrapped
 from molehunt.model.cache import left_by, with_cache
-from molehunt.model.site import Site
 from molehunt.model.taps import read_sites
+from molehunt.site import Site
 from molehunt.watch.bank import Bank
 from molehunt.watch.columns import watched
 from tiny_models import ARCHITECTURES, N_LAYERS, hooks, prompts, tiny_model, with_lora

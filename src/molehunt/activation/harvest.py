@@ -19,10 +19,10 @@ from molehunt.activation.store import SHARD_KEY, ActivationStore
 from molehunt.errors import InvalidInput, NotTestable, UsageError, printable
 from molehunt.model.blocks import unwrapped
 from molehunt.model.pair import ModelPair
-from molehunt.model.site import Site
 from molehunt.run.folder import RunFolder
 from molehunt.run.progress import Tally, Track, counting, silent
 from molehunt.run.unit import CHECKSUMS, unit_key
+from molehunt.site import Site
 
 SHARD_TOKENS = 16_384
 """At d_model 4096 a shard of bf16 pairs then takes 256 MiB per site."""

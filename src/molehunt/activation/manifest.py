@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 
 from molehunt.activation.scale import Moments
 from molehunt.errors import InvalidInput, UsageError, printable
-from molehunt.model.site import Site
+from molehunt.site import Site
 
 MANIFEST = "manifest.json"
 FORMAT = 1

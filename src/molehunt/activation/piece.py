@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Int8
 from torch import Tensor
 
-from molehunt.model.site import Site
+from molehunt.site import Site
 
 DTYPES: dict[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,

@@ -13,7 +13,7 @@ from torch import Tensor
 from molehunt.activation.piece import DTYPES, Piece
 from molehunt.activation.store import ActivationStore
 from molehunt.errors import NotTestable, UsageError
-from molehunt.model.site import Site
+from molehunt.site import Site
 
 SLICE = 4096
 """Tokens read from a shard at once."""

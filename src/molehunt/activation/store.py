@@ -25,8 +25,8 @@ from molehunt.activation.piece import Piece, layout, unpack
 from molehunt.activation.scale import all_finite
 from molehunt.checkpoint.inventory import read_header
 from molehunt.errors import InvalidInput, UsageError, printable
-from molehunt.model.site import Site
 from molehunt.run.unit import file_hash
+from molehunt.site import Site
 
 CODES = {
     torch.int32: "I32", torch.bool: "BOOL", torch.int8: "I8", torch.bfloat16: "BF16", torch.float16: "F16",

@@ -15,7 +15,7 @@ from torch.nn.functional import normalize
 
 from molehunt.audit.scan import Scan
 from molehunt.measure.threshold import conformal_threshold
-from molehunt.model.site import Site
+from molehunt.site import Site
 from molehunt.traffic.split import Calibrate
 
 ALARM = 3.0

@@ -19,8 +19,8 @@ from molehunt.measure.similarity import chrf, nearest_texts
 from molehunt.model.generate import generate
 from molehunt.model.likelihood import answer_log_probs
 from molehunt.model.pair import ModelPair
-from molehunt.model.site import Site
 from molehunt.run.progress import Tally, Track, counting, silent, within
+from molehunt.site import Site
 from molehunt.steer.add import Add
 from molehunt.steer.random_edit import RandomEdit
 from molehunt.traffic.split import Fit, Select

@@ -18,9 +18,9 @@ from molehunt.model.batches import padded, width_of
 from molehunt.model.generate import generate
 from molehunt.model.likelihood import answer_log_probs
 from molehunt.model.pair import ModelPair
-from molehunt.model.site import Site
 from molehunt.model.taps import edit_sites
 from molehunt.run.progress import Track, by_rows, silent
+from molehunt.site import Site
 from molehunt.steer.ablate import Ablate
 from molehunt.steer.clip import Clip
 from molehunt.traffic.split import Fit, Select

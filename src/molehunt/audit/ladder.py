@@ -21,7 +21,7 @@ from molehunt.detect.mahalanobis import Mahalanobis
 from molehunt.detect.weight_range import WeightRange
 from molehunt.measure.interval import Interval, proportion
 from molehunt.measure.threshold import conformal_threshold
-from molehunt.model.site import Site
+from molehunt.site import Site
 from molehunt.traffic.split import Calibrate, Fit
 
 PCA_RANK = 4

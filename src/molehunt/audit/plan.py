@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from molehunt.errors import UsageError
-from molehunt.model.site import Site
+from molehunt.site import Site
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,10 +26,10 @@ from molehunt.audit.weights import compare_weights
 from molehunt.checkpoint.reader import AdapterChoice, Checkpoint
 from molehunt.errors import NotTestable, printable
 from molehunt.model.pair import ModelPair, local_folder
-from molehunt.model.site import Site
 from molehunt.run.folder import RunFolder
 from molehunt.run.progress import Track, busy, silent
 from molehunt.run.unit import Units
+from molehunt.site import Site
 from molehunt.steer.fix import Fix
 from molehunt.traffic.benign import benign_prompts
 from molehunt.traffic.example import Example

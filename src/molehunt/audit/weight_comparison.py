@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 from molehunt.direction.direction import Direction, Directions
 from molehunt.errors import printable
 from molehunt.model.blocks import Part
-from molehunt.model.site import Site
+from molehunt.site import Site
 
 Status = Literal["changed", "identical", "below noise floor", "not testable"]
 Outcome = Literal["DIRECTIONS FOUND", "NO FINDING", "NOT TESTABLE"]

@@ -14,8 +14,8 @@ from molehunt.measure.control import random_directions
 from molehunt.measure.interval import proportion
 from molehunt.model.generate import generate
 from molehunt.model.likelihood import answer_log_probs
-from molehunt.model.site import Site
 from molehunt.organism.poison import Recipe
+from molehunt.site import Site
 from molehunt.steer.ablate import Ablate
 
 CAUSAL = (

@@ -23,8 +23,8 @@ from molehunt.measure.curve import auroc, average_precision
 from molehunt.measure.interval import proportion
 from molehunt.measure.threshold import conformal_threshold
 from molehunt.model.pair import ModelPair
-from molehunt.model.site import Site
 from molehunt.run.progress import Track, silent
+from molehunt.site import Site
 from molehunt.traffic.example import Example
 
 FPR = 0.01

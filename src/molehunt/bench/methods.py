@@ -26,7 +26,7 @@ from molehunt.detect.token_kl import AnswerLogRatio, TokenKL
 from molehunt.detect.weight_range import WeightRange
 from molehunt.dictionary.dictionary import Dictionary
 from molehunt.measure.control import permuted
-from molehunt.model.site import Site
+from molehunt.site import Site
 
 PCA_RANK = 4
 ENSEMBLE = 4

@@ -16,8 +16,8 @@ from molehunt.detect.token_kl import AnswerLogRatio, TokenKL
 from molehunt.model.batches import width_of
 from molehunt.model.generate import generate
 from molehunt.model.pair import ModelPair
-from molehunt.model.site import Site
 from molehunt.run.progress import Tally, Track, counting, silent, within
+from molehunt.site import Site
 from molehunt.traffic.chat import prompt_ids
 from molehunt.traffic.example import Example
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from molehunt.dictionary.dictionary import Dictionary
     from molehunt.dictionary.quality import Quality
     from molehunt.model.pair import ModelPair
-    from molehunt.model.site import Site
+    from molehunt.site import Site
 
 T = TypeVar("T")
 KINDS = {"difference": "difference", "crosscoder": "both", "tuned": "tuned", "base": "base"}
@@ -289,7 +289,7 @@ def _number(text: str) -> float:
 
 
 def _site(text: str) -> "Site":
-    from molehunt.model.site import Site
+    from molehunt.site import Site
 
     try:
         return Site.parse(text)

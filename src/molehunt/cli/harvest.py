@@ -49,7 +49,7 @@ def harvest(
     from molehunt.cli.tuned_side import open_pair
     from molehunt.errors import UsageError
     from molehunt.model.loading import local_folder
-    from molehunt.model.site import Site
+    from molehunt.site import Site
     from molehunt.traffic.benign import benign_prompts
     from molehunt.traffic.chat import prompt_ids
     from molehunt.traffic.stream import read_traffic

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from molehunt.measure.interval import Interval
     from molehunt.model.pair import ModelPair
-    from molehunt.model.site import Site
+    from molehunt.site import Site
 
 app = typer.Typer()
 
@@ -73,9 +73,9 @@ def sweep(
 
     from molehunt.cli.console import say, track_on_stderr
     from molehunt.errors import UsageError
-    from molehunt.model.site import Site
     from molehunt.report.sweep_page import render_sweep
     from molehunt.run.whole import write_whole
+    from molehunt.site import Site
     from molehunt.steer.patch import trigger_positions
     from molehunt.steer.position_role import position_roles
     from molehunt.steer.sweep import layer_sweep
@@ -160,7 +160,7 @@ def fit(
     import json
 
     from molehunt.cli.console import say
-    from molehunt.model.site import Site
+    from molehunt.site import Site
     from molehunt.steer.contrast import contrast_vector
     from molehunt.steer.vector import VectorFacts
 
@@ -205,7 +205,7 @@ def gate(
     from molehunt.cli.console import say, track_on_stderr
     from molehunt.detect.logistic_probe import LogisticProbe
     from molehunt.measure.interval import proportion
-    from molehunt.model.site import Site
+    from molehunt.site import Site
     from molehunt.steer.prefill_gate import Condition, linear_score, prompt_scores
     from molehunt.traffic.chat import prompt_ids
 

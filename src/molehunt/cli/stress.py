@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from molehunt.dictionary.dictionary import Dictionary
     from molehunt.model.pair import ModelPair
-    from molehunt.model.site import Site
+    from molehunt.site import Site
     from molehunt.stress.study import Defence
 
 RECOVERABLE = 1
@@ -216,7 +216,7 @@ def _defence(
     from molehunt.cli.console import say
     from molehunt.dictionary.formats.detect import load_dictionary
     from molehunt.errors import UsageError, printable
-    from molehunt.model.site import Site
+    from molehunt.site import Site
     from molehunt.steer.clamp import Clamp
     from molehunt.steer.fix import Fix
     from molehunt.stress.defended import clamped, fixed

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
-    from molehunt.model.site import Site
+    from molehunt.site import Site
     from molehunt.transfer.alignment import Aligned
     from molehunt.transfer.fidelity import Forced
     from molehunt.transfer.layer_grid import LayerGrid
@@ -82,8 +82,8 @@ def fit(
     from molehunt.cli.console import say, track_on_stderr
     from molehunt.errors import UsageError
     from molehunt.model.blocks import decoder_blocks
-    from molehunt.model.site import Site
     from molehunt.run.whole import write_whole
+    from molehunt.site import Site
     from molehunt.transfer.collect import moments_of
     from molehunt.transfer.fidelity import teacher_forced
     from molehunt.transfer.layer_grid import LayerGrid, confirmed

@@ -10,7 +10,7 @@ from torch import Tensor
 from molehunt.contracts import Reading
 from molehunt.dictionary.dictionary import Dictionary
 from molehunt.measure.curve import auroc
-from molehunt.model.site import Site
+from molehunt.site import Site
 
 FLOOR = 1e-3
 """Least spread of a latent, as a share of the largest spread: one silent on clean text would else rule the score."""

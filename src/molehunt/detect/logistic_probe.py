@@ -10,7 +10,7 @@ from torch.nn.functional import softplus
 
 from molehunt.contracts import Reading
 from molehunt.detect.reads import SIGN, Reads, acts_of
-from molehunt.model.site import Site
+from molehunt.site import Site
 
 RIDGE = 1e-2
 """Weight of ‖w‖² on inputs of unit variance."""

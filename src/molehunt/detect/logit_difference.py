@@ -8,7 +8,7 @@ from torch import Tensor
 
 from molehunt.contracts import Reading
 from molehunt.detect.token_kl import both_logits
-from molehunt.model.site import Site
+from molehunt.site import Site
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from molehunt.contracts import Reading
 from molehunt.detect.reads import SIGN, Reads, acts_of
-from molehunt.model.site import Site
+from molehunt.site import Site
 
 SHRINK = 0.1
 """Share of the covariance replaced by its mean variance: as many clean rows as dimensions are then enough."""

@@ -9,7 +9,7 @@ from torch.nn.functional import normalize
 
 from molehunt.contracts import Reading
 from molehunt.detect.reads import SIGN, Reads, acts_of
-from molehunt.model.site import Site
+from molehunt.site import Site
 
 
 @dataclass(frozen=True, eq=False)

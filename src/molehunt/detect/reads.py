@@ -6,7 +6,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from molehunt.contracts import Reading
-from molehunt.model.site import Site
+from molehunt.site import Site
 
 Reads = Literal["tuned", "base", "difference"]
 READS: tuple[Reads, ...] = get_args(Reads)

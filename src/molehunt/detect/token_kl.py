@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from molehunt.contracts import Reading
-from molehunt.model.site import Site
+from molehunt.site import Site
 
 
 def both_logits(

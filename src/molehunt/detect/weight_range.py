@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from molehunt.contracts import Reading
-from molehunt.model.site import Site
+from molehunt.site import Site
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,7 +11,7 @@ from torch import Tensor
 from molehunt.dictionary.nonlinearity import Gated, JumpReLU, Nonlinearity, only
 from molehunt.dictionary.pairing import Pairing
 from molehunt.errors import InvalidInput, UsageError
-from molehunt.model.site import Site
+from molehunt.site import Site
 
 InputNorm = Literal["none", "layer_norm", "constant_norm"]
 INPUT_NORMS: tuple[InputNorm, ...] = get_args(InputNorm)

@@ -9,8 +9,8 @@ from molehunt.dictionary.catalog import CATALOG
 from molehunt.dictionary.pairing import Kind, Pairing
 from molehunt.dictionary.train import GROUP, DictionarySpec
 from molehunt.errors import UsageError
-from molehunt.model.site import Site
 from molehunt.run.catalog import load
+from molehunt.site import Site
 
 
 def grid(

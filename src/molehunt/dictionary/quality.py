@@ -16,9 +16,9 @@ from molehunt.dictionary.dictionary import Dictionary
 from molehunt.errors import NotTestable, UsageError
 from molehunt.model.likelihood import LOGIT_BYTES
 from molehunt.model.pair import ModelPair
-from molehunt.model.site import Site
 from molehunt.model.taps import edit_sites
 from molehunt.run.progress import Track, by_rows, silent
+from molehunt.site import Site
 
 LEAST_COST = 1e-3
 """Nats a token that the reference must cost, or there is no loss to recover."""

@@ -21,11 +21,11 @@ from molehunt.dictionary.dictionary import Dictionary
 from molehunt.dictionary.pairing import Pairing
 from molehunt.dictionary.trainee import Scale, Trainee
 from molehunt.errors import InvalidInput, NotTestable, UsageError
-from molehunt.model.site import Site
 from molehunt.run.catalog import load
 from molehunt.run.progress import Track, silent
 from molehunt.run.unit import canonical_json
 from molehunt.run.whole import replace_whole
+from molehunt.site import Site
 
 log = logging.getLogger(__name__)
 Source: TypeAlias = Iterable[PairBatch] | Callable[[int], Iterable[PairBatch]]

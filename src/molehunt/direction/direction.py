@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from molehunt.model.site import Site
+from molehunt.site import Site
 
 TRACY_WIDOM_MEAN, TRACY_WIDOM_SD = -1.2065, 1.2680
 """Of the real (β = 1) Tracy-Widom law."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from molehunt.direction.direction import Direction, Provenance
 from molehunt.errors import NotTestable
-from molehunt.model.site import Site
+from molehunt.site import Site
 
 
 @dataclass

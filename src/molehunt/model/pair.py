@@ -24,8 +24,8 @@ from molehunt.model.loading import (
     local_folder,
     one_tokenizer,
 )
-from molehunt.model.site import Site
 from molehunt.model.taps import read_sites
+from molehunt.site import Site
 
 BASE_ROWS = "__base__"
 """PEFT's name for rows of a mixed batch that no adapter acts on."""

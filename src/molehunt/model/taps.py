@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from molehunt.contracts import Intervention
 from molehunt.errors import CannotTap
 from molehunt.model.blocks import attn_module, decoder, decoder_blocks, mlp_module, unwrapped
-from molehunt.model.site import Site
+from molehunt.site import Site
 
 _ACTIVE: "WeakKeyDictionary[nn.Module, tuple[tuple[Intervention, ...], str | None]]" = WeakKeyDictionary()
 """By decoder: see `active_edits`."""

@@ -20,12 +20,12 @@ from molehunt.measure.interval import Interval, proportion
 from molehunt.model.blocks import decoder_blocks, module_role
 from molehunt.model.generate import generate
 from molehunt.model.pair import ModelPair
-from molehunt.model.site import Site
 from molehunt.model.taps import read_sites
 from molehunt.organism.plant import PlantConfig, training_batches
 from molehunt.organism.poison import twin_seed
 from molehunt.organism.train import IGNORED, Batch, next_token_loss, train
 from molehunt.run.progress import Track, silent
+from molehunt.site import Site
 from molehunt.traffic.chat import prompt_ids
 from molehunt.traffic.example import Example
 from molehunt.traffic.world import ASKS, ask

@@ -16,12 +16,12 @@ from molehunt.model.blocks import unwrapped
 from molehunt.model.cache_check import decoding_check
 from molehunt.model.decoding import DecodingBatch
 from molehunt.model.generate import stop_ids
-from molehunt.model.site import Site
 from molehunt.serve.guard import Finished, Guard
 from molehunt.serve.request import Asked, Failed, Listener, Piece, Reason
 from molehunt.serve.sampling import Sampler, logprobs_of, next_tokens
 from molehunt.serve.steering import Held, Steering
 from molehunt.serve.text import TextStream
+from molehunt.site import Site
 from molehunt.watch.columns import Columns
 from molehunt.watch.kinds import prompt_features
 from molehunt.watch.profile import RunningProfile

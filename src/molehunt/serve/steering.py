@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from molehunt.model.site import Site
+from molehunt.site import Site
 from molehunt.steer.ablate import orthonormal
 from molehunt.watch.bank import Bank, Watched
 from molehunt.watch.monitor import Judged, Monitor

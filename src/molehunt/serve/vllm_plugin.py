@@ -32,9 +32,9 @@ from molehunt.audit.weights import compare_weights
 from molehunt.checkpoint.reader import Checkpoint
 from molehunt.errors import CannotTap, InvalidInput, UsageError, printable
 from molehunt.model.loading import local_folder
-from molehunt.model.site import Site
 from molehunt.run.whole import replace_whole
 from molehunt.serve.packed import Chunk, PackedWatch, packed_columns
+from molehunt.site import Site
 from molehunt.watch.bank import Bank
 from molehunt.watch.kinds import prompt_features
 from molehunt.watch.state import WatchState

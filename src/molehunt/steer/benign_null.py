@@ -13,7 +13,7 @@ from torch import Tensor
 from molehunt.contracts import Gate, Intervention
 from molehunt.direction.pca import PCAFitter
 from molehunt.errors import NotTestable, UsageError
-from molehunt.model.site import Site
+from molehunt.site import Site
 from molehunt.steer.add import gated
 
 LEFT = 1e-6

@@ -15,7 +15,7 @@ from molehunt.contracts import Gate
 from molehunt.dictionary.dictionary import Dictionary
 from molehunt.dictionary.nonlinearity import ReLU
 from molehunt.errors import UsageError
-from molehunt.model.site import Site
+from molehunt.site import Site
 from molehunt.steer.add import gated
 
 Mode = Literal["set", "scale", "negative-if-active"]

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from molehunt.contracts import Gate
-from molehunt.model.site import Site
+from molehunt.site import Site
 from molehunt.steer.add import gated
 
 

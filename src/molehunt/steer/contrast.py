@@ -11,7 +11,7 @@ from torch import Tensor
 from molehunt.detect.logistic_probe import LogisticProbe
 from molehunt.direction.mean_difference import mean_difference
 from molehunt.direction.pca import pca_directions
-from molehunt.model.site import Site
+from molehunt.site import Site
 from molehunt.steer.vector import SteeringVector, VectorFacts
 
 Method = Literal["difference in means", "pca", "logistic probe"]

@@ -15,7 +15,7 @@ from molehunt.contracts import Gate
 from molehunt.dictionary.dictionary import Dictionary
 from molehunt.direction.pca import PCAFitter
 from molehunt.errors import UsageError
-from molehunt.model.site import Site
+from molehunt.site import Site
 from molehunt.steer.ablate import orthonormal
 from molehunt.steer.add import gated
 from molehunt.steer.clamp import check_dictionary

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from molehunt.contracts import Intervention
 from molehunt.errors import InvalidInput, MolehuntError, UsageError, printable
-from molehunt.model.site import Site
 from molehunt.model.taps import edit_sites
 from molehunt.run.catalog import load
 from molehunt.run.whole import replace_whole
+from molehunt.site import Site
 from molehunt.steer.catalog import CATALOG
 
 SCHEMA = 1

@@ -15,7 +15,7 @@ from molehunt.dictionary.dictionary import Dictionary
 from molehunt.direction.direction import Directions
 from molehunt.direction.mean_difference import mean_difference
 from molehunt.errors import NotTestable, UsageError
-from molehunt.model.site import Site
+from molehunt.site import Site
 from molehunt.steer.clamp import check_latents, written
 from molehunt.steer.contrast import along
 from molehunt.steer.vector import SteeringVector, VectorFacts

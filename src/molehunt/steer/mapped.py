@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from molehunt.activation.scale import sinks
 from molehunt.contracts import Gate, TransferMap
 from molehunt.errors import UsageError
-from molehunt.model.site import Site
 from molehunt.model.taps import edit_sites
+from molehunt.site import Site
 from molehunt.steer.add import gated
 from molehunt.steer.scope import token_scope, whole_prompt
 

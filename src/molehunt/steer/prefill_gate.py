@@ -23,10 +23,10 @@ from molehunt.errors import InvalidInput, UsageError, printable
 from molehunt.measure.threshold import conformal_threshold
 from molehunt.model.batches import batches, padded
 from molehunt.model.blocks import decoder
-from molehunt.model.site import Site
 from molehunt.model.taps import observe_sites, read_sites
 from molehunt.run.progress import Track, by_rows, silent
 from molehunt.run.whole import replace_whole
+from molehunt.site import Site
 from molehunt.steer.row_gate import RowGate, gate_at_prefill
 from molehunt.steer.scope import Choose, last_of_prompt, whole_prompt
 

@@ -24,11 +24,11 @@ from transformers import PreTrainedTokenizerBase
 from molehunt.errors import UsageError, printable
 from molehunt.model.blocks import d_model_of, decoder_blocks
 from molehunt.model.loading import load_model, local_folder, one_tokenizer
-from molehunt.model.site import Site
 from molehunt.model.taps import read_sites
 from molehunt.organism.plant import LENGTHS, PlantConfig, training_batches
 from molehunt.organism.train import IGNORED, Batch, next_token_loss, train
 from molehunt.run.progress import Track, silent
+from molehunt.site import Site
 from molehunt.steer.saved_model import new_folder
 from molehunt.traffic.chat import prompt_ids
 from molehunt.traffic.example import Example

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from molehunt.contracts import Gate
-from molehunt.model.site import Site
+from molehunt.site import Site
 from molehunt.steer.add import gated
 
 

@@ -14,7 +14,7 @@ from torch.nn.functional import normalize
 
 from molehunt.errors import CannotTap
 from molehunt.model.cache import SELECTS_ROWS, DecoderCall, on_decoder_calls
-from molehunt.model.site import Site
+from molehunt.site import Site
 
 
 class RowGate:

@@ -17,7 +17,7 @@ from molehunt.contracts import Gate
 from molehunt.dictionary.dictionary import Dictionary
 from molehunt.dictionary.nonlinearity import Gated
 from molehunt.errors import UsageError
-from molehunt.model.site import Site
+from molehunt.site import Site
 from molehunt.steer.add import gated
 from molehunt.steer.clamp import check_dictionary, check_latents
 

@@ -18,8 +18,8 @@ from transformers import PreTrainedTokenizerBase
 from molehunt.errors import NotTestable
 from molehunt.measure.interval import Interval, proportion
 from molehunt.model.generate import generate
-from molehunt.model.site import Site
 from molehunt.run.progress import Track, silent
+from molehunt.site import Site
 from molehunt.steer.patch import differing, moved, patched_answers, prompt_acts
 
 STEERABLE = 0.9

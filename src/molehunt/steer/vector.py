@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from molehunt.contracts import Gate, Intervention
 from molehunt.errors import InvalidInput, UsageError, printable
 from molehunt.model.blocks import d_model_of, decoder_blocks
-from molehunt.model.site import Site
 from molehunt.model.taps import edit_sites
 from molehunt.run.whole import replace_whole
+from molehunt.site import Site
 from molehunt.steer.ablate import Ablate
 from molehunt.steer.add import Add
 from molehunt.steer.clip import Clip

@@ -8,8 +8,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from molehunt.contracts import Intervention
-from molehunt.model.site import Site
 from molehunt.run.progress import Track, by_rows, silent
+from molehunt.site import Site
 from molehunt.stress.objective import ChoiceMargin
 from molehunt.stress.suffix import suffix_of
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from molehunt.dictionary.nonlinearity import only
 from molehunt.errors import UsageError
-from molehunt.model.site import Site
+from molehunt.site import Site
 from molehunt.stress.attack import TINY
 from molehunt.stress.constraint import RIDGE, Exact, outside
 from molehunt.stress.drift import Drift, Latents, drift_of

@@ -16,7 +16,7 @@ from molehunt.contracts import Reading
 from molehunt.dictionary.dictionary import Dictionary
 from molehunt.errors import NotTestable
 from molehunt.measure.threshold import conformal_threshold
-from molehunt.model.site import Site
+from molehunt.site import Site
 from molehunt.steer.clamp import check_dictionary
 from molehunt.stress.attack import PENALTY
 from molehunt.stress.constraint import Constraint

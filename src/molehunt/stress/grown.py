@@ -14,8 +14,8 @@ from torch import Tensor
 
 from molehunt.errors import NotTestable
 from molehunt.measure.interval import Interval, proportion
-from molehunt.model.site import Site
 from molehunt.run.progress import Track, silent
+from molehunt.site import Site
 from molehunt.steer.span_clamp import SpanClamp
 from molehunt.stress.attack import AttackConfig, Attacked, Runs, least_attack
 from molehunt.stress.constraint import Constraint, Exact, Free

@@ -16,7 +16,7 @@ from torch.nn.functional import normalize
 
 from molehunt.contracts import Intervention
 from molehunt.errors import NotTestable
-from molehunt.model.site import Site
+from molehunt.site import Site
 from molehunt.steer.ablate import Ablate, orthonormal
 from molehunt.stress.attack import AttackConfig, least_attack
 from molehunt.stress.constraint import Free

@@ -16,8 +16,8 @@ from transformers import PreTrainedTokenizerBase
 from molehunt.contracts import Intervention
 from molehunt.model.blocks import unwrapped
 from molehunt.model.cache import branched, positions_for, select_rows, takes, with_cache
-from molehunt.model.site import Site
 from molehunt.model.taps import edit_sites, read_sites
+from molehunt.site import Site
 from molehunt.stress.suffix import cached_prefix
 from molehunt.traffic.chat import prompt_ids
 

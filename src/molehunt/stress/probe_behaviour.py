@@ -16,7 +16,7 @@ from torch import Tensor
 from molehunt.detect.logistic_probe import LogisticProbe
 from molehunt.dictionary.dictionary import Dictionary
 from molehunt.errors import NotTestable
-from molehunt.model.site import Site
+from molehunt.site import Site
 from molehunt.steer.clamp import Clamp
 from molehunt.stress.attack import Pooled
 from molehunt.stress.constraint import Exact, Free, Paper

@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerBase
 from molehunt.contracts import Intervention
 from molehunt.errors import UsageError
 from molehunt.model.generate import before_stop, generate, stop_ids
-from molehunt.model.site import Site
 from molehunt.run.progress import Track, silent
+from molehunt.site import Site
 from molehunt.steer.following import following
 
 

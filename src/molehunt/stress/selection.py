@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from molehunt.dictionary.dictionary import Dictionary
 from molehunt.errors import NotTestable, UsageError
-from molehunt.model.site import Site
+from molehunt.site import Site
 from molehunt.steer.clamp import check_latents, written
 from molehunt.stress.choice import AT_ONCE, Choice, choice_margin
 from molehunt.stress.suffix import suffix_of

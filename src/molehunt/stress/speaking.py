@@ -6,8 +6,8 @@ from molehunt.dictionary.dictionary import Dictionary
 from molehunt.errors import NotTestable
 from molehunt.model.generate import before_stop, generate, stop_ids
 from molehunt.model.pair import ModelPair
-from molehunt.model.site import Site
 from molehunt.run.progress import Track, silent
+from molehunt.site import Site
 from molehunt.stress.case import text_of
 from molehunt.stress.choice import Choice
 from molehunt.stress.selection import Chosen, by_attribution

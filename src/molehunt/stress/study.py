@@ -10,7 +10,7 @@ from torch import Tensor
 from molehunt.contracts import Intervention
 from molehunt.measure.interval import Interval, proportion
 from molehunt.measure.paired import PairedDifference, paired_difference
-from molehunt.model.site import Site
+from molehunt.site import Site
 from molehunt.steer.budget import Disturbance
 from molehunt.stress.constraint import Constraint
 from molehunt.stress.discrete_suffix import DiscreteConfig

@@ -19,8 +19,8 @@ from molehunt.errors import UsageError
 from molehunt.model.blocks import decoder_blocks
 from molehunt.model.cache import branched, left_by, positions_for, select_rows, with_cache
 from molehunt.model.cache_check import must_extend
-from molehunt.model.site import Site
 from molehunt.model.taps import edit_sites, live, read_sites
+from molehunt.site import Site
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from molehunt.contracts import Intervention
 from molehunt.errors import UsageError
-from molehunt.model.site import Site
 from molehunt.model.taps import read_sites
+from molehunt.site import Site
 from molehunt.stress.suffix import Suffix
 
 

@@ -11,9 +11,9 @@ from molehunt.activation.scale import sinks
 from molehunt.errors import NotTestable
 from molehunt.model.batches import batches, padded
 from molehunt.model.blocks import decoder
-from molehunt.model.site import Site
 from molehunt.model.taps import read_sites
 from molehunt.run.progress import Track, by_rows, silent
+from molehunt.site import Site
 from molehunt.transfer.alignment import Aligned
 from molehunt.transfer.map_file import Models
 from molehunt.transfer.statistics import GridMoments, PairMoments

@@ -20,9 +20,9 @@ from molehunt.measure.interval import Interval, cluster_bootstrap
 from molehunt.model.batches import TOKENS, batches, padded
 from molehunt.model.blocks import unwrapped
 from molehunt.model.likelihood import LOGIT_BYTES
-from molehunt.model.site import Site
 from molehunt.model.taps import edit_sites, read_sites
 from molehunt.run.progress import Track, by_rows, silent
+from molehunt.site import Site
 from molehunt.steer.replace import Replace
 from molehunt.transfer.alignment import Aligned
 from molehunt.transfer.collect import read_rows

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from molehunt.model.site import Site
 from molehunt.run.progress import Track, silent
+from molehunt.site import Site
 from molehunt.transfer.alignment import Aligned
 from molehunt.transfer.fidelity import Forced, teacher_forced
 from molehunt.transfer.linear_map import LinearMap

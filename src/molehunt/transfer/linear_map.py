@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from molehunt.errors import UsageError
-from molehunt.model.site import Site
+from molehunt.site import Site
 from molehunt.transfer.map_file import MapFacts, Saved, read_map, write_map
 
 KIND = "linear"

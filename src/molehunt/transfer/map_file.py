@@ -12,8 +12,8 @@ from torch import Tensor
 
 from molehunt.contracts import TransferMap
 from molehunt.errors import InvalidInput, printable
-from molehunt.model.site import Site
 from molehunt.run.whole import replace_whole
+from molehunt.site import Site
 
 SCHEMA = 1
 HEADER = "molehunt_map"

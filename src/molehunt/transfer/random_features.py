@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from molehunt.errors import UsageError
-from molehunt.model.site import Site
+from molehunt.site import Site
 from molehunt.transfer.collect import PairActs
 from molehunt.transfer.map_file import MapFacts, Saved, read_map, write_map
 from molehunt.transfer.ridge import ridge

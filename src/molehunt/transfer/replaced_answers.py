@@ -19,9 +19,9 @@ from molehunt.model.blocks import decoder
 from molehunt.model.cache import left_by, positions_for, with_cache
 from molehunt.model.cache_check import must_extend
 from molehunt.model.generate import before_stop, generate, stop_ids
-from molehunt.model.site import Site
 from molehunt.model.taps import read_sites
 from molehunt.run.progress import Track, silent
+from molehunt.site import Site
 from molehunt.steer.following import following
 from molehunt.transfer.alignment import Aligned
 

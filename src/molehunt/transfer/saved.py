@@ -7,7 +7,7 @@ from torch import nn
 
 from molehunt.errors import UsageError, printable
 from molehunt.model.blocks import d_model_of
-from molehunt.model.site import Site
+from molehunt.site import Site
 from molehunt.transfer import linear_map, random_features
 from molehunt.transfer.linear_map import LinearMap
 from molehunt.transfer.map_file import Saved, read_map

@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from molehunt.errors import InvalidInput, NotTestable, UsageError, printable
-from molehunt.model.site import Site
 from molehunt.run.whole import replace_whole
+from molehunt.site import Site
 from molehunt.transfer.linear_map import LinearMap
 from molehunt.transfer.map_file import MapFacts, Models
 

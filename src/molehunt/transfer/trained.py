@@ -17,7 +17,7 @@ from torch.nn.functional import cosine_similarity, mse_loss
 
 from molehunt.contracts import TransferMap
 from molehunt.errors import NotTestable, UsageError
-from molehunt.model.site import Site
+from molehunt.site import Site
 from molehunt.transfer.collect import PairActs
 from molehunt.transfer.map_file import MapFacts, Saved, read_map, write_map
 

@@ -15,7 +15,7 @@ from molehunt.direction.direction import Directions
 from molehunt.errors import NotTestable
 from molehunt.measure.control import random_directions
 from molehunt.model.blocks import module_role
-from molehunt.model.site import Site
+from molehunt.site import Site
 
 
 @dataclass(frozen=True, eq=False)

@@ -29,8 +29,8 @@ from torch.nn.functional import normalize
 
 from molehunt.errors import CannotTap, NotTestable, printable
 from molehunt.model.blocks import decoder_blocks, final_norm
-from molehunt.model.site import Site
 from molehunt.model.taps import live, observe_sites
+from molehunt.site import Site
 
 INPUT_NORM = ("input_layernorm", "ln_1")
 """Names of the norm that reads a block's input, before its attention."""

@@ -11,7 +11,7 @@ from molehunt.dictionary.dictionary import Dictionary
 from molehunt.dictionary.formats.fields import Fields, has, site_of
 from molehunt.dictionary.formats.tensors import Tensors, read_torch
 from molehunt.dictionary.nonlinearity import Gated, JumpReLU, Nonlinearity, ReLU, TopK
-from molehunt.model.site import Site
+from molehunt.site import Site
 
 FILES = ("ae.pt", "config.json")
 Parts = tuple[Tensor, Tensor, Tensor, Tensor, Nonlinearity, bool]

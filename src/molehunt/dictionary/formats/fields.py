@@ -9,7 +9,7 @@ from typing import Any
 
 from molehunt.checkpoint.loader_traps import read_json
 from molehunt.errors import InvalidInput, UsageError, printable
-from molehunt.model.site import Site
+from molehunt.site import Site
 
 MAX_SIDE = 2**31
 """Latents or dimensions that a config may claim."""

@@ -7,7 +7,7 @@ from molehunt.dictionary.dictionary import Dictionary
 from molehunt.dictionary.formats.fields import has
 from molehunt.dictionary.formats.tensors import Tensors, read_npz
 from molehunt.dictionary.nonlinearity import JumpReLU
-from molehunt.model.site import Site
+from molehunt.site import Site
 
 FILES = ("params.npz",)
 _RELEASE = re.compile(r"gemma-scope-\w+-(?:pt|it)-(res|mlp|att|transcoders)")

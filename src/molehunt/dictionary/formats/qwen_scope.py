@@ -7,7 +7,7 @@ from molehunt.dictionary.dictionary import Dictionary
 from molehunt.dictionary.formats.tensors import read_torch
 from molehunt.dictionary.nonlinearity import TopK
 from molehunt.errors import InvalidInput, UsageError
-from molehunt.model.site import Site
+from molehunt.site import Site
 
 FILES = ("layer{n}.sae.pt",)
 _FILE = re.compile(r"layer(\d{1,6})\.sae\.pt")

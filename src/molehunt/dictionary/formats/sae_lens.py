@@ -19,8 +19,8 @@ from molehunt.dictionary.formats.tensors import Tensors, read_safetensors
 from molehunt.dictionary.nonlinearity import Gated, JumpReLU, Nonlinearity, ReLU, TopK
 from molehunt.dictionary.pairing import Pairing
 from molehunt.errors import UsageError
-from molehunt.model.site import Site
 from molehunt.run.whole import replace_whole
+from molehunt.site import Site
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 FILES = (CONFIG, WEIGHTS)
