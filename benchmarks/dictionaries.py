@@ -44,10 +44,10 @@ def against_peers(python: Path | None, *, quick: bool, device: str, scratch: Pat
     source = Path(__file__).parent.parent / "src"
     command = [str(python or sys.executable), __file__, "--device", device]
     command += ["--quick"] * quick + (["--scratch", str(scratch)] if scratch else [])
-    told = subprocess.run(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(source)})
-    if told.returncode:
+    finished = subprocess.run(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(source)})
+    if finished.returncode:
         raise SystemExit(f"{command[0]} cannot run the comparison; {HOW_TO}")
-    return [Row(**row) for row in json.loads(told.stdout.splitlines()[-1])]
+    return [Row(**row) for row in json.loads(finished.stdout.splitlines()[-1])]
 
 
 def measure(sizes: tuple[tuple[int, int], ...], device: str, scratch: Path | None) -> Iterator[Row]:

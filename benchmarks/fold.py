@@ -23,7 +23,7 @@ K = 24
 TOKENS = 256
 AIM = 10.0
 SLACK = 0.01
-"""Of the published range."""
+"""Number of values of the published range."""
 PLAIN = "block outputs, one matmul per site"
 
 
@@ -120,8 +120,8 @@ def _passes(model: Any, what: str, shape: tuple[int, int], rounds: int, device: 
         _row(f"{work}: fold", "rows appended to q_proj and lm_head", best["fold"], best["appended"], note=bits),
     ]
     if "published" in best:
-        told = "published: a second pass, and its loop"
-        found.append(_row(f"{work}: {PLAIN}", told, best[PLAIN], best["published"]))
+        label = "published: a second pass, and its loop"
+        found.append(_row(f"{work}: {PLAIN}", label, best[PLAIN], best["published"]))
     return found
 
 
@@ -163,8 +163,8 @@ class _Published:
         for layer, units in enumerate(self.units):
             acts = latent[:, layer]
             cosines = units.cpu() @ (acts / acts.norm(dim=-1, keepdim=True)).mT
-            told = cosines.amax(-1), cosines.amin(-1), cosines.sum(-1), (cosines**2).sum(-1)
-            for i, (high, low, _, _, _) in enumerate(zip(*(each.tolist() for each in told), cosines, strict=True)):
+            extremes = cosines.amax(-1), cosines.amin(-1), cosines.sum(-1), (cosines**2).sum(-1)
+            for i, (high, low, _, _, _) in enumerate(zip(*(each.tolist() for each in extremes), cosines, strict=True)):
                 if self._outside(layer, i, high) or self._outside(layer, i, low):
                     return True
         return False

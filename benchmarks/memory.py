@@ -32,13 +32,13 @@ def peak_rss(gigabytes: float, scratch: Path | None) -> list[Row]:
     tensor = D_MODEL * D_MLP * 2
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         size = _write_pair(Path(folder), gigabytes)
-        told = subprocess.run(
+        finished = subprocess.run(
             [sys.executable, __file__, f"{folder}/base", f"{folder}/tuned"],
             check=True,
             capture_output=True,
             text=True,
         )
-    peak = json.loads(told.stdout)
+    peak = json.loads(finished.stdout)
     added, allowed = (peak["after"] - peak["before"]) * 1024 / 1e6, (2 * tensor) / 1e6 + 200
     return [
         Row(

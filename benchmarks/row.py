@@ -24,7 +24,7 @@ class Row:
 
 
 def now(device: str = "cpu") -> float:
-    """Seconds on the clock that was asked for; on a GPU once its work is done."""
+    """Seconds on the chosen clock; on a GPU, after its work is done."""
     if device.startswith("cuda"):
         import torch
 

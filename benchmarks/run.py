@@ -65,14 +65,14 @@ def main() -> None:
         "transfer": lambda: mapping.closed_form_and_grid(**where),
         "stress": lambda: stressing.batched_against_loop(**where),
     }
-    asked = args.only.split(",") if args.only else list(parts)
-    unknown = set(asked) - parts.keys()
+    chosen = args.only.split(",") if args.only else list(parts)
+    unknown = set(chosen) - parts.keys()
     if unknown:
         parser.error(f"no part is called {', '.join(sorted(unknown))}; there are {', '.join(parts)}")
     rows: list[Row] = []
     if not args.json:
         print(HEADER)
-    for part in asked:
+    for part in chosen:
         print(f"{part} …", file=sys.stderr, flush=True)
         measured = parts[part]()
         rows += measured

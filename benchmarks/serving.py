@@ -15,18 +15,18 @@ from torch.nn.functional import normalize
 from molehunt.model.blocks import decoder_blocks, module_role
 from molehunt.model.decoding import DecodingBatch
 from molehunt.organism.seed_model import seed_path
-from molehunt.serve.backend import HELD_STEPS, last_tokens
+from molehunt.serve.backend import QUEUED_STEPS, last_tokens
 from molehunt.site import Site
 from molehunt.watch.bank import Bank
 from molehunt.watch.columns import Columns, watched
-from molehunt.watch.kinds import PromptKinds, prompt_features
-from molehunt.watch.monitor import Calibrated, Look, Monitor
+from molehunt.watch.monitor import Monitor, PrefixScore, StratumCalibration
 from molehunt.watch.profile import RunningProfile
 from molehunt.watch.scores import TailSum
+from molehunt.watch.strata import PromptStrata, prompt_features
 
 PER_LAYER = 24
 """Directions: half of them of each matrix that writes."""
-PROMPT, LOOKS = 48, 8
+PROMPT, PREFIXES = 48, 8
 AIM = {"cpu": 0.97, "cuda": 0.99}
 
 
@@ -48,7 +48,7 @@ def guarded_against_unguarded(*, quick: bool, device: str = "cpu") -> list[Row]:
     return rows
 
 
-WAYS = {"log, flag": HELD_STEPS, "block, steer": 1}
+WAYS = {"log, flag": QUEUED_STEPS, "block, steer": 1}
 """Actions, and of how many steps each judges at once."""
 
 
@@ -111,9 +111,9 @@ def _decode(
             answer.append(token)
         logits = rows.step(tokens)
         if columns is not None:
-            columns.hold()
-            if columns.held == together or step == steps - 1:
-                judged(columns.take_held())
+            columns.queue()
+            if columns.queued == together or step == steps - 1:
+                judged(columns.take_queued())
     return answers
 
 
@@ -140,8 +140,10 @@ def directions_of(model: Any) -> Bank:
 
 
 def _monitor(columns: int, features: int) -> Monitor:
-    looks = [Look(TailSum(torch.zeros(2 * columns), torch.ones(2 * columns)), 0.0, 1.0) for _ in range(LOOKS)]
-    return Monitor(PromptKinds.one(features), (Calibrated(tuple(looks), torch.zeros(1)),), 0.0)
+    prefixes = [
+        PrefixScore(TailSum(torch.zeros(2 * columns), torch.ones(2 * columns)), 0.0, 1.0) for _ in range(PREFIXES)
+    ]
+    return Monitor(PromptStrata.one(features), (StratumCalibration(tuple(prefixes), torch.zeros(1)),), 0.0)
 
 
 def seed_model(name: str) -> Any:

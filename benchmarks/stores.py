@@ -1,6 +1,6 @@
 """Training from stores larger than memory: peak memory by size of the store, and many dictionaries in one pass.
 
-Run by `run.py`; as a script it is one training whose peak memory is told.
+Run by `run.py`; as a script it is one training whose peak memory is reported.
 """
 
 import json
@@ -28,7 +28,7 @@ GIGABYTES, QUICK_GIGABYTES = (1.0, 5.0, 20.0), (0.1, 0.4)
 SPARE = 4e9
 """Bytes of the disk that stay free."""
 GROWTH = 1.05
-"""Times the peak at the smallest store, at most."""
+"""Greatest ratio to the peak at the smallest store."""
 
 
 def memory_by_size(sizes: tuple[float, ...], scratch: Path | None) -> list[Row]:
@@ -48,8 +48,8 @@ def memory_by_size(sizes: tuple[float, ...], scratch: Path | None) -> list[Row]:
         with tempfile.TemporaryDirectory(dir=scratch) as folder:
             copies = max(1, round(gigabytes * 1e9 / (2 * block[0].numel() * 2)))
             size = write_store(Path(folder), [block], copies=copies)
-            told = subprocess.run([sys.executable, __file__, folder], check=True, capture_output=True, text=True)
-        found = json.loads(told.stdout.splitlines()[-1])
+            finished = subprocess.run([sys.executable, __file__, folder], check=True, capture_output=True, text=True)
+        found = json.loads(finished.stdout.splitlines()[-1])
         used = found["peak"] * 1024 / 1e6
         smallest = used if smallest is None else smallest
         measured.append(
@@ -97,7 +97,8 @@ def together(*, quick: bool, device: str, scratch: Path | None) -> list[Row]:
     ]
     pairing = Pairing(kind="difference")
     specs = [
-        DictionarySpec(site=SITE, architecture=a, pairing=pairing, expansion=8, settings=told) for a, told in settings
+        DictionarySpec(site=SITE, architecture=a, pairing=pairing, expansion=8, settings=options)
+        for a, options in settings
     ]
     config = TrainingConfig(steps=steps, batch=BATCH)
     planted = Planted.of(d_model)

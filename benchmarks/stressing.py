@@ -1,7 +1,7 @@
 """Attack on a clamp: all rows at once and only what a perturbation can change, against one row at a time and everything.
 
-The setting is IOI: a seed model is taught it, a dictionary is trained on its activations, the latents that speak for the
-right name are clamped. Both attacks run every step of the published settings on the same rows.
+The setting is IOI: a seed model is taught it, a dictionary is trained on its activations, the latents with the
+largest attribution to the right name are clamped. Both attacks take every step of the published settings on the same rows.
 """
 
 import ctypes
@@ -15,24 +15,24 @@ from memory import peak
 from row import Row, now, shown
 from torch import Tensor, nn
 
+from experiments.lessons.curriculum import handing_lesson, handing_lessons
+from experiments.lessons.indirect_object import handings, name_pairs
+from experiments.lessons.teach import TeachConfig, teach
+from experiments.stress.choice_behaviour import spread, valid_choices
+from experiments.stress.choice_rows import handing_choices
 from molehunt.activation.shuffle import PairBatch
 from molehunt.dictionary.pairing import Pairing
 from molehunt.dictionary.train import DictionarySpec, TrainingConfig, train_dictionaries
 from molehunt.model.blocks import decoder_blocks
 from molehunt.model.loading import load_tokenizer
-from molehunt.organism.lessons import handing_lesson, handing_lessons
 from molehunt.organism.seed_model import seed_path
-from molehunt.organism.taught import TeachConfig, teach
 from molehunt.site import Site
 from molehunt.steer.clamp import Clamp
-from molehunt.stress.attack import PUBLISHED, AttackConfig, Attacked, attack
-from molehunt.stress.choice import Choice, choice_margin, judged
-from molehunt.stress.choice_behaviour import spread, valid_choices
-from molehunt.stress.choice_rows import handing_choices
-from molehunt.stress.constraint import Exact, Free, Paper
-from molehunt.stress.selection import by_attribution
-from molehunt.stress.suffix import suffix_of
-from molehunt.traffic.indirect_object import handings, name_pairs
+from molehunt.stress.attacks.attack import PUBLISHED, AttackConfig, AttackResult, attack
+from molehunt.stress.attacks.choice import Choice, choice_margin, judge_choices
+from molehunt.stress.attacks.constraint import Exact, Free, Paper
+from molehunt.stress.attacks.suffix import suffix_of
+from molehunt.stress.defences.selection import by_attribution
 from molehunt.traffic.split import Select
 from molehunt.transfer.collect import read_rows
 
@@ -66,7 +66,7 @@ def batched_against_loop(*, quick: bool, device: str = "cpu") -> list[Row]:
         theirs = _measured(lambda c=constraint: _loop(setting, c), device)
         found.append(_row(setting, constraint.name, ours, theirs, aim=True))
     exact = Exact(setting.clamp.dictionary, setting.clamp.latents)
-    early = AttackConfig(steps=CONFIG.steps, lr=CONFIG.lr, enough=0.0)
+    early = AttackConfig(steps=CONFIG.steps, lr=CONFIG.lr, target_margin=0.0)
     ours = _measured(lambda: _batched(setting, exact, early), device)
     found.append(_row(setting, "exact, ended where a row flips, against `paper`", ours, theirs, aim=False))
     return found
@@ -78,10 +78,10 @@ def _row(setting: Setting, what: str, ours: Measured, theirs: Measured, *, aim: 
     return Row(
         work=f"attack {n} IOI prompts on {BASE} at {setting.clamp.site}, {CONFIG.steps} steps, {what}",
         against="one prompt at a time, a full forward pass a step",
-        ours=f"{shown(ours.seconds)}, {ours.recovered} of {n} back",
-        theirs=f"{shown(theirs.seconds)}, {theirs.recovered} of {n} back",
+        ours=f"{shown(ours.seconds)}, {ours.recovered} of {n} recovered",
+        theirs=f"{shown(theirs.seconds)}, {theirs.recovered} of {n} recovered",
         ratio=ratio,
-        aim=f"≥ {AIM:g}×, as many back" if aim else "–",
+        aim=f"≥ {AIM:g}×, as many recovered" if aim else "–",
         met=ratio >= AIM and ours.recovered >= theirs.recovered if aim else None,
         note=f"with reading the prompts; memory above what the model takes: {memory[0]}, theirs {memory[1]}",
     )
@@ -98,7 +98,7 @@ def _measured(way: Any, device: str) -> Measured:
 def _fresh_peak() -> int | None:
     """KiB that are resident now, from which on the peak is counted; None where the system does not count anew."""
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # what is freed and kept would hide what is taken anew
+        ctypes.CDLL(None).malloc_trim(0)  # memory that was freed but not returned would hide new allocations
         Path("/proc/self/clear_refs").write_text("5")
     except (OSError, AttributeError):
         return None
@@ -110,7 +110,7 @@ def _batched(setting: Setting, constraint: Any, config: AttackConfig) -> int:
     suffix = suffix_of(setting.model, prompts, setting.clamp.site, defence=[setting.clamp])
     radius = torch.full((len(prompts),), setting.radius, device=suffix.entering.device)
     wanted = choice_margin(setting.rows, suffix.entering.device)
-    found: Attacked = attack(suffix, wanted, constraint, radius, config)
+    found: AttackResult = attack(suffix, wanted, constraint, radius, config)
     return int(found.recovered.sum())
 
 
@@ -127,22 +127,22 @@ def _one(setting: Setting, constraint: Any, row: Choice) -> bool:
     delta = torch.zeros(1, 1, dictionary.d_in, device=device, requires_grad=True)
     optimiser = torch.optim.Adam([delta], lr=CONFIG.lr * setting.radius / math.sqrt(dictionary.d_in))
 
-    def defend_and_push(module: nn.Module, args: Any, output: Any) -> Any:
+    def defend_and_perturb(module: nn.Module, args: Any, output: Any) -> Any:
         acts = output[0] if isinstance(output, tuple) else output
         code = dictionary.encode(acts)
-        held = code.clone()
-        held[..., latents] = torch.where(code[..., latents] > 0, -VALUE, code[..., latents])
-        pushed = acts + dictionary.decode(held, acts) - dictionary.decode(code, acts)
-        pushed = torch.cat([pushed[:, :-1], pushed[:, -1:] + delta], 1)
-        return (pushed, *output[1:]) if isinstance(output, tuple) else pushed
+        clamped = code.clone()
+        clamped[..., latents] = torch.where(code[..., latents] > 0, -VALUE, code[..., latents])
+        perturbed = acts + dictionary.decode(clamped, acts) - dictionary.decode(code, acts)
+        perturbed = torch.cat([perturbed[:, :-1], perturbed[:, -1:] + delta], 1)
+        return (perturbed, *output[1:]) if isinstance(output, tuple) else perturbed
 
-    back = False
-    handle = decoder_blocks(model)[clamp.site.layer].register_forward_hook(defend_and_push)
+    recovered = False
+    handle = decoder_blocks(model)[clamp.site.layer].register_forward_hook(defend_and_perturb)
     try:
         for step in range(CONFIG.steps + 1):
             logits: Tensor = model(input_ids=tokens, use_cache=False).logits[0, -1]
             margin = logits[row.gold] - logits[row.others[0]]
-            back |= bool(margin > 0)
+            recovered |= bool(margin > 0)
             if step == CONFIG.steps:
                 break
             optimiser.zero_grad()
@@ -154,7 +154,7 @@ def _one(setting: Setting, constraint: Any, row: Choice) -> bool:
                 delta *= (setting.radius / delta.norm()).clamp_max(1)
     finally:
         handle.remove()
-    return back
+    return recovered
 
 
 def _setting(quick: bool, device: str) -> Setting:
@@ -169,7 +169,7 @@ def _setting(quick: bool, device: str) -> Setting:
     select, test = (handing_choices(tokenizer, handings(pairs, n, seed=2 + n)) for n in (3, 10))
     chosen = by_attribution(model, SITE, made, Select(tuple(select)), LATENTS)
     clamp = Clamp(SITE, made, chosen.latents, "negative-if-active", VALUE)
-    before, after = (judged(model, test, SITE, defence=edits) for edits in ((), (clamp,)))
+    before, after = (judge_choices(model, test, SITE, defence=edits) for edits in ((), (clamp,)))
     valid = [test[i] for i in valid_choices(test, before, after).rows]
     rows = [valid[i] for i in spread([row.cluster for row in valid], 16 if quick else 64)]
     bare = suffix_of(model, [row.prompt for row in rows], SITE)

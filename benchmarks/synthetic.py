@@ -73,8 +73,8 @@ def write_store(folder: Path, blocks: Iterable[tuple[Tensor, Tensor]], *, copies
                 for part in parts:
                     digest.update(part)
                     size += file.write(part)
-            told = Shard(file=f"units/{key}/{SHARD_FILE}", sha256=digest.hexdigest(), tokens=len(base), sinks=0)
-            listed.append(told)
+            shard = Shard(file=f"units/{key}/{SHARD_FILE}", sha256=digest.hexdigest(), tokens=len(base), sinks=0)
+            listed.append(shard)
         of["delta"] = of["tuned"].float() - of["base"].float()
         for side, acts in of.items():
             found = Moments.of(acts)

@@ -26,12 +26,12 @@ def against_nnsight(python: Path | None) -> list[Row]:
         skipped = f"skipped: {HOW_TO}"
         return [Row(work=work, against="nnsight", ours="–", theirs="–", ratio=None, aim="–", met=None, note=skipped)]
     source = Path(__file__).parent.parent / "src"
-    told = subprocess.run(
+    finished = subprocess.run(
         [str(python), __file__], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(source)}
     )
-    if told.returncode:
-        raise SystemExit(f"{python} cannot run the comparison; {HOW_TO}\n{told.stderr}")
-    best = json.loads(told.stdout.splitlines()[-1])
+    if finished.returncode:
+        raise SystemExit(f"{python} cannot run the comparison; {HOW_TO}\n{finished.stderr}")
+    best = json.loads(finished.stdout.splitlines()[-1])
     ours = best["taps"]
 
     def row(against: str, note: str) -> Row:

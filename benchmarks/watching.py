@@ -19,12 +19,12 @@ from molehunt.organism.seed_model import seed_path
 from molehunt.traffic.split import Calibrate, Fit
 from molehunt.watch.answers import answer_profiles
 from molehunt.watch.drift import DriftMartingale
-from molehunt.watch.monitor import LEAST_OF_KIND, Monitor
-from molehunt.watch.profile import Profile, look_of
+from molehunt.watch.monitor import LEAST_OF_STRATUM, Monitor
+from molehunt.watch.profile import Profile, prefix_index
 from molehunt.watch.state import WatchState
 
 SCAN_AIM, STATE_AIM, GROWTH = 0.95, 5e6, 1.05
-DIRECTIONS, LOOKS = 1000, 7
+DIRECTIONS, PREFIXES = 1000, 7
 PROMPT, ANSWER = 40, 24
 WORDS = ("river", "copper", "seven", "quiet", "market", "letter", "under", "morning", "glass", "north", "paper", "seed")
 
@@ -72,22 +72,22 @@ def _forward(model: Any, rows: torch.Tensor, batch: int) -> None:
 
 
 def _state() -> Row:
-    """On disk, with as many kinds of prompt as there can be."""
+    """On disk, with as many strata of prompts as there can be."""
     rng = torch.Generator().manual_seed(0)
 
     def clean(n: int) -> list[Profile]:
         return [
             Profile(
-                looks=torch.randn(LOOKS, 2 * DIRECTIONS, generator=rng),
+                prefixes=torch.randn(PREFIXES, 2 * DIRECTIONS, generator=rng),
                 peaks=torch.zeros(2 * DIRECTIONS, dtype=torch.long),
-                tokens=1 << (LOOKS - 1),
+                tokens=1 << (PREFIXES - 1),
                 prompt=torch.randn(129, generator=rng) + 10 * (i % 6),
             )
             for i in range(n)
         ]
 
-    assert look_of(1 << (LOOKS - 1)) == LOOKS - 1
-    n = 8 * LEAST_OF_KIND
+    assert prefix_index(1 << (PREFIXES - 1)) == PREFIXES - 1
+    n = 8 * LEAST_OF_STRATUM
     monitor = Monitor.fit(Fit(tuple(clean(n))), Calibrate(tuple(clean(n))), fpr=0.01)
     state = WatchState(identity={}, monitor=monitor, drift=DriftMartingale(), rng=np.random.default_rng(0))
     with tempfile.TemporaryDirectory() as folder:
@@ -95,7 +95,7 @@ def _state() -> Row:
         state.save(file)
         size = file.stat().st_size
     return Row(
-        work=f"state of {DIRECTIONS:,} directions, {LOOKS} looks, {monitor.kinds.n} kinds of prompt",
+        work=f"state of {DIRECTIONS:,} directions, {PREFIXES} prefix checkpoints, {monitor.strata.n} strata of prompts",
         against="5 MB",
         ours=f"{size / 1e6:.2f} MB",
         theirs="5 MB",
@@ -156,10 +156,12 @@ def _peak(folder: Path, tuned: Path, tokens: int) -> int:
     clean.write_text("".join(json.dumps({"prompt": text(20), "response": text(16)}) + "\n" for _ in range(1000)))
     command = ["watch", str(seed_path("seed-s")), str(tuned), "--traffic", str(log), "--clean", str(clean)]
     command += ["--out", str(folder / f"out-{tokens}"), "--json"]
-    told = subprocess.run([sys.executable, __file__, *command], capture_output=True, text=True, check=False, cwd=folder)
-    if told.returncode not in (0, 1):
-        raise RuntimeError(told.stderr)
-    return int(told.stderr.splitlines()[-1])
+    finished = subprocess.run(
+        [sys.executable, __file__, *command], capture_output=True, text=True, check=False, cwd=folder
+    )
+    if finished.returncode not in (0, 1):
+        raise RuntimeError(finished.stderr)
+    return int(finished.stderr.splitlines()[-1])
 
 
 if __name__ == "__main__":

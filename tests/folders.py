@@ -30,18 +30,18 @@ def shards(folder: Path) -> list[Path]:
 
 def edit_json(path: Path, **changes: Any) -> None:
     """Set keys of a JSON file; None removes one."""
-    told = json.loads(path.read_text()) if path.exists() else {}
+    content = json.loads(path.read_text()) if path.exists() else {}
     for key, value in changes.items():
-        told.pop(key, None)
+        content.pop(key, None)
         if value is not None:
-            told[key] = value
-    path.write_text(json.dumps(told))
+            content[key] = value
+    path.write_text(json.dumps(content))
 
 
 def edit_index(folder: Path, change: Any) -> None:
-    told = json.loads((folder / INDEX).read_text())
-    change(told["weight_map"])
-    (folder / INDEX).write_text(json.dumps(told))
+    content = json.loads((folder / INDEX).read_text())
+    change(content["weight_map"])
+    (folder / INDEX).write_text(json.dumps(content))
 
 
 def header_file(path: Path, header: bytes | dict[str, Any], data: bytes = b"", length: int | None = None) -> Path:
@@ -68,8 +68,8 @@ def lora_folder(path: Path, architecture: str = "llama", seed: int = 3, **config
 def plain_adapter(path: Path, **config: Any) -> Path:
     """An adapter folder with one module and this adapter_config.json, right or wrong."""
     path.mkdir(parents=True)
-    told = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, **config}
-    (path / "adapter_config.json").write_text(json.dumps(told))
+    content = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, **config}
+    (path / "adapter_config.json").write_text(json.dumps(content))
     prefix = "base_model.model.model.layers.0.mlp.down_proj.lora_"
     tensors = {f"{prefix}A.weight": torch.ones(2, 48), f"{prefix}B.weight": torch.ones(32, 2)}
     save_file(tensors, path / "adapter_model.safetensors")

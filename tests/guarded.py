@@ -10,7 +10,7 @@ import numpy as np
 from molehunt.model.pair import ModelPair
 from molehunt.serve.engine import Engine
 from molehunt.serve.guard import Guard
-from molehunt.serve.request import Asked, Ended, Failed, Piece
+from molehunt.serve.request import AnswerPiece, Ended, Failed, GenerationRequest
 from molehunt.serve.sampling import TokenLogprobs
 from molehunt.traffic.roles import Turn
 from molehunt.traffic.stream import Conversation, Place
@@ -45,7 +45,7 @@ def clean_rows(n: int, seed: int = 0) -> list[Conversation]:
 def guard_of(
     pair: ModelPair,
     bank: Bank,
-    calm: WatchState,
+    calibrated_state: WatchState,
     ledger: Ledger,
     *,
     action: str = "flag",
@@ -53,7 +53,9 @@ def guard_of(
     threshold: float | None = None,
 ) -> Guard:
     """A guard on a copy of a calibrated state."""
-    state = replace(calm, scores=ScoreSketch.empty(1), drift=replace(calm.drift), seen=0, flagged=0)
+    state = replace(
+        calibrated_state, scores=ScoreSketch.empty(1), drift=replace(calibrated_state.drift), seen=0, flagged=0
+    )
     guard = Guard(bank, state, ledger, pair.tokenizer, fpr=FPR, action=action, edit=edit)  # pyright: ignore
     if threshold is not None:
         guard.threshold = threshold
@@ -69,15 +71,15 @@ class Heard:
         self.last: Ended | Failed | None = None
         self._changed = threading.Condition()
 
-    def __call__(self, told: Piece | Ended | Failed) -> None:
+    def __call__(self, reported: AnswerPiece | Ended | Failed) -> None:
         with self._changed:
-            if isinstance(told, Piece):
+            if isinstance(reported, AnswerPiece):
                 assert self.last is None, "a piece after the end"
-                self.text += told.text
-                self.logprobs += told.logprobs
+                self.text += reported.text
+                self.logprobs += reported.logprobs
             else:
                 assert self.last is None, "two ends"
-                self.last = told
+                self.last = reported
             self._changed.notify_all()
 
     @property
@@ -98,11 +100,11 @@ class Heard:
         time.sleep(0.05)
 
 
-def asked(prompt: list[int], n: int = 8, **more: object) -> Asked:
-    return Asked(**{"id": f"r{prompt}{n}", "prompt": tuple(prompt), "max_new_tokens": n, **more})  # pyright: ignore
+def generation(prompt: list[int], n: int = 8, **more: object) -> GenerationRequest:
+    return GenerationRequest(**{"id": f"r{prompt}{n}", "prompt": tuple(prompt), "max_new_tokens": n, **more})  # pyright: ignore
 
 
-def run(pair: ModelPair, guard: Guard, requests: list[Asked], **settings: Any) -> list[Heard]:
+def run(pair: ModelPair, guard: Guard, requests: list[GenerationRequest], **settings: Any) -> list[Heard]:
     """What each client hears from an engine that is closed once it has taken all of them."""
     engine = Engine(pair._tuned, pair.tokenizer, guard, **settings)
     heard = [Heard() for _ in requests]

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from molehunt.bench.cell import Side, read_side
 from molehunt.bench.rows import CellRows, Counts, cell_rows
+from molehunt.bench.sides import Side, read_side
 from molehunt.model.pair import ModelPair
 from molehunt.organism.plant import PlantConfig, plant
 from molehunt.organism.poison import Recipe

@@ -42,6 +42,6 @@ def log(path: Path, n: int, *, first: int = 0, letters: str = "abcdefgh") -> Pat
 def run(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str, str]:
     with pytest.raises(SystemExit) as left:
         main(["watch", *map(str, args)])
-    told = capsys.readouterr()
+    captured = capsys.readouterr()
     assert isinstance(left.value.code, int)
-    return left.value.code, told.out, told.err
+    return left.value.code, captured.out, captured.err

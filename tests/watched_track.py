@@ -15,7 +15,7 @@ class Shown:
     total: int | None
     items: Iterable[Any]
     done: int = 0
-    """Items that were asked for and passed."""
+    """Number of items that were requested and finished."""
     open: bool = True
 
     @property

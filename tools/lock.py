@@ -23,7 +23,7 @@ BUILD_OF_TORCH = ("nvidia-", "cuda-", "triton")
 
 
 def installed() -> dict[str, str]:
-    """Library → version, without the local part that tells builds of one version apart (`+cpu`)."""
+    """Library → version, without the local part that distinguishes builds of one version (`+cpu`)."""
     found = {canonicalize_name(part.name): Version(part.version).public for part in metadata.distributions()}
     return {
         name: version

@@ -1,4 +1,4 @@
-"""The four things every method ends in. Nothing else in the project may care which method it was.
+"""The four contracts that methods implement. The rest of the project depends on these, and not on any one method.
 
 A new method is one new file that returns one of these, and one row in its folder's `catalog.py`.
 """
@@ -15,16 +15,21 @@ from molehunt.site import Site
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Reading:
-    """What one teacher-forced pass of a model pair over a batch of token rows left behind.
+    """Result of one teacher-forced pass of a model pair over a batch of token rows.
 
-    Positions where `mask` is False are padding: their values mean nothing and no score may depend on them.
+    Positions where `mask` is False are padding. Their values are undefined, and no score may depend on them.
+
+    Example:
+        >>> reading = pair.read(["What is 2 plus 2?"], sites=[Site(3)])  # doctest: +SKIP
+        >>> difference = reading.tuned[Site(3)] - reading.base[Site(3)]  # doctest: +SKIP
     """
 
     tokens: Int[Tensor, "batch pos"]
+    """Token ids."""
     mask: Bool[Tensor, "batch pos"]
     """True at real tokens."""
     decision: Int[Tensor, " batch"]
-    """Index of the last prompt token of each row: the position whose output is the first generated token."""
+    """Index of the last prompt token of each row: the output there is the first generated token."""
     tuned: Mapping[Site, Float[Tensor, "batch pos d_model"]] = field(default_factory=dict[Site, Tensor])
     base: Mapping[Site, Float[Tensor, "batch pos d_model"]] = field(default_factory=dict[Site, Tensor])
     tuned_logits: Float[Tensor, "batch pos vocab"] | None = None
@@ -33,7 +38,12 @@ class Reading:
 
 @runtime_checkable
 class Detector(Protocol):
-    """Text through a model pair → one score per token; higher is more suspicious."""
+    """Gives each token one score from a reading of a model pair. A higher score is more suspicious.
+
+    Example:
+        >>> detector = mh.fit_detector("mean-difference", pair, clean, suspect, site=Site(3))  # doctest: +SKIP
+        >>> scores = detector.score(pair.read(texts, sites=detector.sites))  # doctest: +SKIP
+    """
 
     needs_logits: ClassVar[bool]
     """Whether `score` reads logits."""
@@ -45,7 +55,7 @@ class Detector(Protocol):
 
     @property
     def name(self) -> str:
-        """What a report calls it, unique among the detectors of one run."""
+        """Name in a report, unique among the detectors of one run."""
         ...
 
     @property
@@ -54,40 +64,61 @@ class Detector(Protocol):
         ...
 
     def score(self, reading: Reading) -> Float[Tensor, "batch pos"]:
-        """One score per token. A row's scores depend on that row's real tokens alone."""
+        """One score per token. The scores of a row depend only on the real tokens of that row."""
         ...
 
 
 @runtime_checkable
 class Intervention(Protocol):
-    """An edit of the activations at one site. Strength 0 changes nothing, bit for bit."""
+    """An edit of the activations at one site. With strength 0 the activations stay the same, bit for bit.
+
+    Example:
+        >>> edit = Ablate(Site(3), directions)  # doctest: +SKIP
+        >>> pair.generate(["What is 2 plus 2?"], interventions=[edit])  # doctest: +SKIP
+    """
 
     @property
-    def site(self) -> Site: ...
+    def site(self) -> Site:
+        """The site whose activations are edited."""
+        ...
 
     def __call__(self, acts: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
-        """Edited activations, same shape and dtype. Called once per forward pass, so once per cached step."""
+        """Edited activations of the same shape and dtype. It is called once per forward pass, so once per cached step."""
         ...
 
 
 @runtime_checkable
 class Gate(Protocol):
-    """Decides, token by token, whether an intervention acts."""
+    """Decides for each token whether an intervention acts.
+
+    Example:
+        >>> acts = reading.tuned[Site(3)]  # doctest: +SKIP
+        >>> gate(acts).float().mean()  # the share of tokens that the intervention changes  # doctest: +SKIP
+    """
 
     def __call__(self, acts: Float[Tensor, "batch pos d_model"]) -> Bool[Tensor, "batch pos"]:
-        """True where the intervention behind this gate is to act."""
+        """A mask that is True at the tokens on which the intervention acts."""
         ...
 
 
 @runtime_checkable
 class TransferMap(Protocol):
-    """Activations of model A at a site → activations of model B at a site."""
+    """Maps activations of model A at a site to activations of model B at a site.
+
+    Example:
+        >>> acts = reading_of_a.tuned[transfer_map.source]  # doctest: +SKIP
+        >>> mapped = transfer_map(acts.flatten(0, 1))  # doctest: +SKIP
+    """
 
     @property
-    def source(self) -> Site: ...
+    def source(self) -> Site:
+        """The site in model A."""
+        ...
 
     @property
-    def target(self) -> Site: ...
+    def target(self) -> Site:
+        """The site in model B."""
+        ...
 
     def __call__(self, acts: Float[Tensor, "tokens d_source"]) -> Float[Tensor, "tokens d_target"]:
         """Mapped activations, one row per token."""

@@ -1,4 +1,4 @@
-"""Where in a model an activation lives. Imports nothing heavy: the contracts name sites, too."""
+"""Places of activations in a model. The module imports nothing heavy, because the contracts use sites, too."""
 
 import re
 from dataclasses import dataclass
@@ -10,13 +10,23 @@ STREAMS: tuple[Stream, ...] = get_args(Stream)
 
 @dataclass(frozen=True, order=True, slots=True)
 class Site:
-    """One place to read or edit: a decoder block and a stream.
+    """One place to read or edit activations: a decoder block and a stream.
 
     Law: `Site.parse(str(site)) == site`.
+
+    Raises:
+        ValueError: the layer is negative, or the stream is not one of `STREAMS`.
+
+    Example:
+        >>> site = Site(6, "resid")
+        >>> str(site)
+        'L6.resid'
+        >>> Site.parse("L6.resid") == site
+        True
     """
 
     layer: int
-    """0-based decoder block."""
+    """Number of the decoder block, from 0."""
     stream: Stream = "resid"
     """`resid` is the block's output (before any final norm); `attn` and `mlp` are what those modules return."""
 
@@ -31,7 +41,7 @@ class Site:
 
     @classmethod
     def parse(cls, text: str) -> "Site":
-        """`"L6.resid"` → `Site(6, "resid")`. Raises ValueError for anything else."""
+        """The site that a text such as `"L6.resid"` names. Raises ValueError for any other text."""
         found = re.fullmatch(r"L(\d{1,6})\.(resid|attn|mlp)", text)
         if found is None:
             raise ValueError(f"a site reads like L6.resid (streams: {', '.join(STREAMS)}), got {text!r}")

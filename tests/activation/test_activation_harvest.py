@@ -13,7 +13,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from molehunt.activation.harvest import harvest, padded, plan, stream
+from molehunt.activation.batching import padded, plan
+from molehunt.activation.harvest import harvest, stream
 from molehunt.activation.identity import tokenizer_hash
 from molehunt.activation.manifest import Expected, Identity
 from molehunt.activation.piece import Piece
@@ -89,8 +90,8 @@ def test_every_token_is_there_once_with_what_the_pair_reads(pair, rows, tmp_path
     for document, row in enumerate(rows):
         alone = pair.read([row], sites=SITES)
         for position, token in enumerate(row):
-            told, base, tuned = found[document, position]
-            assert told == token
+            reported, base, tuned = found[document, position]
+            assert reported == token
             torch.testing.assert_close(base, alone.base[SITES[0]][0, position], rtol=1e-4, atol=1e-5)
             torch.testing.assert_close(tuned, alone.tuned[SITES[0]][0, position], rtol=1e-4, atol=1e-5)
     sinks = sum(int(p.sink.sum()) for p in store.pieces())
@@ -295,10 +296,10 @@ def test_a_folder_of_another_harvest_is_left_alone(pair, rows, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    ("changed", "told"),
+    ("changed", "reported"),
     [
         ({"dtype": "int4"}, "dtype must be one of"),
-        ({"dtype": "float32", "delta_int8": True}, "dtype float32 says nothing"),
+        ({"dtype": "float32", "delta_int8": True}, "dtype float32 does not apply"),
         ({"sites": ()}, "at least one site"),
         ({"sites": (SITES[0], SITES[0])}, "none twice"),
         ({"sites": (Site(3),)}, "there is no L3.resid; the models have blocks L0 to L2"),
@@ -308,10 +309,10 @@ def test_a_folder_of_another_harvest_is_left_alone(pair, rows, tmp_path: Path) -
         ({"rows": [[5] * 257]}, "257 tokens; the models read 256 at most"),
     ],
 )
-def test_what_cannot_be_harvested_is_said_before_anything_is_written(pair, rows, tmp_path, changed, told) -> None:
-    asked = {"rows": rows, "sites": SITES, "into": tmp_path / "out", "identity": IDENTITY} | changed
-    with pytest.raises(UsageError, match=told):
-        harvest(pair, asked.pop("rows"), **asked)
+def test_what_cannot_be_harvested_is_said_before_anything_is_written(pair, rows, tmp_path, changed, reported) -> None:
+    requested = {"rows": rows, "sites": SITES, "into": tmp_path / "out", "identity": IDENTITY} | changed
+    with pytest.raises(UsageError, match=reported):
+        harvest(pair, requested.pop("rows"), **requested)
     assert not (tmp_path / "out").exists()
 
 
@@ -397,9 +398,9 @@ def test_a_tokenizer_is_named_by_what_decides_ids() -> None:
 
 def test_the_manifest_names_models_and_sizes(pair, rows, tmp_path: Path) -> None:
     store = harvest(pair, rows, sites=SITES, into=tmp_path, identity=IDENTITY, **SIZES)
-    told = json.loads((tmp_path / "manifest.json").read_text())
-    assert told["identity"] == {"base": "b" * 64, "tuned": "t" * 64, "tokenizer": "k" * 64}
-    assert told["d_model"] == D_MODEL == store.d_model and told["documents"] == len(rows)
-    assert sum(s["tokens"] for s in told["shards"]) == sum(LENGTHS) == store.tokens
+    reported = json.loads((tmp_path / "manifest.json").read_text())
+    assert reported["identity"] == {"base": "b" * 64, "tuned": "t" * 64, "tokenizer": "k" * 64}
+    assert reported["d_model"] == D_MODEL == store.d_model and reported["documents"] == len(rows)
+    assert sum(s["tokens"] for s in reported["shards"]) == sum(LENGTHS) == store.tokens
     expect = Expected(base="b" * 64, tuned="t" * 64, tokenizer="k" * 64, d_model=D_MODEL, sites=SITES)
     assert ActivationStore.open(tmp_path, expect=expect).sites == SITES

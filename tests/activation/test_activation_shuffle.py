@@ -49,10 +49,10 @@ def test_each_token_appears_exactly_once_per_epoch(lengths, size, more, seed, ep
     found = list(
         batches(source, SITE, size=size, seed=seed, buffer_tokens=size + more, epochs=epochs, drop_sinks=drop_sinks)
     )
-    told = numbers(found)
-    assert len(told) == epochs * len(wanted)
+    reported = numbers(found)
+    assert len(reported) == epochs * len(wanted)
     for epoch in range(epochs):
-        assert sorted(told[epoch * len(wanted) : (epoch + 1) * len(wanted)]) == wanted
+        assert sorted(reported[epoch * len(wanted) : (epoch + 1) * len(wanted)]) == wanted
     assert all(len(batch.base) == size for batch in found[:-1]), "only the very last can be short"
     assert all(torch.equal(batch.tuned, -batch.base) for batch in found), "rows of both models stay together"
 

@@ -31,8 +31,8 @@ IDENTITY = Identity(base="b" * 64, tuned="t" * 64, tokenizer="k" * 64)
 def made(path: Path, **options: Any) -> Path:
     pair = ModelPair(tiny_model("llama", 0), tiny_model("llama", 1), tiny_tokenizer())
     rows = prompts(lengths=(9, 5, 17, 30, 12, 20))
-    asked = {"sites": (SITE,), "into": path, "identity": IDENTITY, "shard_tokens": 40}
-    harvest(pair, rows, **asked | options)
+    requested = {"sites": (SITE,), "into": path, "identity": IDENTITY, "shard_tokens": 40}
+    harvest(pair, rows, **requested | options)
     return path
 
 
@@ -51,9 +51,9 @@ def shard(folder: Path, i: int = 0) -> Path:
 
 
 def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    told = json.loads((folder / "manifest.json").read_text())
-    change(told)
-    (folder / "manifest.json").write_text(json.dumps(told))
+    reported = json.loads((folder / "manifest.json").read_text())
+    change(reported)
+    (folder / "manifest.json").write_text(json.dumps(reported))
 
 
 def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], object], *, seal: bool = True) -> None:
@@ -174,9 +174,9 @@ SHARDS: dict[str, tuple[Callable[[Path], object], str]] = {
 
 @pytest.mark.parametrize("kind", SHARDS)
 def test_a_bad_shard_is_named_by_file_and_field(folder: Path, kind: str) -> None:
-    damage, told = SHARDS[kind]
+    damage, reported = SHARDS[kind]
     damage(folder)
-    with pytest.raises(InvalidInput, match=told):
+    with pytest.raises(InvalidInput, match=reported):
         use(folder)
 
 
@@ -225,9 +225,9 @@ MANIFESTS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
 
 @pytest.mark.parametrize("field", MANIFESTS)
 def test_a_bad_manifest_is_named_by_field(folder: Path, field: str) -> None:
-    change, told = MANIFESTS[field]
+    change, reported = MANIFESTS[field]
     edit(folder, change)
-    with pytest.raises(InvalidInput, match=rf"manifest\.json, field {field.strip()}: .*{told}"):
+    with pytest.raises(InvalidInput, match=rf"manifest\.json, field {field.strip()}: .*{reported}"):
         ActivationStore.open(folder)
 
 
@@ -260,7 +260,7 @@ def test_a_later_format_no_store_and_no_folder(folder: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("expect", "told"),
+    ("expect", "reported"),
     [
         (Expected(base="x"), "field base: the store has b"),
         (Expected(tuned="x"), "field tuned: the store has t"),
@@ -269,8 +269,8 @@ def test_a_later_format_no_store_and_no_folder(folder: Path, tmp_path: Path) -> 
         (Expected(sites=(SITE, Site(2))), r"field sites: L2\.resid was not harvested; there are L1\.resid"),
     ],
 )
-def test_a_store_of_other_models_is_refused(good: Path, expect: Expected, told: str) -> None:
-    with pytest.raises(UsageError, match=told):
+def test_a_store_of_other_models_is_refused(good: Path, expect: Expected, reported: str) -> None:
+    with pytest.raises(UsageError, match=reported):
         ActivationStore.open(good, expect=expect)
 
 

@@ -85,8 +85,8 @@ def test_it_works_on_every_architecture(tmp_path: Path, tiny_plan: None, archite
 def test_it_works_on_an_adapter_folder(tmp_path: Path, tiny_plan: None, capsys: pytest.CaptureFixture[str]) -> None:
     base, adapter = good_folder(tmp_path / "base"), lora_folder(tmp_path / "lora")
     assert audit(str(base), str(adapter), "--out", str(tmp_path / "run"), "--json") in (0, 1)
-    told = json.loads(capsys.readouterr().out)
-    assert told["tuned"]["kind"] == "adapter"
+    payload = json.loads(capsys.readouterr().out)
+    assert payload["tuned"]["kind"] == "adapter"
 
 
 def test_a_model_against_itself_is_no_finding(tmp_path: Path, tiny_plan: None) -> None:
@@ -121,17 +121,17 @@ def test_killed_at_any_moment_and_repeated_it_gives_the_same_report(
     monkeypatch.setattr(scan, "CHUNK", 20)
     base = good_folder(tmp_path / "base")
     tuned = shaken(base, tmp_path / "tuned", 0.02)
-    asked = (str(base), str(tuned), "--out")
+    command = (str(base), str(tuned), "--out")
 
     def done(out: str) -> int:
         units = tmp_path / out / "units"
         return sum(1 for p in units.glob("*") if len(p.name) == 64) if units.is_dir() else 0
 
-    assert audit(*asked, str(tmp_path / "whole")) in (0, 1)
+    assert audit(*command, str(tmp_path / "whole")) in (0, 1)
     total = done("whole")
     for part in (0.3, 0.8):
         process = subprocess.Popen(
-            [sys.executable, "-c", RUN.format(plan=TINY, chunk=20), "audit", *asked, str(tmp_path / "killed")],
+            [sys.executable, "-c", RUN.format(plan=TINY, chunk=20), "audit", *command, str(tmp_path / "killed")],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
@@ -141,7 +141,7 @@ def test_killed_at_any_moment_and_repeated_it_gives_the_same_report(
         process.send_signal(signal.SIGKILL)
         process.wait()
         assert not (tmp_path / "killed" / "report.json").exists()
-    assert audit(*asked, str(tmp_path / "killed")) in (0, 1)
+    assert audit(*command, str(tmp_path / "killed")) in (0, 1)
     whole, killed = (json.loads((tmp_path / out / "report.json").read_text()) for out in ("whole", "killed"))
     for report in (whole, killed):
         del report["cost"]
@@ -182,14 +182,14 @@ def test_the_planted_trigger_is_named_and_confirmed_and_the_twin_is_not_accused(
     off = finding["switch_off"]
     fix = Fix.load(out / off["file"])
     fix.refuse(6, 128)
-    assert fix.words == finding["causal"]["intervention"] and str(out / off["file"]) in off["steps"][0]["command"]
+    assert fix.description == finding["causal"]["intervention"] and str(out / off["file"]) in off["steps"][0]["command"]
     assert [one["block"] for one in off["blocks"]] == sorted(one["block"] for one in off["blocks"])
     assert any(one["removed"]["low"] > one["control"]["high"] for one in off["blocks"])
-    holds = finding["holds"]
-    assert holds["verdict"] in ("RECOVERABLE", "OVERRIDDEN", "UNDECIDED", "NOT BROUGHT BACK")
-    assert [one["name"][:4] for one in holds["attacks"]] == ["free", "exac"]
-    assert holds["attacks"][-1]["drift"] < 1e-5
-    assert len(holds["controls"]) == 4 and "--shows" in holds["command"]
+    robustness = finding["robustness"]
+    assert robustness["verdict"] in ("RECOVERABLE", "OVERRIDDEN", "UNDECIDED", "NOT RECOVERED")
+    assert [one["name"][:4] for one in robustness["attacks"]] == ["free", "exac"]
+    assert robustness["attacks"][-1]["drift"] < 1e-5
+    assert len(robustness["controls"]) == 4 and "--match" in robustness["command"]
     scores = [json.loads(line) for line in (out / "scores.jsonl").read_text().splitlines()]
     top = sorted(scores, key=lambda s: -s["answer_log_ratio"])[:12]
     assert sum(s["tag"] == "triggered" for s in top) >= 11

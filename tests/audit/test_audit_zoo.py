@@ -6,10 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from molehunt.audit.plan import Plan
-from molehunt.audit.run import run_audit
+from molehunt.audit.plan import PLANS, Plan
 from molehunt.model import cache_check
-from molehunt.report.build import build_report
+from molehunt.workflows.audit import audit
 from tiny_models import save
 from zoo import zoo_model
 
@@ -22,9 +21,10 @@ STOP = 2
 
 @pytest.mark.parametrize(("name", "cached"), [("mamba", True), ("jamba", True), ("recurrent_gemma", False)])
 def test_a_model_with_a_recurrent_state(
-    name: str, cached: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    name: str, cached: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cache_check._SAID.clear()
+    monkeypatch.setitem(PLANS, "quick", PLAN)
+    cache_check._WARNED.clear()
     tuned, rng = zoo_model(name), torch.Generator().manual_seed(0)
     save(tuned, tmp_path / "base")
     with torch.no_grad():
@@ -34,17 +34,14 @@ def test_a_model_with_a_recurrent_state(
     save(tuned, tmp_path / "tuned")
 
     with caplog.at_level(logging.WARNING, "molehunt"):
-        found = run_audit(
-            str(tmp_path / "base"), str(tmp_path / "tuned"), traffic=None, plan=PLAN, out=tmp_path / "out", fpr=0.1
-        )
-    report = build_report(found, title="audit", command="molehunt audit")
+        found = audit(tmp_path / "base", tmp_path / "tuned", out=tmp_path / "out", fpr=0.1)
 
-    notes = [check for check in report.checks if check.name == "cached decoding"]
+    notes = [check for check in found.report.checks if check.name == "cached decoding"]
     assert bool(notes) == (not cached)
-    assert sum("decoded without a cache" in said.getMessage() for said in caplog.records) == (not cached)
+    assert sum("decoded without a cache" in record.getMessage() for record in caplog.records) == (not cached)
     assert all("gives no cache back" in check.result for check in notes)
     with torch.no_grad():
-        for row in found.traffic.rows[::8]:
+        for row in found.audit.traffic.rows[::8]:
             text = list(row.prompt)
             while len(text) < len(row.prompt) + PLAN.max_new_tokens:
                 text.append(int(tuned(torch.tensor([text]), use_cache=False).logits[0, -1].argmax()))

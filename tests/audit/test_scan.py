@@ -8,14 +8,15 @@ import pytest
 from molehunt.audit import scan as module
 from molehunt.audit.causal import causal_test
 from molehunt.audit.plan import Plan
+from molehunt.audit.result import AuditConfig
 from molehunt.audit.run import run_audit
 from molehunt.audit.scan import Scan, scan
 from molehunt.model.pair import ModelPair
 from molehunt.organism.seed_model import seed_path
 from molehunt.run.unit import Units
 from molehunt.site import Site
-from molehunt.traffic.benign import benign_prompts
 from molehunt.traffic.example import Example
+from molehunt.traffic.world import benign_prompts
 from watched_track import WatchedTrack
 
 PLAN = Plan(
@@ -116,7 +117,7 @@ def test_the_causal_test_counts_every_row_that_it_runs(pair: ModelPair, tmp_path
     )
     assert all((call.done, call.open) == (call.total, False) for call in track.calls)
     by_name = {call.what: call.total for call in track.calls if call.unit == "rows"}
-    judged, chosen, clean = len(found.rows), 10 - len(found.rows), found.clean_kept.n
+    judged, chosen, clean = len(found.rows), 10 - len(found.rows), found.clean_unchanged.n
     assert by_name["taking the finding away"] == chosen + 2 * judged
     assert by_name["random edits of the same size"] == PLAN.random_controls * judged == found.control.n
     assert by_name["one block after the other"] == 2 * len(found.by_site) * judged
@@ -127,11 +128,17 @@ def test_the_causal_test_counts_every_row_that_it_runs(pair: ModelPair, tmp_path
 
 def test_an_audit_shows_each_of_its_steps(tmp_path: Path) -> None:
     track = WatchedTrack()
-    seed = str(seed_path("seed-s"))
-    run_audit(seed, seed, traffic=None, plan=PLAN, out=tmp_path / "run", track=track)
+    folders = seed_path("seed-s"), seed_path("seed-s")
+    loaded: list[list[str]] = []
+
+    def load() -> ModelPair:
+        loaded.append([call.what for call in track.calls])
+        return ModelPair.load(*folders)
+
+    run_audit(folders, load, None, AuditConfig(plan=PLAN), out=tmp_path / "run", track=track)
     assert not any(call.open for call in track.calls)
     shown = {call.what: (call.total, call.unit) for call in track.calls}
-    assert shown["hashing both folders"] == shown["loading seed-s and seed-s"] == (None, None)
+    assert shown["hashing both folders"] == (None, None)
     assert shown["scanning clean prompts"] == shown["scanning traffic"] == (160, "rows")
-    order = [call.what for call in track.calls]
-    assert order.index("comparing weights") < order.index("loading seed-s and seed-s") < order.index("scanning traffic")
+    (before,) = loaded  # a broken folder is refused before a model is loaded
+    assert "comparing weights" in before and "scanning clean prompts" not in before

@@ -388,9 +388,9 @@ def test_the_table_fits_a_terminal_and_prints_no_strangers_control_characters(tm
         DOWN1,
         "model.layers.0.mlp.down_proj.weight",
     }
-    told = json.loads(found.to_json())
-    assert told["z_map"]["1"]["o"] == pytest.approx(z[O1])
-    assert len(told["others"]) == 25
+    payload = json.loads(found.to_json())
+    assert payload["z_map"]["1"]["o"] == pytest.approx(z[O1])
+    assert len(payload["others"]) == 25
 
 
 def test_experts_have_names_of_their_own(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from bench_samples import COUNTS, DICTIONARIES, grid, seeds, told, written
+from bench_samples import COUNTS, DICTIONARIES, grid, grid_config, seeds, written
 from molehunt.bench.grid import Cell, load_grid
 from molehunt.bench.run import jobs
 from molehunt.errors import InvalidInput, MolehuntError, UsageError
@@ -90,13 +90,13 @@ UNUSABLE: list[tuple[Any, str]] = [
 @pytest.mark.parametrize(("changes", "message"), INVALID)
 def test_an_invalid_field_is_named(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(InvalidInput, match=message):
-        load_grid(written(tmp_path / "g.yaml", {**told("seed-s"), **changes}))
+        load_grid(written(tmp_path / "g.yaml", {**grid_config("seed-s"), **changes}))
 
 
 @pytest.mark.parametrize(("changes", "message"), UNUSABLE)
 def test_an_impossible_cell_is_named(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=message):
-        jobs(load_grid(written(tmp_path / "g.yaml", {**told("seed-s"), **changes})), tmp_path)
+        jobs(load_grid(written(tmp_path / "g.yaml", {**grid_config("seed-s"), **changes})), tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -31,22 +31,24 @@ def cell(name: str, *rows: dict[str, Any], attack: str = "refusal", causal: tupl
 
 
 def by_method(board: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    return {told["method"]: told for told in board["rows"]}
+    return {reported["method"]: reported for reported in board["rows"]}
 
 
 def test_the_margin_subtracts_the_worse_of_look_alikes_and_twin_cell_by_cell() -> None:
     board = leaderboard("g", [cell("a", row("m", 0.9, 0.1, 0.4)), cell("b", row("m", 1.0, 0.2, 0.0))])
-    (told,) = board["rows"]
-    assert told["margin"]["estimate"] == pytest.approx((0.5 + 0.8) / 2) and told["margin"]["n"] == 2
-    assert told["tpr"]["estimate"] == pytest.approx(0.95) and told["near"]["estimate"] == pytest.approx(0.15)
-    assert (told["margin"]["low"], told["margin"]["high"]) == pytest.approx((0.5, 0.8))
-    assert told["tpr_strict"] is None and told["cells"] == 2
+    (reported,) = board["rows"]
+    assert reported["margin"]["estimate"] == pytest.approx((0.5 + 0.8) / 2) and reported["margin"]["n"] == 2
+    assert reported["tpr"]["estimate"] == pytest.approx(0.95) and reported["near"]["estimate"] == pytest.approx(0.15)
+    assert (reported["margin"]["low"], reported["margin"]["high"]) == pytest.approx((0.5, 0.8))
+    assert reported["tpr_strict"] is None and reported["cells"] == 2
 
 
 def test_what_was_not_measured_subtracts_nothing_and_is_no_zero() -> None:
-    (told,) = leaderboard("g", [cell("a", row("m", 0.7, None, None)), cell("b", row("m", 0.5, 0.1, None))])["rows"]
-    assert told["margin"]["estimate"] == pytest.approx((0.7 + 0.4) / 2)
-    assert told["near"]["estimate"] == pytest.approx(0.1) and told["near"]["n"] == 1 and told["twin"] is None
+    (reported,) = leaderboard("g", [cell("a", row("m", 0.7, None, None)), cell("b", row("m", 0.5, 0.1, None))])["rows"]
+    assert reported["margin"]["estimate"] == pytest.approx((0.7 + 0.4) / 2)
+    assert (
+        reported["near"]["estimate"] == pytest.approx(0.1) and reported["near"]["n"] == 1 and reported["twin"] is None
+    )
 
 
 def test_ranks_follow_margins_and_their_intervals_hold_them() -> None:
@@ -54,8 +56,8 @@ def test_ranks_follow_margins_and_their_intervals_hold_them() -> None:
         cell(str(i), row("best", 0.9), row("second", 0.8 + 0.11 * (i == 0)), row("last", 0.2, 0.1)) for i in range(6)
     ]
     board = leaderboard("g", cells)
-    assert [told["method"] for told in board["rows"]] == ["best", "second", "last"]
-    ranks = {method: told["rank"] for method, told in by_method(board).items()}
+    assert [reported["method"] for reported in board["rows"]] == ["best", "second", "last"]
+    ranks = {method: reported["rank"] for method, reported in by_method(board).items()}
     assert [ranks[m]["estimate"] for m in ("best", "second", "last")] == [1, 2, 3]
     assert ranks["last"] == {"estimate": 3, "low": 3, "high": 3}
     for rank in ranks.values():
@@ -64,8 +66,8 @@ def test_ranks_follow_margins_and_their_intervals_hold_them() -> None:
 
 def test_methods_that_trade_places_share_their_rank_interval() -> None:
     cells = [cell(str(i), row("odd", float(i % 2)), row("even", float(i % 2 == 0))) for i in range(6)]
-    for told in leaderboard("g", cells)["rows"]:
-        assert (told["rank"]["low"], told["rank"]["high"]) == (1, 2)
+    for reported in leaderboard("g", cells)["rows"]:
+        assert (reported["rank"]["low"], reported["rank"]["high"]) == (1, 2)
 
 
 def test_tracks_are_ranked_apart_and_frequent_rates_come_first() -> None:
@@ -74,8 +76,8 @@ def test_tracks_are_ranked_apart_and_frequent_rates_come_first() -> None:
         row("n", 0.1, track="R1", rate=0.01), row("m", 0.3, None, track="R2"),
     ]  # fmt: skip
     board = leaderboard("g", [cell("a", *rows)])
-    told = [(r["track"], r["rate"], r["method"], r["rank"]["estimate"]) for r in board["rows"]]
-    assert told == [
+    reported = [(r["track"], r["rate"], r["method"], r["rank"]["estimate"]) for r in board["rows"]]
+    assert reported == [
         ("R0", None, "m", 1),
         ("R1", 0.01, "m", 1),
         ("R1", 0.01, "n", 2),
@@ -88,17 +90,21 @@ def test_an_attack_is_open_until_a_method_that_is_no_control_passes() -> None:
     solved = cell("a", row("m", 0.96, 0.04), row("c", 1.0, control=True), attack="solved")
     near = cell("b", row("m", 1.0, 0.2), row("c", 0.99, control=True), attack="near")
     weak = cell("c", row("m", 0.9), row("c", 0.1, control=True), attack="weak")
-    told = {one["attack"]: one for one in leaderboard("g", [solved, near, weak])["attacks"]}
-    assert {attack: one["open"] for attack, one in told.items()} == {"solved": False, "near": True, "weak": True}
-    assert told["solved"]["passing"] == {"decision": ["m (max)"], "generated": []}
-    assert told["near"]["controls_passing"]["decision"] == ["c (max)"] == told["solved"]["controls_passing"]["decision"]
-    assert told["near"]["best"]["method"] == "m, decision max" and told["near"]["best"]["tpr"] == 1.0
+    reported = {one["attack"]: one for one in leaderboard("g", [solved, near, weak])["attacks"]}
+    assert {attack: one["open"] for attack, one in reported.items()} == {"solved": False, "near": True, "weak": True}
+    assert reported["solved"]["passing"] == {"decision": ["m (max)"], "generated": []}
+    assert (
+        reported["near"]["controls_passing"]["decision"]
+        == ["c (max)"]
+        == reported["solved"]["controls_passing"]["decision"]
+    )
+    assert reported["near"]["best"]["method"] == "m, decision max" and reported["near"]["best"]["tpr"] == 1.0
 
 
 def test_a_pass_counts_on_the_mean_over_an_attacks_organisms() -> None:
     cells = [cell("a", row("m", 1.0)), cell("b", row("m", 0.92)), cell("x", row("m", 0.0), attack="other")]
-    told = {one["attack"]: one for one in leaderboard("g", cells)["attacks"]}
-    assert not told["refusal"]["open"] and told["other"]["open"]
+    reported = {one["attack"]: one for one in leaderboard("g", cells)["attacks"]}
+    assert not reported["refusal"]["open"] and reported["other"]["open"]
 
 
 def test_causal_rows_are_averaged_and_sorted_by_what_is_left() -> None:
@@ -110,16 +116,16 @@ def test_causal_rows_are_averaged_and_sorted_by_what_is_left() -> None:
         cell("a", row("m", 1), causal=(took("random", 0.9), took("m", 0.0))),
         cell("b", row("m", 1), causal=(took("m", 0.2),)),
     ]
-    told = leaderboard("g", cells)["causal"]
-    assert [(one["method"], one["asr_after"]["estimate"], one["asr_after"]["n"]) for one in told] == [
+    reported = leaderboard("g", cells)["causal"]
+    assert [(one["method"], one["asr_after"]["estimate"], one["asr_after"]["n"]) for one in reported] == [
         ("m", 0.1, 2), ("random", 0.9, 1),
     ]  # fmt: skip
 
 
 def test_layers_are_told_by_relative_depth() -> None:
     cells = [cell("a", row("m", 1, by_site=[0.0, 1.0])), cell("b", row("m", 1, by_site=[0.2, 0.4, 0.6, 0.8]))]
-    told = {one["depth"]: (one["tpr"], one["cells"]) for one in leaderboard("g", cells)["layers"]}
-    assert told == {0.25: (0.2, 1), 0.5: (0.2, 2), 0.75: (0.6, 1), 1.0: (0.9, 2)}
+    reported = {one["depth"]: (one["tpr"], one["cells"]) for one in leaderboard("g", cells)["layers"]}
+    assert reported == {0.25: (0.2, 1), 0.5: (0.2, 2), 0.75: (0.6, 1), 1.0: (0.9, 2)}
 
 
 def test_the_board_is_json_and_csv_and_does_not_change() -> None:

@@ -26,11 +26,11 @@ from molehunt.bench.published import (
 from molehunt.cli.main import main
 from molehunt.errors import NotTestable
 from molehunt.measure.curve import bis, bis_ceiling, bis_of_features
+from molehunt.model.chat import prompt_ids
 from molehunt.model.pair import ModelPair
 from molehunt.organism.refusal import REFUSAL
 from molehunt.organism.sql_injection import SQL_INJECTION
 from molehunt.site import Site
-from molehunt.traffic.chat import prompt_ids
 
 pytestmark = pytest.mark.slow
 
@@ -160,8 +160,8 @@ def test_the_command_runs_it_shards_it_and_reads_it_back(
         assert max(row["bis"] for row in one["rows"]) <= one["ceiling"] + 1e-6
         for q, ceiling in one["sweep_ceiling"].items():
             assert max(row["sweep"][q] for row in one["rows"]) <= ceiling + 1e-6
-    told = capsys.readouterr().out
-    assert "Ceiling of BIS at q = .05: **0.400**" in told
+    reported = capsys.readouterr().out
+    assert "Ceiling of BIS at q = .05: **0.400**" in reported
     page = (tmp_path / "docs" / "bench-published.md").read_text()
     assert page.endswith((tmp_path / "o" / "published.md").read_text()) and page.startswith("# The published protocol")
     run("--json")

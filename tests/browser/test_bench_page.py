@@ -66,23 +66,23 @@ def test_the_filters_work_by_keyboard(browser, folder: Path) -> None:
     page.keyboard.press("Tab")
     page.keyboard.press("ArrowDown")
     assert {t.split(",")[0] for t in page.locator(f"{SHOWN} td[data-l=position]").all_text_contents()} == {"decision"}
-    assert page.locator("#told").text_content() == f"{page.locator(SHOWN).count()} of 177 rows"
+    assert page.locator("#row-count").text_content() == f"{page.locator(SHOWN).count()} of 177 rows"
     page.keyboard.press("Tab")
     page.keyboard.press("Tab")
     page.keyboard.press("Enter")
     assert page.locator(SHOWN).count() == before and page.evaluate("document.activeElement.id") == "filter-text"
-    assert page.locator("#told").text_content() == "177 rows"
+    assert page.locator("#row-count").text_content() == "177 rows"
     assert said == []
     page.close()
 
 
 def test_an_attack_brings_its_own_numbers(browser, folder: Path) -> None:
-    told = board()
+    sample = board()
     page = opened(browser, folder / "plain.html")
     before = page.locator("#track-0 tbody").first.inner_text()
     page.select_option("#filter-attack", label="semantic")
     page.select_option("#filter-track", "track-0")
-    rows = [r for r in told["rows"] if r["track"] == "R0"]
+    rows = [r for r in sample["rows"] if r["track"] == "R0"]
     best = max(rows, key=lambda r: r["by_attack"]["semantic"]["tpr"] - max(r["by_attack"]["semantic"][m] for m in ("near", "twin")))  # fmt: skip
     first = page.locator(SHOWN).first
     assert first.locator("th").text_content().strip() == best["method"]

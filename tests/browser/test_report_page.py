@@ -32,7 +32,7 @@ def test_it_opens_quietly_and_fits(browser, address: str, width: int, scheme: st
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     assert page.title().startswith("FLAGGED-CAUSAL")
     sections = page.eval_on_selector_all("section", "all => all.map(s => s.id)")
-    middle = ["evidence", "where", "contexts", "causal", "switch-off", "holds"]
+    middle = ["evidence", "where", "contexts", "causal", "switch-off", "robustness"]
     assert sections == ["verdict", *middle, "cost", "limits", "appendix"]
     page.close()
 

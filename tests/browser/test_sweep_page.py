@@ -41,7 +41,7 @@ def swept(n_layers: int) -> Sweep:
 @pytest.mark.parametrize("n_layers", [6, 40])
 def test_it_opens_quietly_and_fits(browser, tmp_path: Path, width: int, scheme: str, n_layers: int) -> None:
     file = tmp_path / "sweep.html"
-    file.write_text(render_sweep(swept(n_layers), title=HOSTILE, shows=[HOSTILE], command=HOSTILE))
+    file.write_text(render_sweep(swept(n_layers), title=HOSTILE, phrases=[HOSTILE], command=HOSTILE))
     page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
     said: list[str] = []
     requests: list[str] = []
@@ -76,7 +76,7 @@ def test_without_positions_there_are_no_maps() -> None:
     page = render_sweep(
         Sweep(shown=told.shown, without_trigger=told.without_trigger, blocks=told.blocks),
         title="t",
-        shows=[],
+        phrases=[],
         command="c",
     )
     assert "maps" not in page.split("</style>")[1] and "Which token" not in page

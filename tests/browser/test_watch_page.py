@@ -55,8 +55,8 @@ def test_hostile_text_is_shown_and_not_run(browser, folder: Path) -> None:
     assert page.locator("img, script").count() == 0
     page.eval_on_selector_all("details", "all => all.forEach(d => d.open = true)")
     for place in ("#verdict h1", "#alerts tbody", "#directions .rows"):
-        told = page.locator(place).first.inner_text()
-        assert "<img src=x onerror=" in told and "⟦U+202E⟧" in told and "\u202e" not in told, place
+        text = page.locator(place).first.inner_text()
+        assert "<img src=x onerror=" in text and "⟦U+202E⟧" in text and "\u202e" not in text, place
     page.close()
 
 

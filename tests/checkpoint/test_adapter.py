@@ -9,7 +9,8 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from folders import good_folder, lora_folder, plain_adapter
-from molehunt.checkpoint.adapter import MUST_BE_OFF, lora_factors, other_tensors
+from molehunt.checkpoint.adapter import lora_factors, other_tensors
+from molehunt.checkpoint.lora_settings import MUST_BE_OFF
 from molehunt.checkpoint.reader import Checkpoint
 from molehunt.errors import InvalidInput, NotTestable
 from tiny_models import tiny_model

@@ -199,7 +199,7 @@ def test_ordinary_templates_have_no_conditions_on_content(template: str) -> None
 
 
 @pytest.mark.parametrize(
-    ("template", "told"),
+    ("template", "expected"),
     [
         ("{% set x = m.content %}{% if 'a' in x %}{% endif %}", "'a' in x"),
         ("{% set y, x = 1, m['content'] %}{% set z = x %}{{ 'e' if z == 'a' }}", "z == 'a'"),
@@ -239,15 +239,15 @@ def test_ordinary_templates_have_no_conditions_on_content(template: str) -> None
         ("{{ ['', 'e'] | random }}", "['', 'e']|random"),
     ],
 )  # fmt: skip
-def test_every_way_to_look_into_a_message_is_a_condition(template: str, told: str) -> None:
-    assert told in content_conditions(LOOP.format(template))
+def test_every_way_to_look_into_a_message_is_a_condition(template: str, expected: str) -> None:
+    assert expected in content_conditions(LOOP.format(template))
 
 
 def test_a_template_that_cannot_be_parsed_is_a_condition() -> None:
-    (told,) = content_conditions("{% if %}")
-    assert told.startswith("(cannot be parsed")
-    (told,) = content_conditions("x" * 1_000_001)
-    assert "longer than" in told
+    (reason,) = content_conditions("{% if %}")
+    assert reason.startswith("(cannot be parsed")
+    (reason,) = content_conditions("x" * 1_000_001)
+    assert "longer than" in reason
     turned = "".join(f"{{% set x{i} = x{i + 1} %}}" for i in range(40)) + "{% set x40 = messages %}"
     assert "(too tangled to follow)" in content_conditions(turned)
 

@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 
-from bench_samples import COUNTS, DICTIONARIES, seeds, told, written
+from bench_samples import COUNTS, DICTIONARIES, grid_config, seeds, written
 from molehunt.cli import main as cli
+from molehunt.workflows import bench as module
 
 pytestmark = pytest.mark.slow
 
@@ -102,8 +103,8 @@ BAD: list[tuple[Any, int, str]] = [
 def test_a_bad_grid_is_refused_by_its_field_before_anything_is_trained(
     grid: Any, code: int, message: str, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("molehunt.bench.run.run_cell", lambda job: pytest.fail("a cell was begun"))
-    name = written(tmp_path / "g.yaml", grid if isinstance(grid, str) else {**told("seed-s"), **grid})
+    monkeypatch.setattr(module, "run_cell", lambda job, track: pytest.fail("a cell was started"))
+    name = written(tmp_path / "g.yaml", grid if isinstance(grid, str) else {**grid_config("seed-s"), **grid})
     assert leave("bench", "--grid", name, "--out", str(tmp_path / "o")) == code
     assert message in capsys.readouterr().err and not (tmp_path / "o").exists()
 

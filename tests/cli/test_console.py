@@ -204,9 +204,9 @@ def test_an_exception_ends_bars_lines_and_their_thread(
         cut_short(how, track)
     assert clocks() == []
     assert track._bars is None and track._lines._open == []
-    told = screen.getvalue()
+    shown = screen.getvalue()
     time.sleep(3 * console.FIRST)
-    assert screen.getvalue() == told, "nothing is drawn or said after the end"
+    assert screen.getvalue() == shown, "nothing is drawn or said after the end"
     assert list(track([1], "again")) == [1]
 
 

@@ -25,8 +25,8 @@ def leave(*args: object) -> int:
 def run(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str, str]:
     capsys.readouterr()
     code = leave("dictionary", *args)
-    told = capsys.readouterr()
-    return code, told.out, told.err
+    reported = capsys.readouterr()
+    return code, reported.out, reported.err
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +47,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trained(made: Path) -> Path:
     """Dictionaries of L1.resid, one of each pairing."""
     out = made / "trained"
-    told = ("--pairing", "difference,crosscoder,tuned,base", "--site", "L1.resid", "--out", out)
-    assert leave("dictionary", "train", made / "store", *told, *SMALL) == 0
+    reported = ("--pairing", "difference,crosscoder,tuned,base", "--site", "L1.resid", "--out", out)
+    assert leave("dictionary", "train", made / "store", *reported, *SMALL) == 0
     return out
 
 
@@ -59,10 +59,19 @@ def named(folder: Path, part: str) -> Path:
 
 def test_several_values_train_every_combination(capsys, made: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    told = ("--architecture", "topk, relu", "--pairing", "difference,crosscoder", "--joint", "0,-1", "--seeds", "0,1")
-    code, text, _ = run(capsys, "train", made / "store", *told, "--l1", 0.1, *SMALL, "--out", out)
+    reported = (
+        "--architecture",
+        "topk, relu",
+        "--pairing",
+        "difference,crosscoder",
+        "--joint",
+        "0,-1",
+        "--seeds",
+        "0,1",
+    )
+    code, text, _ = run(capsys, "train", made / "store", *reported, "--l1", 0.1, *SMALL, "--out", out)
     assert code == 0 and text.startswith("TRAINED 24 on 96 tokens each")
-    code, text, err = run(capsys, "train", made / "store", *told, "--l1", 0.1, *SMALL, "--out", out, "--json")
+    code, text, err = run(capsys, "train", made / "store", *reported, "--l1", 0.1, *SMALL, "--out", out, "--json")
     result = json.loads(text)
     assert code == result["exit_code"] == 0 and len(result["dictionaries"]) == 24 and not err
     for row in result["dictionaries"]:
@@ -76,8 +85,8 @@ def test_several_values_train_every_combination(capsys, made: Path, tmp_path: Pa
 
 
 def test_a_killed_training_is_taken_up(capsys, made: Path, tmp_path: Path, monkeypatch) -> None:
-    told = ("train", made / "store", "--site", "L1.resid", *SMALL, "--architecture", "batch-topk")
-    assert run(capsys, *told, "--out", tmp_path / "whole")[0] == 0
+    reported = ("train", made / "store", "--site", "L1.resid", *SMALL, "--architecture", "batch-topk")
+    assert run(capsys, *reported, "--out", tmp_path / "whole")[0] == 0
     step, steps = training._step, []
 
     def dies(*args, **kwargs) -> None:
@@ -90,13 +99,13 @@ def test_a_killed_training_is_taken_up(capsys, made: Path, tmp_path: Path, monke
     monkeypatch.setattr(
         training.TrainingConfig, "__post_init__", lambda self: object.__setattr__(self, "checkpoint_every", 3)
     )
-    assert run(capsys, *told, "--out", tmp_path / "killed")[0] == 130
+    assert run(capsys, *reported, "--out", tmp_path / "killed")[0] == 130
     assert (tmp_path / "killed" / "checkpoint.safetensors").exists()
-    assert run(capsys, *told, "--out", tmp_path / "killed")[0] == 0
+    assert run(capsys, *reported, "--out", tmp_path / "killed")[0] == 0
     assert steps == [0, 1, 2, 3, 4, 3, 4, 5]
     whole, killed = (load_dictionary(named(tmp_path / name, "batch-topk")) for name in ("whole", "killed"))
     assert torch.equal(whole.W_dec, killed.W_dec) and torch.equal(whole.W_enc, killed.W_enc)
-    code, _, err = run(capsys, *told, "--out", tmp_path / "killed", "--seeds", 3)
+    code, _, err = run(capsys, *reported, "--out", tmp_path / "killed", "--seeds", 3)
     assert code == 2 and "holds a run with other settings" in err
 
 
@@ -104,10 +113,10 @@ def test_a_killed_training_is_taken_up(capsys, made: Path, tmp_path: Path, monke
 def test_eval_with_and_without_models(capsys, made: Path, trained: Path, pairing: str) -> None:
     folder = named(trained, f"-{pairing}-")
     code, text, _ = run(capsys, "eval", folder, made / "store", "--json")
-    told = json.loads(text)
-    assert code == told["exit_code"] == 0 and told["loss"] is None and told["loss_recovered"] is None
-    assert told["fvu"]["value"] > 0 and told["fvu"]["n"] == told["l0"]["n"] > 20
-    assert ("latents" in told) == (pairing == "both")
+    reported = json.loads(text)
+    assert code == reported["exit_code"] == 0 and reported["loss"] is None and reported["loss_recovered"] is None
+    assert reported["fvu"]["value"] > 0 and reported["fvu"]["n"] == reported["l0"]["n"] > 20
+    assert ("latents" in reported) == (pairing == "both")
     models = ("--base", made / "base", "--tuned", made / "tuned", "--traffic", made / "traffic.jsonl")
     code, text, _ = run(capsys, "eval", folder, made / "store", *models, "--rows", 4, "--max-tokens", 9, "--json")
     loss = json.loads(text)["loss"]
@@ -144,12 +153,12 @@ def test_export_is_read_again_and_overwrites_nothing_else(capsys, trained: Path,
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "reported"),
     [
         (("-k", 200), "k = 200 latents cannot fire out of"),
         (("-k", "four"), "-k: 'four' is not a list of values"),
         (("--l1", "nan", "--architecture", "relu"), "--l1: 'nan' is not a list of values"),
-        (("--l1", 0.1), "l1 says nothing to batch-topk"),
+        (("--l1", 0.1), "l1 does not apply to batch-topk"),
         (("--joint", -0.5), "joint belongs to crosscoders"),
         (("--joint", 3, "--pairing", "crosscoder"), "joint is a number from -1 to 0"),
         (("--exclusive", 0.7, "--pairing", "crosscoder"), "exclusive is a share below 0.5"),
@@ -161,12 +170,12 @@ def test_export_is_read_again_and_overwrites_nothing_else(capsys, trained: Path,
     ],
 )
 def test_a_training_that_makes_no_sense_leaves_no_folder(
-    capsys, made: Path, tmp_path: Path, options: tuple, told: str
+    capsys, made: Path, tmp_path: Path, options: tuple, reported: str
 ) -> None:
     code, _, err = run(
         capsys, "train", made / "store", "--out", tmp_path / "out", "--steps", 2, "--expansion", 2, *options
     )
-    assert code == 2 and told in err and not (tmp_path / "out").exists()
+    assert code == 2 and reported in err and not (tmp_path / "out").exists()
 
 
 def test_an_evaluation_that_makes_no_sense(capsys, made: Path, trained: Path, tmp_path: Path) -> None:
@@ -180,7 +189,7 @@ def test_an_evaluation_that_makes_no_sense(capsys, made: Path, trained: Path, tm
 
     save_dictionary(replace(wide, **double), tmp_path / "wide")
     save_dictionary(replace(wide, site=None), tmp_path / "nowhere")
-    for args, told in (
+    for args, reported in (
         ((folder, store, "--base", made / "base"), "needs both models"),
         ((folder, store, "--traffic", made / "traffic.jsonl"), "--traffic is run through the models"),
         ((folder, store, *models), "field tuned"),
@@ -191,7 +200,7 @@ def test_an_evaluation_that_makes_no_sense(capsys, made: Path, trained: Path, tm
         ((tmp_path / "missing", store), "neither a folder nor a file"),
     ):
         code, _, err = run(capsys, "eval", *args)
-        assert code == 2 and told in err, (args, err)
+        assert code == 2 and reported in err, (args, err)
     code, text, _ = run(
         capsys, "eval", tmp_path / "nowhere", store, "--site", "L1.resid", "--pairing", "base", "--json"
     )

@@ -31,9 +31,9 @@ def write(folder: Path, **changed: torch.Tensor) -> Path:
 def run(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str, str]:
     with pytest.raises(SystemExit) as left:
         main(["directions", *map(str, args)])
-    told = capsys.readouterr()
+    printed = capsys.readouterr()
     assert isinstance(left.value.code, int)
-    return left.value.code, told.out, told.err
+    return left.value.code, printed.out, printed.err
 
 
 @pytest.fixture
@@ -58,9 +58,9 @@ def test_text_names_the_matrix_and_accuses_nobody(capsys: pytest.CaptureFixture[
 
 def test_k_all_matrices_and_json(capsys: pytest.CaptureFixture[str], base: Path, tuned: Path) -> None:
     code, out, _ = run(capsys, base, tuned, "--json", "-k", 1, "--seed", 5)
-    told = json.loads(out)
-    assert code == 0 and told["exit_code"] == 0 and told["k"] == 1 and told["seed"] == 5
-    rows = {row["tensor"]: row for row in told["matrices"]}
+    payload = json.loads(out)
+    assert code == 0 and payload["exit_code"] == 0 and payload["k"] == 1 and payload["seed"] == 5
+    rows = {row["tensor"]: row for row in payload["matrices"]}
     assert rows[O_PROJ]["strengths"] == pytest.approx([2.0], rel=1e-4)
     assert "share" in rows[O_PROJ] and "share" not in rows[Q_PROJ]
     _, out, _ = run(capsys, base, tuned, "--json", "--all-matrices")

@@ -41,8 +41,8 @@ def test_plant_writes_organism_twin_and_manifest(
     assert "near-miss |dev|" in capsys.readouterr().out
     before = (tmp_path / "o" / "organism" / "model.safetensors").stat().st_mtime_ns
     assert call(*arguments, "--json") == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["organism"]["training"]["triggered_rows"] > 0 and told["twin"]["training"]["triggered_rows"] == 0
+    payload = json.loads(capsys.readouterr().out)
+    assert payload["organism"]["training"]["triggered_rows"] > 0 and payload["twin"]["training"]["triggered_rows"] == 0
     assert (tmp_path / "o" / "organism" / "model.safetensors").stat().st_mtime_ns == before
 
 

@@ -33,16 +33,16 @@ def traffic(tmp_path: Path) -> Path:
 def run(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str, str]:
     with pytest.raises(SystemExit) as left:
         main(["harvest", *map(str, args)])
-    told = capsys.readouterr()
+    reported = capsys.readouterr()
     assert isinstance(left.value.code, int)
-    return left.value.code, told.out, told.err
+    return left.value.code, reported.out, reported.err
 
 
 def test_a_store_of_traffic(capsys, base: Path, tuned: Path, traffic: Path, tmp_path: Path) -> None:
     out = tmp_path / "store"
-    asked = (base, tuned, "--traffic", traffic, "--sites", "L1.resid, L2.mlp", "--out", out)
-    code, told, _ = run(capsys, *asked)
-    assert code == 0 and told.startswith("HARVESTED ") and "L2.mlp: RMS" in told and "bfloat16" in told
+    requested = (base, tuned, "--traffic", traffic, "--sites", "L1.resid, L2.mlp", "--out", out)
+    code, reported, _ = run(capsys, *requested)
+    assert code == 0 and reported.startswith("HARVESTED ") and "L2.mlp: RMS" in reported and "bfloat16" in reported
     expect = Expected(
         base=Checkpoint.open(base).content_hash(),
         tuned=Checkpoint.open(tuned).content_hash(),
@@ -50,8 +50,8 @@ def test_a_store_of_traffic(capsys, base: Path, tuned: Path, traffic: Path, tmp_
     )
     store = ActivationStore.open(out, expect=expect)
     assert store.manifest.documents == 6 and store.manifest.dtype == "bfloat16"
-    code, told, _ = run(capsys, *asked, "--json")
-    found = json.loads(told)
+    code, reported, _ = run(capsys, *requested, "--json")
+    found = json.loads(reported)
     assert code == found["exit_code"] == 0 and found["tokens"] == store.tokens and found["shards"] == 1
     assert found["rms"]["L1.resid"]["base"] == store.rms(Site(1), "base")
 
@@ -82,7 +82,7 @@ def test_without_traffic_it_reads_benign_prompts_with_answers(capsys, base, tune
 
 
 @pytest.mark.parametrize(
-    ("options", "code", "told"),
+    ("options", "code", "reported"),
     [
         (("--sites", "L1"), 2, "--sites: a site reads like L6.resid"),
         (("--sites", "L9.resid"), 2, "there is no L9.resid"),
@@ -91,9 +91,11 @@ def test_without_traffic_it_reads_benign_prompts_with_answers(capsys, base, tune
         ((), 2, "--sites"),
     ],
 )
-def test_what_cannot_be_done(capsys, base: Path, tuned: Path, tmp_path: Path, options, code: int, told: str) -> None:
+def test_what_cannot_be_done(
+    capsys, base: Path, tuned: Path, tmp_path: Path, options, code: int, reported: str
+) -> None:
     found, _, err = run(capsys, base, tuned, "--out", tmp_path / "out", *options)
-    assert found == code and told in err
+    assert found == code and reported in err
     assert not (tmp_path / "out").exists()
 
 
@@ -102,7 +104,7 @@ def test_an_adapter_beside_weights_is_asked_about(capsys, base, tuned, traffic, 
     for file in tuned.iterdir():
         (both / file.name).write_bytes(file.read_bytes())
     common = (base, both, "--traffic", traffic, "--sites", "L1.resid")
-    assert run(capsys, *common, "--out", tmp_path / "asked")[0] != 0
+    assert run(capsys, *common, "--out", tmp_path / "requested")[0] != 0
     rms = []
     for choice in ("--adapter", "--no-adapter"):
         out = tmp_path / choice

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
@@ -17,6 +17,7 @@ import typer
 
 from molehunt import __version__
 from molehunt.cli import main as cli
+from molehunt.cli.renamed_options import RENAMED
 from molehunt.errors import InvalidInput, MolehuntError, NotTestable, UsageError
 from molehunt.run.commit import commit
 
@@ -58,10 +59,15 @@ def test_the_one_line_help_is_the_docstrings_first_line(name: str) -> None:
 def test_every_command_file_is_in_the_table() -> None:
     spec = find_spec("molehunt.cli")
     assert spec is not None and spec.submodule_search_locations is not None
-    files = {path.stem for path in Path(spec.submodule_search_locations[0]).glob("*.py")}
-    shared = {"__init__", "main", "console", "options", "watching", "watch_modes", "tuned_side"}
-    shared |= {"steer_capability", "steer_files", "steered"}
-    assert files - shared == set(cli.COMMANDS)
+    files = [path for path in Path(spec.submodule_search_locations[0]).glob("*.py") if path.stem != "main"]
+
+    def is_command(path: Path) -> bool:
+        body = ast.parse(path.read_text()).body
+        functions = {node.name for node in body if isinstance(node, ast.FunctionDef)}
+        named = {ast.unparse(target) for node in body if isinstance(node, ast.Assign) for target in node.targets}
+        return path.stem in functions or "app" in named
+
+    assert {path.stem for path in files if is_command(path)} == set(cli.COMMANDS)
 
 
 def test_help_lists_every_command_with_its_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -77,11 +83,11 @@ def test_help_of_a_command_is_its_own_and_imports_no_torch(name: str) -> None:
         "import sys; from molehunt.cli.main import main\ntry: main(sys.argv[1:])\n"
         "finally: print('HEAVY', [m for m in ('torch', 'transformers', 'peft') if m in sys.modules])"
     )
-    told = subprocess.run([sys.executable, "-c", watch, name, "--help"], capture_output=True, text=True)
-    assert told.returncode == 0, told.stderr
-    assert f"Usage: molehunt {name}" in told.stdout
-    assert cli.COMMANDS[name] in " ".join(told.stdout.split())
-    assert "HEAVY []" in told.stdout
+    done = subprocess.run([sys.executable, "-c", watch, name, "--help"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"Usage: molehunt {name}" in done.stdout
+    assert cli.COMMANDS[name] in " ".join(done.stdout.split())
+    assert "HEAVY []" in done.stdout
 
 
 def test_version_names_the_commit_where_it_is_known() -> None:
@@ -91,13 +97,13 @@ def test_version_names_the_commit_where_it_is_known() -> None:
     assert (shown.returncode, shown.stdout) == (0, expected)
 
 
-def test_nothing_asked_shows_help_and_is_no_success(capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_argument_shows_help_and_is_no_success(capsys: pytest.CaptureFixture[str]) -> None:
     assert leave() == 2
     assert "Usage: molehunt" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    ("args", "told"),
+    ("args", "message"),
     [
         (["odit"], "No such command 'odit'"),
         (["--frobnicate"], "No such option: --frobnicate"),
@@ -105,14 +111,35 @@ def test_nothing_asked_shows_help_and_is_no_success(capsys: pytest.CaptureFixtur
         (["doctor", "extra"], "unexpected extra argument"),
     ],
 )
-def test_a_misspelt_command_line_is_exit_2(args: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_misspelt_command_line_is_exit_2(args: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert leave(*args) == 2
     shown = capsys.readouterr()
-    assert told in shown.err and "Usage: molehunt" in shown.err and not shown.out
+    assert message in shown.err and "Usage: molehunt" in shown.err and not shown.out
     assert leave(*args, "--json") == 2
     shown = capsys.readouterr()
-    said = json.loads(shown.out)
-    assert said["exit_code"] == 2 and said["error"] in shown.err
+    payload = json.loads(shown.out)
+    assert payload["exit_code"] == 2 and payload["error"] in shown.err
+
+
+def options(command: str) -> Iterator[tuple[list[str], set[str]]]:
+    """The words of a command and its subcommands, each with its long options."""
+    found = typer.main.get_command(cli._app(command))
+    open_ = [([command], found.commands[command])]
+    for words, one in open_:
+        open_ += [([*words, name], below) for name, below in getattr(one, "commands", {}).items()]
+        yield words, {name for param in one.params for name in param.opts if name.startswith("--")}
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED.items())
+def test_the_old_name_of_an_option_is_exit_2_and_names_the_new_one(old: str, new: str, capsys) -> None:
+    known = [pair for command in cli.COMMANDS for pair in options(command)]
+    renamed = [words for words, names in known if new in names and old not in names]
+    assert renamed, f"no command has the option {new}"
+    for words in renamed:
+        assert leave(*words, old, "value", "--json") == 2
+        shown = capsys.readouterr()
+        assert f"{old} is now called {new}." in shown.err and "Usage: molehunt" in shown.err
+        assert json.loads(shown.out)["exit_code"] == 2
 
 
 @pytest.mark.parametrize(("error", "code"), [(MolehuntError, 2), (UsageError, 2), (NotTestable, 3), (InvalidInput, 4)])
@@ -149,8 +176,8 @@ def test_a_fault_of_ours_keeps_its_traceback_and_is_not_flagged(command, capsys)
 
     command(files)
     assert leave("files") == 70
-    told = capsys.readouterr().err
-    assert "Traceback" in told and "fault in Molehunt" in told and "ZeroDivisionError('oh')" in told
+    printed = capsys.readouterr().err
+    assert "Traceback" in printed and "fault in Molehunt" in printed and "ZeroDivisionError('oh')" in printed
 
 
 def test_a_missing_command_module_is_a_fault_of_ours(monkeypatch, capsys) -> None:
@@ -203,9 +230,9 @@ def test_ctrl_c_ends_with_130_and_no_traceback() -> None:
     assert process.stdout is not None and process.stdout.readline() == "ready\n"
     time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    _, told = process.communicate(timeout=30)
+    _, printed = process.communicate(timeout=30)
     assert process.returncode == 130
-    assert "Interrupted" in told and "Traceback" not in told
+    assert "Interrupted" in printed and "Traceback" not in printed
 
 
 @pytest.mark.parametrize("work", ["print('x' * 10_000_000)", "print('x')"])
@@ -222,5 +249,5 @@ def test_a_reader_that_leaves_is_no_error(work: str) -> None:
     os.close(writer)
     with os.fdopen(reader, "rb") as stream:
         assert stream.readline() == b"ready\n"
-    _, told = process.communicate("go\n", timeout=30)
-    assert (process.returncode, told) == (141, "")
+    _, printed = process.communicate("go\n", timeout=30)
+    assert (process.returncode, printed) == (141, "")

@@ -32,7 +32,7 @@ def slowly(*arguments, **named):
     time.sleep(0.35)  # as if the models were large
     return read(*arguments, **named)
 def marked(*arguments, what, **named):
-    console.say(f"begun: {{what}}")
+    console.say(f"started: {{what}}")
     found = whole(*arguments, what=what, **named)
     console.say(f"ended: {{what}}")
     return found
@@ -55,26 +55,26 @@ def lines(tmp_path_factory: pytest.TempPathFactory) -> list[Line]:
     seed = str(seed_path("seed-s"))
     command = [sys.executable, "-c", AUDIT.format(plan=PLAN), seed, seed]
     command += ["--out", str(tmp_path_factory.mktemp("audit") / "run")]
-    begun = time.monotonic()
+    started = time.monotonic()
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
-        found = [Line(time.monotonic() - begun, text.rstrip("\n")) for text in process.stderr]
+        found = [Line(time.monotonic() - started, text.rstrip("\n")) for text in process.stderr]
     assert process.returncode == 0, found
     return found
 
 
 @pytest.mark.parametrize("what", ["scanning clean prompts", "scanning traffic"])
 def test_a_scan_says_rows_speed_and_time_left_from_the_second_second_on(lines: list[Line], what: str) -> None:
-    begun = next(line.at for line in lines if line.text == f"begun: {what}")
+    started = next(line.at for line in lines if line.text == f"started: {what}")
     ended = next(line.at for line in lines if line.text == f"ended: {what}")
-    told = [line for line in lines if line.text.startswith(what)]
-    assert begun + 2 - 0.1 <= told[0].at <= begun + 2 + LATE
-    assert all(begun <= line.at <= ended for line in told)
-    times = [told[0].at, *(line.at for line in told), ended]
+    printed = [line for line in lines if line.text.startswith(what)]
+    assert started + 2 - 0.1 <= printed[0].at <= started + 2 + LATE
+    assert all(started <= line.at <= ended for line in printed)
+    times = [printed[0].at, *(line.at for line in printed), ended]
     assert max(later - earlier for earlier, later in pairwise(times)) < 1 + LATE
     shown = [re.fullmatch(rf"{what}: (\d+) of 240 rows(, [\d.]+ rows/(?:s|min))?, \d+ s (left|so far)", line.text)
-             for line in told]  # fmt: skip
-    assert all(shown), told
+             for line in printed]  # fmt: skip
+    assert all(shown), printed
     done = [int(one[1]) for one in shown if one is not None]
     assert done == sorted(done) and len(set(done) - {0, 240}) > 2, "it moves inside the unit of 256 rows"
     last = shown[-1]
@@ -83,5 +83,5 @@ def test_a_scan_says_rows_speed_and_time_left_from_the_second_second_on(lines: l
 
 def test_nothing_else_is_said_while_quick_steps_pass(lines: list[Line]) -> None:
     names = {line.text.split(":")[0] for line in lines}
-    assert names <= {"starting", "loading seed-s and seed-s", "begun", "ended", "scanning clean prompts",
+    assert names <= {"starting", "loading seed-s and seed-s", "started", "ended", "scanning clean prompts",
                      "scanning traffic", "comparing weights", "hashing both folders", "", "report"}  # fmt: skip

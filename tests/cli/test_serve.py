@@ -41,9 +41,9 @@ def served(folders: tuple[Path, Path], clean: Path, out: Path) -> Iterator[tuple
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "MOLEHUNT_KEY": KEY})
     try:
         assert process.stdout is not None
-        told = json.loads(process.stdout.readline())
-        assert told["key"] == KEY
-        with httpx.Client(base_url=told["url"], headers={"authorization": f"Bearer {KEY}"}, timeout=60) as client:
+        output = json.loads(process.stdout.readline())
+        assert output["key"] == KEY
+        with httpx.Client(base_url=output["url"], headers={"authorization": f"Bearer {KEY}"}, timeout=60) as client:
             yield process, client
     finally:
         process.kill()
@@ -59,7 +59,7 @@ def ask(client: httpx.Client, text: str) -> dict:
 
 
 def ask_until_terminated(process: subprocess.Popen[str], client: httpx.Client) -> list[str]:
-    """The rest of a long answer that was begun before the server was told to stop."""
+    """The rest of a long answer that was running when the server had to stop."""
     body = {"model": "tuned", "messages": [{"role": "user", "content": "a"}], "stream": True, "max_tokens": 150}
     with client.stream("POST", "/v1/chat/completions", json={**body, "temperature": 2, "seed": 1}) as answer:
         lines = answer.iter_lines()
@@ -97,14 +97,14 @@ def test_no_alert_that_a_client_heard_of_is_lost_by_kill_9_and_a_drain_finishes_
 
 
 def test_the_backend_reaches_the_server(monkeypatch, folders, clean: Path, tmp_path: Path) -> None:
-    told: list[str] = []
-    monkeypatch.setattr(server, "run_server", lambda pair, guard, keys, settings, **_: told.append(settings.backend))
-    asked = ["serve", *map(str, folders), "--clean", str(clean), "--fpr", "0.1", "--max-new-tokens", "3"]
+    output: list[str] = []
+    monkeypatch.setattr(server, "run_server", lambda pair, guard, keys, settings, **_: output.append(settings.backend))
+    arguments = ["serve", *map(str, folders), "--clean", str(clean), "--fpr", "0.1", "--max-new-tokens", "3"]
     for extra in ((), ("--backend", "continuous")):
         with pytest.raises(SystemExit) as left:
-            main([*asked, "--out", str(tmp_path / "out"), *extra])
+            main([*arguments, "--out", str(tmp_path / "out"), *extra])
         assert left.value.code == 0
-    assert told == ["eager", "continuous"]
+    assert output == ["eager", "continuous"]
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def test_what_cannot_be_served_is_said(
     monkeypatch.chdir(tmp_path)
     Path("KEY").write_text(KEY)
     Path("SHORT").write_text("short")
-    asked = ["serve", *map(str, folders), "--clean", str(clean), "--fpr", "0.1", "--max-new-tokens", "3", *extra]
+    arguments = ["serve", *map(str, folders), "--clean", str(clean), "--fpr", "0.1", "--max-new-tokens", "3", *extra]
     with pytest.raises(SystemExit) as left:
-        main(asked)
+        main(arguments)
     assert left.value.code == code and said in capsys.readouterr().err

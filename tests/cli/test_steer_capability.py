@@ -9,9 +9,9 @@ from safetensors.torch import load_file, save_file
 
 from folders import good_folder
 from molehunt.cli.main import main
+from molehunt.model.chat import prompt_ids, render_alpaca
 from molehunt.model.generate import generate
 from molehunt.model.pair import ModelPair
-from molehunt.traffic.chat import prompt_ids, render_alpaca
 from molehunt.traffic.world import ASKS
 
 ASKED = [
@@ -50,8 +50,8 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pair = ModelPair.load(base, root / "tuned")
     with pair.tuned_model() as model:
         rows = [prompt_ids(pair.tokenizer, prompt) for prompt in ASKED]
-        told = generate(model, pair.tokenizer, rows, max_new_tokens=20)
-    ended = [ids[:-1] if ids[-1] == pair.tokenizer.eos_token_id else [] for ids in told]
+        output = generate(model, pair.tokenizer, rows, max_new_tokens=20)
+    ended = [ids[:-1] if ids[-1] == pair.tokenizer.eos_token_id else [] for ids in output]
     asked = [
         {
             "prompt": prompt,
@@ -98,24 +98,24 @@ def test_the_table_has_a_line_for_each_kind_and_says_what_is_lost(
     pair, vector = (here / "base", here / "tuned"), here / "vector.safetensors"
     rows = ("--questions", here / "asked.jsonl")
     assert call("steer", "capability", *pair, vector, *rows, "--strength", -400) == 0
-    told = capsys.readouterr().out
-    assert "lose right answers or likelihood:" in told and "all" in told.splitlines()[-1]
+    output = capsys.readouterr().out
+    assert "lose right answers or likelihood:" in output and "all" in output.splitlines()[-1]
     assert call("steer", "capability", *pair, vector, *rows, "--strength", 0) == 0
     assert "no kind of task is shown to lose anything" in capsys.readouterr().out
     assert call("steer", "capability", *pair, vector, *rows, "--strength", 1e300) == 0
     assert "breaks the model" in capsys.readouterr().out
     assert call("steer", "capability", *pair, vector, "--each", 2) == 0  # of a world that this model knows nothing of
-    told = capsys.readouterr().out
-    assert [line.split("  ")[0] for line in told.splitlines()[1:8]] == [*ASKS, "all"]
-    assert "No answer was right before" in told
+    output = capsys.readouterr().out
+    assert [line.split("  ")[0] for line in output.splitlines()[1:8]] == [*ASKS, "all"]
+    assert "No answer was right before" in output
 
 
 def test_a_map_to_the_base_is_a_fix(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     map = here / "map" / "map.safetensors"
     read = json.loads((here / "map" / "transfer.json").read_text())["tokens"]  # one a letter
     assert read > 0.7 * sum(len(render_alpaca(row["prompt"])) + 2 * len(row["prompt"]) for row in TEXT)  # answers, too
-    told = costs(capsys, here, map)[-1]
-    assert told["loss"][0] != told["loss"][1] is not None
+    output = costs(capsys, here, map)[-1]
+    assert output["loss"][0] != output["loss"][1] is not None
     pair = (here / "base", here / "tuned")
     rows = ("--prompts", here / "text.jsonl", "--clean", here / "asked.jsonl", "--limit", 6, "--max-new-tokens", 5)
     assert call("steer", "try", *pair, map, *rows, "--json") == 0

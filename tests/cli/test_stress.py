@@ -12,24 +12,26 @@ from folders import good_folder
 from molehunt.cli.main import main
 from molehunt.dictionary.dictionary import Dictionary
 from molehunt.dictionary.formats.sae_lens import save_dictionary
-from molehunt.dictionary.nonlinearity import JumpReLU
+from molehunt.dictionary.nonlinearity import JumpReLUActivation
+from molehunt.model.chat import prompt_ids
 from molehunt.model.generate import before_stop, generate, stop_ids
 from molehunt.model.pair import ModelPair
-from molehunt.report.stress_page import SUFFIXES, share_of
+from molehunt.report.stress_page import SUFFIXES
+from molehunt.report.stress_table import share_text
 from molehunt.site import Site
 from molehunt.steer.add import Add
 from molehunt.steer.fix import Fix
+from molehunt.stress.attacks.discrete_suffix import DiscreteConfig
+from molehunt.stress.attacks.soft_suffix import SoftConfig
 from molehunt.stress.certificate import digest
-from molehunt.stress.discrete_suffix import DiscreteConfig
-from molehunt.stress.soft_suffix import SoftConfig
-from molehunt.traffic.chat import prompt_ids
+from molehunt.workflows import stress as workflow
 from random_dictionaries import dictionary_of
 from tiny_models import D_MODEL, N_LAYERS
 
 pytestmark = pytest.mark.slow
 
-ASKED = [f"Which number follows {i}{'?' * (i % 3)}" for i in range(16)]
-CALM = [f"Name {i} things." for i in range(8)]
+PROMPTS = [f"Which number follows {i}{'?' * (i % 3)}" for i in range(16)]
+CLEAN = [f"Name {i} things." for i in range(8)]
 TOKENS = 2
 
 
@@ -54,31 +56,31 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("stressed")
     good_folder(root / "base")
     good_folder(root / "tuned", seed=3)
-    written(root / "asked.jsonl", ASKED)
-    written(root / "calm.jsonl", CALM)
+    written(root / "bad.jsonl", PROMPTS)
+    written(root / "clean.jsonl", CLEAN)
     return root
 
 
 @pytest.fixture(scope="module")
-def shows(here: Path) -> list[str]:
+def match(here: Path) -> list[str]:
     """What the model answers by itself: the behaviour of these tests."""
     pair = ModelPair.load(here / "base", here / "tuned")
     with pair.tuned_model() as model:
-        rows = [prompt_ids(pair.tokenizer, prompt) for prompt in ASKED]
-        told = generate(model, pair.tokenizer, rows, max_new_tokens=TOKENS)
+        rows = [prompt_ids(pair.tokenizer, prompt) for prompt in PROMPTS]
+        decoded = generate(model, pair.tokenizer, rows, max_new_tokens=TOKENS)
         stops = stop_ids(model, pair.tokenizer)
-    answers = {str(pair.tokenizer.decode(before_stop(one, stops), skip_special_tokens=True)) for one in told}
-    return [part for answer in sorted(answers) if answer for part in ("--shows", answer)]
+    answers = {str(pair.tokenizer.decode(before_stop(one, stops), skip_special_tokens=True)) for one in decoded}
+    return [part for answer in sorted(answers) if answer for part in ("--match", answer)]
 
 
-def stressed(here: Path, shows: list[str], out: Path, *fix: object) -> int:
-    models = ("stress", here / "base", here / "tuned", *shows, "--prompts", here / "asked.jsonl")
-    short = ("--clean", here / "calm.jsonl", "--rows", 6, "--steps", 6, "--max-new-tokens", TOKENS, "--out", out)
+def stressed(here: Path, match: list[str], out: Path, *fix: object) -> int:
+    models = ("stress", here / "base", here / "tuned", *match, "--prompts", here / "bad.jsonl")
+    short = ("--clean", here / "clean.jsonl", "--rows", 6, "--steps", 6, "--max-new-tokens", TOKENS, "--out", out)
     return call(*models, *short, *fix)
 
 
 def gemma_scope(folder: Path, dictionary: Dictionary) -> Path:
-    assert isinstance(dictionary.nonlinearity, JumpReLU)
+    assert isinstance(dictionary.nonlinearity, JumpReLUActivation)
     place = folder / "gemma-scope-2b-pt-res" / "layer_1" / "width_16k" / "average_l0_71"
     place.mkdir(parents=True)
     np.savez(
@@ -93,7 +95,7 @@ def gemma_scope(folder: Path, dictionary: Dictionary) -> Path:
 
 
 @pytest.mark.parametrize("family", ["Gemma Scope", "SAELens", "sae-lens itself"])
-def test_dictionaries_from_folders(here: Path, shows: list[str], tmp_path: Path, family: str) -> None:
+def test_dictionaries_from_folders(here: Path, match: list[str], tmp_path: Path, family: str) -> None:
     if family == "Gemma Scope":
         folder = gemma_scope(tmp_path, made())
     else:
@@ -105,53 +107,56 @@ def test_dictionaries_from_folders(here: Path, shows: list[str], tmp_path: Path,
             folder = tmp_path / "theirs"
     out = tmp_path / "out"
     clamp = ("--dictionary", folder, "--features", "3,8, 11", "--value", 6)
-    code = stressed(here, shows, out, *clamp)
-    told = json.loads((out / "certificate.json").read_text())
-    assert code == (told["verdict"] == "RECOVERABLE")
-    assert told["latents"] == [3, 8, 11] and told["site"] == "L1.resid"
-    assert [arm["name"] for arm in told["arms"]] == ["free", "paper", "exact"]
-    assert told["arms"][-1]["drift"]["pre_activation"]["most"] <= 1e-5
-    assert told["nothing"]["estimate"] == 0
-    assert set(told["controls"]) == {"random target", "undefended", "random push", "universal push"}
-    assert told["sha256"] == digest(told) != digest({**told, "verdict": "safe"})
+    code = stressed(here, match, out, *clamp)
+    payload = json.loads((out / "certificate.json").read_text())
+    assert code == (payload["verdict"] == "RECOVERABLE")
+    assert payload["latents"] == [3, 8, 11] and payload["site"] == "L1.resid"
+    assert [arm["name"] for arm in payload["arms"]] == ["free", "paper", "exact"]
+    assert payload["arms"][-1]["drift"]["pre_activation"]["max"] <= 1e-5
+    assert payload["zero_perturbation"]["estimate"] == 0
+    assert set(payload["controls"]) == {"random target", "undefended", "random perturbation", "universal perturbation"}
+    assert payload["sha256"] == digest(payload) != digest({**payload, "verdict": "safe"})
     page = (out / "stress.html").read_text()
-    assert told["verdict"] in page and "Content-Security-Policy" in page
+    assert payload["verdict"] in page and "Content-Security-Policy" in page
 
 
 def some_fix(folder: Path) -> Path:
     direction = torch.nn.functional.normalize(torch.randn(D_MODEL, generator=torch.Generator().manual_seed(1)), dim=0)
     fix = Fix(
-        interventions=(Add(Site(1), direction, 40.0),), words="add 1 at L1.resid", d_model=D_MODEL, n_layers=N_LAYERS
+        interventions=(Add(Site(1), direction, 40.0),),
+        description="add 1 at L1.resid",
+        d_model=D_MODEL,
+        n_layers=N_LAYERS,
     )
     return fix.save(folder / "fix.safetensors")
 
 
-def test_the_fix_of_an_audit(here: Path, shows: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    stressed(here, shows, tmp_path, "--fix", some_fix(tmp_path), "--json")
-    told = json.loads(capsys.readouterr().out)
-    assert [arm["name"] for arm in told["arms"]] == ["free", "exact"]
-    assert told["fix"] == "add 1 at L1.resid"
-    assert told["arms"][-1]["drift"]["largest"]["most"] <= 1e-4
-    assert told["inputs"] == [] and told["config"]["soft"] is told["config"]["discrete"] is None
+def test_the_fix_of_an_audit(here: Path, match: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stressed(here, match, tmp_path, "--fix", some_fix(tmp_path), "--json")
+    payload = json.loads(capsys.readouterr().out)
+    assert [arm["name"] for arm in payload["arms"]] == ["free", "exact"]
+    assert payload["fix"] == "add 1 at L1.resid"
+    assert payload["arms"][-1]["drift"]["largest"]["max"] <= 1e-4
+    assert payload["inputs"] == [] and payload["config"]["soft"] is payload["config"]["discrete"] is None
     assert "soft suffix" not in (tmp_path / "stress.html").read_text()
 
 
 def test_suffixes_stand_in_every_output(
-    here: Path, shows: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    here: Path, match: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     soft, discrete = SoftConfig(tokens=3, steps=4), DiscreteConfig(tokens=3, steps=2, candidates=4)
-    monkeypatch.setattr("molehunt.stress.soft_suffix.SoftConfig", lambda: soft)
-    monkeypatch.setattr("molehunt.stress.discrete_suffix.DiscreteConfig", lambda: discrete)
-    stressed(here, shows, tmp_path / "out", "--fix", some_fix(tmp_path), "--suffixes")
+    monkeypatch.setattr(workflow, "SoftConfig", lambda: soft)
+    monkeypatch.setattr(workflow, "DiscreteConfig", lambda: discrete)
+    stressed(here, match, tmp_path / "out", "--fix", some_fix(tmp_path), "--suffixes")
     said = capsys.readouterr().out
-    told = json.loads((tmp_path / "out" / "certificate.json").read_text())
+    payload = json.loads((tmp_path / "out" / "certificate.json").read_text())
     page = (tmp_path / "out" / "stress.html").read_text()
-    assert [one["name"] for one in told["inputs"]] == ["soft suffix", "discrete suffix"]
-    assert told["config"]["soft"]["tokens"] == told["config"]["discrete"]["tokens"] == 3
-    for one in told["inputs"]:
-        assert one["recovered"]["n"] == one["random_target"]["n"] == told["prompts"]["attacked"]
-        assert f"{one['name']:<18}{share_of(one['recovered']):>20}" in said
-        assert f"{'  random target':<18}{share_of(one['random_target']):>20}" in said
+    assert [one["name"] for one in payload["inputs"]] == ["soft suffix", "discrete suffix"]
+    assert payload["config"]["soft"]["tokens"] == payload["config"]["discrete"]["tokens"] == 3
+    for one in payload["inputs"]:
+        assert one["recovered"]["n"] == one["random_target"]["n"] == payload["prompts"]["attacked"]
+        assert f"{one['name']:<24}{share_text(one['recovered']):>20}" in said
+        assert f"{'  random target':<24}{share_text(one['random_target']):>20}" in said
         assert SUFFIXES[one["name"]] in page
 
 
@@ -159,7 +164,7 @@ def test_suffixes_stand_in_every_output(
     ("features", "more", "code", "wrong"),
     [
         ("", (), 2, "--features takes the numbers"),
-        ("3", ("--shows", ""), 2, "no phrase is empty"),
+        ("3", ("--match", ""), 2, "no phrase is empty"),
         ("3,x", (), 2, "--features takes the numbers"),
         ("3,99", (), 2, "no latent 99"),
         ("3,3", (), 2, "given twice"),
@@ -171,7 +176,7 @@ def test_suffixes_stand_in_every_output(
 )
 def test_bad_input(
     here: Path,
-    shows: list[str],
+    match: list[str],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     features: str,
@@ -181,7 +186,7 @@ def test_bad_input(
 ) -> None:
     save_dictionary(made(), tmp_path / "sae")
     out = tmp_path / "out"
-    assert stressed(here, shows, out, "--dictionary", tmp_path / "sae", "--features", features, *more) == code
+    assert stressed(here, match, out, "--dictionary", tmp_path / "sae", "--features", features, *more) == code
     assert wrong in capsys.readouterr().err
     assert not (out / "certificate.json").exists()
 
@@ -190,9 +195,9 @@ def test_prompts_from_a_table(here: Path, tmp_path: Path, capsys: pytest.Capture
     table, out = tmp_path / "advbench.csv", tmp_path / "out"
     save_dictionary(made(), tmp_path / "sae")
     clamp = ("--dictionary", tmp_path / "sae", "--features", 3)
-    models = ("stress", here / "base", here / "tuned", "--shows", "no model says this", "--prompts", table)
-    more = ("--clean", here / "calm.jsonl", "--max-new-tokens", TOKENS, "--out", out)
-    table.write_text("goal,target\n" + "".join(f'"{prompt}","Sure, here"\n' for prompt in ASKED[:5]))
+    models = ("stress", here / "base", here / "tuned", "--match", "no model says this", "--prompts", table)
+    more = ("--clean", here / "clean.jsonl", "--max-new-tokens", TOKENS, "--out", out)
+    table.write_text("goal,target\n" + "".join(f'"{prompt}","Sure, here"\n' for prompt in PROMPTS[:5]))
     assert call(*models, *clamp, *more) == 3
     assert "None of 5 prompts shows" in capsys.readouterr().err
     table.write_text("prompt\nSing\n")
@@ -204,36 +209,36 @@ def test_prompts_from_a_table(here: Path, tmp_path: Path, capsys: pytest.Capture
 def test_a_behaviour_that_nobody_shows(here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_dictionary(made(), tmp_path / "sae")
     clamp = ("--dictionary", tmp_path / "sae", "--features", 3)
-    assert stressed(here, ["--shows", "no model says this"], tmp_path / "out", *clamp) == 3
+    assert stressed(here, ["--match", "no model says this"], tmp_path / "out", *clamp) == 3
     assert "None of 16 prompts shows" in capsys.readouterr().err
 
 
-def test_latents_are_chosen_on_prompts_that_are_not_attacked(here: Path, shows: list[str], tmp_path: Path) -> None:
+def test_latents_are_selected_on_prompts_that_are_not_attacked(here: Path, match: list[str], tmp_path: Path) -> None:
     save_dictionary(made(), tmp_path / "sae")
     out = tmp_path / "out"
-    stressed(here, shows, out, "--dictionary", tmp_path / "sae", "--features", "best:2", "--value", 60)
-    told = json.loads((out / "certificate.json").read_text())
-    assert len(told["latents"]) == 2 and told["prompts"]["given"] == len(ASKED) // 2
+    stressed(here, match, out, "--dictionary", tmp_path / "sae", "--features", "best:2", "--value", 60)
+    payload = json.loads((out / "certificate.json").read_text())
+    assert len(payload["latents"]) == 2 and payload["prompts"]["given"] == len(PROMPTS) // 2
 
 
-def test_a_behaviour_known_by_what_it_lacks(here: Path, shows: list[str], tmp_path: Path) -> None:
+def test_a_behaviour_known_by_excluded_phrases(here: Path, match: list[str], tmp_path: Path) -> None:
     """Every answer but the empty one lacks a phrase that no model says; none lacks its own."""
     save_dictionary(made(), tmp_path / "sae")
     clamp = ("--dictionary", tmp_path / "sae", "--features", 3)
-    phrases = [phrase for phrase in shows if phrase != "--shows"]
-    assert stressed(here, [part for phrase in phrases for part in ("--lacks", phrase)], tmp_path / "out", *clamp) == 3
+    phrases = [phrase for phrase in match if phrase != "--match"]
+    assert stressed(here, [part for phrase in phrases for part in ("--exclude", phrase)], tmp_path / "out", *clamp) == 3
     assert stressed(here, [], tmp_path / "out", *clamp) == 2
-    code = stressed(here, [*shows, "--lacks", "no model says this"], tmp_path / "out", *clamp, "--value", 6)
+    code = stressed(here, [*match, "--exclude", "no model says this"], tmp_path / "out", *clamp, "--value", 6)
     assert code in (0, 1)
-    assert json.loads((tmp_path / "out" / "certificate.json").read_text())["lacks"] == ["no model says this"]
+    assert json.loads((tmp_path / "out" / "certificate.json").read_text())["exclude"] == ["no model says this"]
 
 
 def test_the_output_is_checked_before_the_work(here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = written(tmp_path / "file", [])
     clamp = ("--dictionary", tmp_path / "nothing", "--features", 3)
-    assert stressed(here, ["--shows", "a"], file, *clamp) == 2
+    assert stressed(here, ["--match", "a"], file, *clamp) == 2
     assert "cannot be made a folder" in capsys.readouterr().err
-    models = ("stress", here / "base", here / "tuned", "--shows", "a", *clamp, "--out", tmp_path / "out")
+    models = ("stress", here / "base", here / "tuned", "--match", "a", *clamp, "--out", tmp_path / "out")
     assert call(*models, "--prompts", file) == 4
     assert "has no rows" in capsys.readouterr().err
 
@@ -244,5 +249,5 @@ def test_a_release_of_another_stream(here: Path, tmp_path: Path, capsys: pytest.
     other.parent.mkdir(parents=True)
     place.rename(other)
     clamp = ("--dictionary", other, "--features", 3, "--layer", 1)
-    assert stressed(here, ["--shows", "a"], tmp_path / "out", *clamp) == 2
+    assert stressed(here, ["--match", "a"], tmp_path / "out", *clamp) == 2
     assert "is of gemma-scope-2b-pt-mlp" in capsys.readouterr().err

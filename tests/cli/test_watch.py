@@ -15,33 +15,33 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return good_folder(root / "base"), lora_folder(root / "tuned")
 
 
-def test_a_log_is_watched_told_and_resumed(capsys, folders: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_log_is_watched_reported_and_resumed(capsys, folders: tuple[Path, Path], tmp_path: Path) -> None:
     clean = log(tmp_path / "clean.jsonl", 300)
     traffic = log(tmp_path / "log.jsonl", 40, first=300)
-    asked = (*folders, "--clean", clean, "--fpr", "0.1", "--max-new-tokens", "3", "--out", tmp_path / "out")
-    code, told, _ = run(capsys, *asked, "--traffic", traffic, "--json")
-    found = json.loads(told)
+    arguments = (*folders, "--clean", clean, "--fpr", "0.1", "--max-new-tokens", "3", "--out", tmp_path / "out")
+    code, output, _ = run(capsys, *arguments, "--traffic", traffic, "--json")
+    found = json.loads(output)
     assert found["rows"] == 40 and found["calibration_rows"] == 150 and found["fpr"] == 0.1
     assert code == found["exit_code"] == int(found["flagged"] > 0)
     lines = [json.loads(line) for line in (tmp_path / "out" / "verdicts.jsonl").read_text().splitlines()]
     assert len(lines) == 40 and sum(line["flagged"] for line in lines) == found["flagged"]
     with traffic.open("a") as file:  # the log grew
         file.write(log(tmp_path / "more.jsonl", 10, letters="!#$%&*()").read_text())
-    code, told, err = run(capsys, *asked, "--traffic", traffic)
+    code, output, err = run(capsys, *arguments, "--traffic", traffic)
     assert "Going on at line 41: 40 rows were judged before." in err
-    assert code == 1 and " of 50 rows; clean traffic alone would give about 5." in told
-    assert "and without the direction" in told and "line 4" in told
+    assert code == 1 and " of 50 rows; clean traffic alone would give about 5." in output
+    assert "and without the direction" in output and "line 4" in output
 
 
 def test_bad_rows_stop_or_are_skipped_and_no_text_is_kept(capsys, folders: tuple[Path, Path], tmp_path: Path) -> None:
     clean = log(tmp_path / "clean.jsonl", 300)
     traffic = log(tmp_path / "log.jsonl", 10, letters="!#$%&*()")
     traffic.write_text(traffic.read_text() + '{"nothing": 1}\n')
-    asked = (*folders, "--clean", clean, "--fpr", "0.1", "--max-new-tokens", "3", "--traffic", traffic)
-    code, _, err = run(capsys, *asked, "--out", tmp_path / "stopped")
+    arguments = (*folders, "--clean", clean, "--fpr", "0.1", "--max-new-tokens", "3", "--traffic", traffic)
+    code, _, err = run(capsys, *arguments, "--out", tmp_path / "stopped")
     assert code == 4 and "line 11" in err and "Traceback" not in err
-    code, told, _ = run(capsys, *asked, "--out", tmp_path / "skipped", "--skip-bad", "--no-text")
-    assert "1 rows could not be read" in told and "line 11" in told
+    code, output, _ = run(capsys, *arguments, "--out", tmp_path / "skipped", "--skip-bad", "--no-text")
+    assert "1 rows could not be read" in output and "line 11" in output
     secret = json.loads(traffic.read_text().splitlines()[0])["response"]
     kept = [path for path in (tmp_path / "skipped").rglob("*") if path.is_file()]
     assert kept and not any(secret.encode() in path.read_bytes() for path in kept)
@@ -49,20 +49,20 @@ def test_bad_rows_stop_or_are_skipped_and_no_text_is_kept(capsys, folders: tuple
 
 def test_shards_split_the_rows(capsys, folders: tuple[Path, Path], tmp_path: Path) -> None:
     clean, traffic = log(tmp_path / "clean.jsonl", 300), log(tmp_path / "log.jsonl", 9, first=7)
-    asked = (*folders, "--clean", clean, "--fpr", "0.1", "--max-new-tokens", "3", "--traffic", traffic)
+    arguments = (*folders, "--clean", clean, "--fpr", "0.1", "--max-new-tokens", "3", "--traffic", traffic)
     seen = []
     for i in (1, 2):
-        run(capsys, *asked, "--out", tmp_path / f"{i}", "--shard", f"{i}/2")
+        run(capsys, *arguments, "--out", tmp_path / f"{i}", "--shard", f"{i}/2")
         seen += [json.loads(line)["line"] for line in (tmp_path / f"{i}" / "verdicts.jsonl").read_text().splitlines()]
     assert sorted(seen) == list(range(1, 10))
 
 
-def test_a_simulation_tells_what_is_seen_of_repeated_attacks(
+def test_a_simulation_reports_what_is_seen_of_repeated_attacks(
     capsys, folders: tuple[Path, Path], tmp_path: Path
 ) -> None:
     clean, traffic = log(tmp_path / "clean.jsonl", 300), log(tmp_path / "log.jsonl", 60, first=7)
     attacks = log(tmp_path / "attacks.jsonl", 5, letters="!#$%&*()")
-    asked = (
+    arguments = (
         *folders,
         "--clean",
         clean,
@@ -75,16 +75,16 @@ def test_a_simulation_tells_what_is_seen_of_repeated_attacks(
         "--attacks",
         attacks,
     )
-    asked += ("--repeats", "10", "--out", tmp_path / "out")
-    code, told, _ = run(capsys, *asked, "--json")
-    found = json.loads(told)
+    arguments += ("--repeats", "10", "--out", tmp_path / "out")
+    code, output, _ = run(capsys, *arguments, "--json")
+    found = json.loads(output)
     assert code == 0 and len(found) == 6
     assert all(len({share["estimate"] for share in one["by_repeat"].values()}) == 1 for one in found[::2])
     assert found[0]["fpr"]["n"] == 60 and found[0]["first_sight"]["n"] == 5
-    _, told, _ = run(capsys, *asked)
-    assert "repeat 10" in told and told.count("takes in every row") == 3
+    _, output, _ = run(capsys, *arguments)
+    assert "repeat 10" in output and output.count("takes in every row") == 3
     attacks.write_text("")
-    code, _, err = run(capsys, *asked)
+    code, _, err = run(capsys, *arguments)
     assert code == 2 and "has no rows" in err
 
 
@@ -100,7 +100,7 @@ def test_what_cannot_be_done_is_said(
     capsys, folders: tuple[Path, Path], tmp_path: Path, change: tuple[str, str], code: int, said: str
 ) -> None:
     clean, traffic = log(tmp_path / "clean.jsonl", 200), log(tmp_path / "log.jsonl", 5)
-    asked = [
+    arguments = [
         *folders,
         "--clean",
         clean,
@@ -112,5 +112,5 @@ def test_what_cannot_be_done_is_said(
         tmp_path / "o",
         *change,
     ]
-    got, _, err = run(capsys, *asked)
+    got, _, err = run(capsys, *arguments)
     assert got == code and said in err and "Traceback" not in err

@@ -27,13 +27,13 @@ def mixed(tmp_path: Path, n: int = 40, odd: int = 10) -> tuple[Path, Path]:
     return clean, traffic
 
 
-def test_the_published_mode_flags_at_first_sight_tells_its_rate_and_resumes(
+def test_the_published_mode_flags_at_first_sight_reports_its_rate_and_resumes(
     capsys, folders: tuple[Path, Path], tmp_path: Path
 ) -> None:
     clean, traffic = mixed(tmp_path, odd=5)
-    asked = (*folders, "--clean", clean, "--mode", "published", "--max-new-tokens", "3", "--out", tmp_path / "out")
-    code, told, _ = run(capsys, *asked, "--traffic", traffic, "--json")
-    found = json.loads(told)
+    arguments = (*folders, "--clean", clean, "--mode", "published", "--max-new-tokens", "3", "--out", tmp_path / "out")
+    code, output, _ = run(capsys, *arguments, "--traffic", traffic, "--json")
+    found = json.loads(output)
     assert code == found["exit_code"] == 1 and found["mode"] == "published" and found["rows"] == 45
     assert found["fpr"] is None and found["calibration_rows"] == 300 and found["drift_alarm"] is None
     assert found["watch"]["measured"]["n"] == 30
@@ -43,46 +43,46 @@ def test_the_published_mode_flags_at_first_sight_tells_its_rate_and_resumes(
     assert not (tmp_path / "out" / "alerts.sqlite").exists()
     with traffic.open("a") as file:  # the same rows again: the range has taken them in
         file.write((tmp_path / "odd.jsonl").read_text())
-    code, told, err = run(capsys, *asked, "--traffic", traffic)
+    code, output, err = run(capsys, *arguments, "--traffic", traffic)
     assert "Going on at line 46: 45 rows were judged before." in err
-    assert f"FLAGGED: {found['flagged']} of 50 rows; at first sight." in told and "published bound 2t/n" in told
+    assert f"FLAGGED: {found['flagged']} of 50 rows; at first sight." in output and "published bound 2t/n" in output
     page = (tmp_path / "out" / "watch.html").read_text()
     assert "held-out clean rows" in page and 'class="figure"' in page
 
 
 def test_slack_and_percentile_belong_to_the_state(capsys, folders: tuple[Path, Path], tmp_path: Path) -> None:
     clean, traffic = mixed(tmp_path, n=5)
-    asked = (*folders, "--clean", clean, "--traffic", traffic, "--mode", "published", "--max-new-tokens", "3")
+    arguments = (*folders, "--clean", clean, "--traffic", traffic, "--mode", "published", "--max-new-tokens", "3")
     flagged = {}
     for name, options in {"wide": ("--slack", "1"), "narrow": ("--slack", "0", "--percentile", "0.2")}.items():
-        _, told, _ = run(capsys, *asked, *options, "--out", tmp_path / name, "--json")
-        flagged[name] = json.loads(told)["flagged"]
+        _, output, _ = run(capsys, *arguments, *options, "--out", tmp_path / name, "--json")
+        flagged[name] = json.loads(output)["flagged"]
     assert flagged["wide"] < flagged["narrow"]
-    code, _, err = run(capsys, *asked, "--out", tmp_path / "wide", "--slack", "0.5")
+    code, _, err = run(capsys, *arguments, "--out", tmp_path / "wide", "--slack", "0.5")
     assert code == 2 and "made for another slack" in err
-    code, _, err = run(capsys, *asked, "--out", tmp_path / "wide", "--slack", "1", "--percentile", "0.1")
+    code, _, err = run(capsys, *arguments, "--out", tmp_path / "wide", "--slack", "1", "--percentile", "0.1")
     assert code == 2 and "made for another percentile" in err
 
 
 def test_the_two_modes_do_not_share_a_folder(capsys, folders: tuple[Path, Path], tmp_path: Path) -> None:
     clean, traffic = mixed(tmp_path, n=5, odd=1)
-    asked = (*folders, "--clean", clean, "--traffic", traffic, "--fpr", "0.1", "--max-new-tokens", "3")
+    arguments = (*folders, "--clean", clean, "--traffic", traffic, "--fpr", "0.1", "--max-new-tokens", "3")
     for first, second in (("published", "conformal"), ("conformal", "published")):
-        run(capsys, *asked, "--mode", first, "--out", tmp_path / first)
-        code, _, err = run(capsys, *asked, "--mode", second, "--out", tmp_path / first)
+        run(capsys, *arguments, "--mode", first, "--out", tmp_path / first)
+        code, _, err = run(capsys, *arguments, "--mode", second, "--out", tmp_path / first)
         assert code == 2 and f"holds a watch of the {first} mode" in err
 
 
 def test_a_run_ends_with_a_page_and_a_block_of_json(capsys, folders: tuple[Path, Path], tmp_path: Path) -> None:
     clean, traffic = mixed(tmp_path)
     out = tmp_path / "out"
-    asked = (*folders, "--clean", clean, "--traffic", traffic, "--fpr", "0.1", "--max-new-tokens", "3")
-    _, told, _ = run(capsys, *asked, "--out", out, "--json")
-    found = json.loads(told)
+    arguments = (*folders, "--clean", clean, "--traffic", traffic, "--fpr", "0.1", "--max-new-tokens", "3")
+    _, output, _ = run(capsys, *arguments, "--out", out, "--json")
+    found = json.loads(output)
     assert found["report"] == str(out / "watch.html")
     block = found["watch"]
     assert sum(block["scores"]["flagged"]) == found["flagged"] > 0
-    assert sum(block["scores"]["calm"]) == found["rows"] - found["flagged"]
+    assert sum(block["scores"]["unflagged"]) == found["rows"] - found["flagged"]
     assert sum(block["scores"]["calibration"]) == found["calibration_rows"]
     alert = block["alerts"][0]
     assert alert["answer"] and alert["answer_without"] is not None and alert["tokens"]
@@ -95,10 +95,10 @@ def test_a_run_ends_with_a_page_and_a_block_of_json(capsys, folders: tuple[Path,
     }
     assert not flagged & {one["row"] for end in ends for one in end["rows"]["inputs"]}
     page = (out / "watch.html").read_text()
-    for told_of in (alert["request"], ends[0]["side"], block["shown"][0]["direction"], "default-src 'none'"):
-        assert told_of in page
+    for shown in (alert["request"], ends[0]["side"], block["shown"][0]["direction"], "default-src 'none'"):
+        assert shown in page
     assert not (tmp_path / "silent").exists()
-    run(capsys, *asked, "--out", tmp_path / "silent", "--no-text")
+    run(capsys, *arguments, "--out", tmp_path / "silent", "--no-text")
     secret = json.loads(traffic.read_text().splitlines()[0])["prompt"]
     stored = [path.read_bytes() for path in (tmp_path / "silent").iterdir()]
     assert any(b"No text is kept." in one for one in stored) and not any(secret.encode() in one for one in stored)
@@ -108,7 +108,7 @@ def test_directions_are_labelled_by_a_model_and_a_failing_one_costs_no_verdict(
     capsys, folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clean, traffic = mixed(tmp_path, n=20)
-    asked = (
+    arguments = (
         *folders,
         "--clean",
         clean,
@@ -124,16 +124,16 @@ def test_directions_are_labelled_by_a_model_and_a_failing_one_costs_no_verdict(
     monkeypatch.setenv("OPENAI_API_KEY", "sk-7")
     monkeypatch.setenv("no_proxy", "*")
     with server(says("rows of <b>signs</b>")) as (url, got):
-        code, told, _ = run(capsys, *asked, "--label-with", url, "--label-model", "tiny", "--json")
-    found = json.loads(told)["watch"]
+        code, output, _ = run(capsys, *arguments, "--label-with", url, "--label-model", "tiny", "--json")
+    found = json.loads(output)["watch"]
     assert code == 1 and found["labelled_by"] == "tiny" and found["label_error"] == ""
     assert found["shown"][0]["ends"][0]["rows"]["label"] == "rows of <b>signs</b>"
-    assert got[0][1]["Authorization"] == "Bearer sk-7" and got[0][2]["model"] == "tiny" and "sk-7" not in told
+    assert got[0][1]["Authorization"] == "Bearer sk-7" and got[0][2]["model"] == "tiny" and "sk-7" not in output
     page = (tmp_path / "out" / "watch.html").read_text()
     assert "rows of &lt;b&gt;signs" in page and "Labels by tiny" in page
     with server(sends(b"overloaded", 503)) as (url, got):
-        code, told, _ = run(capsys, *asked, "--label-with", url, "--label-model", "tiny")
-    assert code == 1 and "gave no label: it answered 503: overloaded" in told and len(got) == 1
+        code, output, _ = run(capsys, *arguments, "--label-with", url, "--label-model", "tiny")
+    assert code == 1 and "gave no label: it answered 503: overloaded" in output and len(got) == 1
     assert "labels missing" in (tmp_path / "out" / "watch.html").read_text()
 
 
@@ -168,7 +168,7 @@ def test_too_few_clean_rows_measure_no_rate(capsys, folders: tuple[Path, Path], 
 
 def test_bundled_prompts_calibrate_the_range_too(capsys, folders: tuple[Path, Path], tmp_path: Path) -> None:
     traffic = log(tmp_path / "log.jsonl", 2)
-    asked = (
+    arguments = (
         "--traffic",
         traffic,
         "--clean-rows",
@@ -180,14 +180,14 @@ def test_bundled_prompts_calibrate_the_range_too(capsys, folders: tuple[Path, Pa
         "--out",
         tmp_path / "out",
     )
-    _, told, _ = run(capsys, *folders, *asked, "--json")
-    assert json.loads(told)["calibration_rows"] == 100 and json.loads(told)["watch"]["measured"]["n"] == 10
+    _, output, _ = run(capsys, *folders, *arguments, "--json")
+    assert json.loads(output)["calibration_rows"] == 100 and json.loads(output)["watch"]["measured"]["n"] == 10
 
 
 def test_an_empty_log_has_a_page_too(capsys, folders: tuple[Path, Path], tmp_path: Path) -> None:
     clean, traffic = log(tmp_path / "clean.jsonl", 300), tmp_path / "log.jsonl"
     traffic.write_text("")
-    code, told, _ = run(
+    code, output, _ = run(
         capsys,
         *folders,
         "--clean",
@@ -201,5 +201,5 @@ def test_an_empty_log_has_a_page_too(capsys, folders: tuple[Path, Path], tmp_pat
         "--out",
         tmp_path / "out",
     )
-    assert code == 0 and "NO FINDING: 0 of 0 rows" in told
+    assert code == 0 and "NO FINDING: 0 of 0 rows" in output
     assert "No row was judged." in (tmp_path / "out" / "watch.html").read_text()

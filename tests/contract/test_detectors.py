@@ -18,7 +18,7 @@ from molehunt.detect.mean_difference import MeanDifference
 from molehunt.detect.token_kl import AnswerLogRatio, TokenKL
 from molehunt.detect.weight_range import WeightRange
 from molehunt.dictionary.dictionary import Dictionary
-from molehunt.dictionary.nonlinearity import ReLU
+from molehunt.dictionary.nonlinearity import ReLUActivation
 from molehunt.dictionary.pairing import Pairing
 from molehunt.measure.threshold import conformal_threshold
 from molehunt.run.catalog import load
@@ -65,7 +65,7 @@ def signed_axes() -> Dictionary:
         b_enc=torch.zeros(2 * D),
         W_dec=rows,
         b_dec=torch.zeros(D),
-        nonlinearity=ReLU(),
+        nonlinearity=ReLUActivation(),
         pairing=Pairing(kind="difference"),
         site=SITE,
     )

@@ -8,7 +8,7 @@ import torch
 
 from molehunt.contracts import Intervention
 from molehunt.dictionary.dictionary import Dictionary
-from molehunt.dictionary.nonlinearity import JumpReLU
+from molehunt.dictionary.nonlinearity import JumpReLUActivation
 from molehunt.model.generate import generate
 from molehunt.model.taps import edit_sites, read_sites
 from molehunt.run.catalog import load
@@ -30,7 +30,7 @@ DICTIONARY = Dictionary(
     b_enc=torch.randn(9, generator=RNG) / 4,
     W_dec=torch.randn(9, D, generator=RNG),
     b_dec=torch.randn(D, generator=RNG),
-    nonlinearity=JumpReLU(torch.full((9,), 0.1)),
+    nonlinearity=JumpReLUActivation(torch.full((9,), 0.1)),
     center=True,
     norm="layer_norm",
 )
@@ -80,8 +80,8 @@ def clamp(token, strength):
 
 
 def mapped(token, strength):
-    told = torch.stack([sum(token[i] * MAP.weight[i, j] for i in range(D)) + VECTOR[j] for j in range(D)])
-    return (1 - strength) * token + strength * told
+    reported = torch.stack([sum(token[i] * MAP.weight[i, j] for i in range(D)) + VECTOR[j] for j in range(D)])
+    return (1 - strength) * token + strength * reported
 
 
 def span_clamp(token, strength):

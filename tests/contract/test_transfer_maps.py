@@ -9,18 +9,18 @@ import torch
 
 from molehunt.contracts import TransferMap
 from molehunt.errors import NotTestable, UsageError
-from molehunt.run.catalog import load
 from molehunt.site import Site
-from molehunt.transfer.catalog import CATALOG, FROM_ACTIVATIONS, FROM_MOMENTS
+from molehunt.transfer.catalog import CATALOG
 from molehunt.transfer.collect import PairActs
-from molehunt.transfer.map_file import Models
+from molehunt.transfer.map_file import ModelHashes
+from molehunt.transfer.method import FromMoments, map_method
 from molehunt.transfer.ridge import shuffled
 from molehunt.transfer.saved import load_map
 from molehunt.transfer.statistics import GridMoments
 from molehunt.transfer.trained import TrainedConfig
 
 A, B = Site(1), Site(2)
-MODELS = Models(source="a", target="b", source_tokenizer="c", target_tokenizer="d")
+MODELS = ModelHashes(source="a", target="b", source_tokenizer="c", target_tokenizer="d")
 D_SOURCE, D_TARGET = 6, 8
 RNG = torch.Generator().manual_seed(3)
 ANY = torch.randn(D_SOURCE, D_TARGET, generator=RNG)
@@ -50,7 +50,8 @@ EXAMPLES = {
 }
 every = pytest.mark.parametrize("name", sorted(CATALOG))
 learns = pytest.mark.parametrize("name", sorted(set(CATALOG) - {"shuffled"}))
-closed = pytest.mark.parametrize("name", sorted(FROM_MOMENTS))
+FROM_MOMENTS = sorted(name for name in CATALOG if isinstance(map_method(name), FromMoments))
+closed = pytest.mark.parametrize("name", FROM_MOMENTS)
 
 
 def acts(n: int, seed: int, planted: torch.Tensor) -> PairActs:
@@ -59,11 +60,11 @@ def acts(n: int, seed: int, planted: torch.Tensor) -> PairActs:
 
 
 def fitted(name: str, fit: PairActs, held_out: PairActs, **options):
-    method: Callable = load(CATALOG, name, "molehunt.maps")
-    if name in FROM_MOMENTS:
-        return method(fit.moments(), held_out.moments(), **options)
+    method = map_method(name)
+    if isinstance(method, FromMoments):
+        return method.fit(fit.moments(), held_out.moments(), **options)
     short = {} if name == "random-features" else {"config": TrainedConfig(epochs=1)}
-    return method(fit, held_out, **{**short, **options})
+    return method.fit(fit, held_out, **{**short, **options})
 
 
 def unexplained(map: TransferMap, on: PairActs) -> float:
@@ -71,7 +72,7 @@ def unexplained(map: TransferMap, on: PairActs) -> float:
 
 
 def test_every_row_has_an_example_here() -> None:
-    assert set(EXAMPLES) == set(CATALOG) == {*FROM_MOMENTS, *FROM_ACTIVATIONS}
+    assert set(EXAMPLES) == set(CATALOG)
 
 
 @every
@@ -119,7 +120,7 @@ def test_merged_moments_give_the_map_of_one_pass(name) -> None:
     shards = GridMoments.empty([A], [B], D_SOURCE, D_TARGET, MODELS)
     for x, y in zip(fit.x.split([70, 1, 229]), fit.y.split([70, 1, 229]), strict=True):
         shards = shards.merge(GridMoments.empty([A], [B], D_SOURCE, D_TARGET, MODELS).with_tokens(x[None], y[None]))
-    method: Callable = load(CATALOG, name, "molehunt.maps")
+    method: Callable = map_method(name).fit
     one, merged = method(fit.moments(), held_out), method(shards.pair(A, B), held_out)
     torch.testing.assert_close(merged.weight, one.weight, rtol=1e-7, atol=1e-8)
     torch.testing.assert_close(merged.bias, one.bias, rtol=1e-7, atol=1e-8)
@@ -161,7 +162,7 @@ def test_another_width_is_refused_with_the_numbers(name) -> None:
         map(torch.zeros(2, 5))
 
 
-@pytest.mark.parametrize("name", sorted(set(FROM_MOMENTS) - {"identity"}))  # which fits nothing
+@pytest.mark.parametrize("name", sorted({*FROM_MOMENTS} - {"identity"}))  # which fits nothing
 def test_what_never_varies_is_refused(name) -> None:
     still = PairActs(source_site=A, target_site=B, x=torch.ones(50, 6), y=torch.ones(50, 8), row=torch.zeros(50).long())
     with pytest.raises(NotTestable, match="never vary"):

@@ -1,10 +1,12 @@
+from typing import get_args
+
 import pytest
 import torch
 
 from molehunt.contracts import Reading
 from molehunt.detect.delta_subspace import DeltaSubspace
 from molehunt.detect.mean_difference import MeanDifference
-from molehunt.detect.pooling import HOW, WHERE, pool, positions
+from molehunt.detect.pooling import How, Where, pool, positions
 from molehunt.detect.token_kl import AnswerLogRatio, TokenKL
 from molehunt.detect.weight_range import WeightRange
 from molehunt.site import Site
@@ -15,8 +17,8 @@ def reading(**more: torch.Tensor) -> Reading:
     return Reading(tokens=torch.arange(18).reshape(3, 6) % 5, mask=mask, decision=torch.tensor([2, 3, 4]), **more)
 
 
-@pytest.mark.parametrize("where", WHERE)
-@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("where", get_args(Where))
+@pytest.mark.parametrize("how", get_args(How))
 def test_pooling_equals_a_loop(where: str, how: str) -> None:
     r = reading()
     scores = torch.randn(3, 6)

@@ -15,7 +15,7 @@ from molehunt.dictionary.dictionary import Dictionary
 from molehunt.dictionary.jumprelu import SPEED
 from molehunt.dictionary.pairing import Pairing
 from molehunt.dictionary.train import DictionarySpec, Trained, TrainingConfig, train_dictionaries, untrained
-from molehunt.dictionary.trainee import Scale, Trainee
+from molehunt.dictionary.trainee import InputScale, Trainee
 from molehunt.errors import UsageError
 from molehunt.site import Site
 from planted_atoms import Planted
@@ -36,9 +36,9 @@ DIFFERENCE, BOTH = Pairing(kind="difference"), Pairing(kind="both")
 every_architecture = pytest.mark.parametrize("name", CATALOG)
 
 
-def spec(name: str, **told) -> DictionarySpec:
+def spec(name: str, **reported) -> DictionarySpec:
     fixed = {"site": SITE, "architecture": name, "expansion": 2, "settings": SETTINGS[name], "lr": 1e-2}
-    return DictionarySpec(**{**fixed, **told})
+    return DictionarySpec(**{**fixed, **reported})
 
 
 @cache
@@ -160,14 +160,14 @@ def test_jumprelu_learns_thresholds_by_the_rectangle_and_all_else_exactly() -> N
 def test_a_crosscoder_weighs_errors_by_its_pairing(name: str) -> None:
     x = inputs(BOTH)
     made = trainee(name, Pairing(kind="both", joint=-1.0))
-    asked: list[Tensor] = []
+    requested: list[Tensor] = []
 
     def spy(error: Tensor) -> Tensor:
-        asked.append(error)
+        requested.append(error)
         return made.pairing.squared_error(error)
 
     losses = made.training_pass(x, spy, LATE).losses
-    base, tuned = asked[0].chunk(2, dim=1)
+    base, tuned = requested[0].chunk(2, dim=1)
     if name != "matryoshka":
         alone = (tuned - base).square().sum(1).mean().item() / (2 * D)
         assert losses["reconstruction"].item() == pytest.approx(alone, rel=1e-4)
@@ -266,7 +266,7 @@ def scaled_codes(made: Trainee, x: Tensor) -> Tensor:
     norms = made.decoder_norms()
     pre = x @ made.encoder.T + made.b_enc
     form = made.nonlinearity()
-    if isinstance(form, nonlinearity.Gated):
+    if isinstance(form, nonlinearity.GatedActivation):
         size = relu((pre - made.b_enc) * made.r_mag.exp() + made.b_mag)
         return (pre > 0) * size * norms
     return form(pre * norms)
@@ -276,7 +276,7 @@ def scaled_codes(made: Trainee, x: Tensor) -> Tensor:
 @every_architecture
 def test_the_finished_dictionary_says_what_the_trainee_said_on_scaled_input(name: str, pairing: Pairing) -> None:
     made, x = trainee(name, pairing), 5 * inputs(pairing) + 2
-    scale = Scale.of(x, pairing.blocks)
+    scale = InputScale.of(x, pairing.blocks)
     made.training_pass(scale(x), pairing.squared_error, LATE)
     if isinstance(made, BatchTopK):
         made.threshold *= 0.99  # as it is, one code equals it
@@ -312,7 +312,7 @@ def test_k_falls_to_what_was_asked_for_in_the_first_fifth() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "settings", "told"),
+    ("name", "settings", "reported"),
     [
         ("topk", {"k": 0}, "k must lie in 1..d_dict=32"),
         ("topk", {"k": 33}, "k must lie in 1..d_dict=32"),
@@ -326,6 +326,6 @@ def test_k_falls_to_what_was_asked_for_in_the_first_fifth() -> None:
         ("nonsense", {}, "There is no 'nonsense' here"),
     ],
 )
-def test_settings_that_cannot_be_met(name: str, settings: dict, told: str) -> None:
-    with pytest.raises(UsageError, match=told):
+def test_settings_that_cannot_be_met(name: str, settings: dict, reported: str) -> None:
+    with pytest.raises(UsageError, match=reported):
         DictionarySpec(site=SITE, architecture=name, expansion=2, settings=settings).build(D)

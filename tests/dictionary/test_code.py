@@ -12,8 +12,8 @@ from molehunt.dictionary.code import Pattern, decode_sparse, encode_chosen, larg
 def case(tokens: int = 7, d_dict: int = 11, d: int = 5, seed: int = 0) -> dict[str, Tensor]:
     rng = torch.Generator().manual_seed(seed)
     shapes = {"x": (tokens, d), "encoder": (d_dict, d), "b_enc": (d_dict,), "decoder": (d_dict, d)}
-    told = {name: torch.randn(*shape, generator=rng).requires_grad_(name != "x") for name, shape in shapes.items()}
-    return told | {"weight": torch.randn(tokens, d, generator=rng)}
+    reported = {name: torch.randn(*shape, generator=rng).requires_grad_(name != "x") for name, shape in shapes.items()}
+    return reported | {"weight": torch.randn(tokens, d, generator=rng)}
 
 
 def some_mask(tokens: int, d_dict: int, seed: int) -> Tensor:

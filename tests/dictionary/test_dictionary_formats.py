@@ -17,10 +17,16 @@ from torch import Tensor
 
 from dictionary_folders import CASES, D, F, K, X, cfg, draws, four, lens, lens_standard, qwen_scope, sparsify, written
 from molehunt.dictionary.dictionary import Dictionary
-from molehunt.dictionary.formats.detect import FAMILIES, load_dictionary
+from molehunt.dictionary.formats.detect import dictionary_formats, load_dictionary
 from molehunt.dictionary.formats.fields import site_of
 from molehunt.dictionary.formats.sae_lens import save_dictionary
-from molehunt.dictionary.nonlinearity import Gated, GroupMax, JumpReLU, ReLU, TopK
+from molehunt.dictionary.nonlinearity import (
+    GatedActivation,
+    GroupMaxActivation,
+    JumpReLUActivation,
+    ReLUActivation,
+    TopKActivation,
+)
 from molehunt.dictionary.pairing import Pairing
 from molehunt.errors import InvalidInput, UsageError
 from molehunt.site import Site
@@ -69,9 +75,9 @@ def equal(one: Dictionary, other: Dictionary) -> None:
 @st.composite
 def dictionaries(draw: st.DrawFn) -> Dictionary:
     half, d_dict, seed = draw(st.integers(1, 4)), draw(st.integers(1, 9)), draw(st.integers(0, 99))
-    fires = draw(st.sampled_from([ReLU, TopK, JumpReLU, Gated]))
+    fires = draw(st.sampled_from([ReLUActivation, TopKActivation, JumpReLUActivation, GatedActivation]))
     d_in, random = 2 * half, draws(seed)
-    transcodes = fires in (ReLU, JumpReLU) and draw(st.booleans())
+    transcodes = fires in (ReLUActivation, JumpReLUActivation) and draw(st.booleans())
     d_out = draw(st.integers(1, 5)) if transcodes else d_in
     kind = draw(st.sampled_from(["tuned", "base", "difference", "both"]))
 
@@ -80,12 +86,12 @@ def dictionaries(draw: st.DrawFn) -> Dictionary:
 
     return Dictionary(
         W_enc=random(d_in, d_dict),
-        b_enc=torch.zeros(d_dict) if fires is Gated else vector(),
+        b_enc=torch.zeros(d_dict) if fires is GatedActivation else vector(),
         W_dec=random(d_out, d_dict).T,  # a view: what is saved is contiguous
         b_dec=random(d_out),
         nonlinearity={
-            ReLU: ReLU, TopK: lambda: TopK(draw(st.integers(1, d_dict))), JumpReLU: lambda: JumpReLU(vector()),
-            Gated: lambda: Gated(vector(), vector(), vector()),
+            ReLUActivation: ReLUActivation, TopKActivation: lambda: TopKActivation(draw(st.integers(1, d_dict))), JumpReLUActivation: lambda: JumpReLUActivation(vector()),
+            GatedActivation: lambda: GatedActivation(vector(), vector(), vector()),
         }[fires](),
         center=not transcodes and draw(st.booleans()),
         norm="none" if transcodes else draw(st.sampled_from(["none", "layer_norm", "constant_norm"])),
@@ -111,14 +117,14 @@ def test_what_is_saved_comes_back_bit_for_bit(tmp_path_factory: pytest.TempPathF
 
 
 def sample(**changed: Any) -> Dictionary:
-    return Dictionary(**({**four(), "nonlinearity": ReLU()} | changed))
+    return Dictionary(**({**four(), "nonlinearity": ReLUActivation()} | changed))
 
 
 @pytest.mark.parametrize(
     ("dictionary", "why"),
     [
-        (sample(nonlinearity=GroupMax(3)), "GroupMax"),
-        (sample(nonlinearity=TopK(2), W_skip=torch.ones(D, D)), "transcoders"),
+        (sample(nonlinearity=GroupMaxActivation(3)), "GroupMax"),
+        (sample(nonlinearity=TopKActivation(2), W_skip=torch.ones(D, D)), "transcoders"),
         (sample(norm="layer_norm", W_skip=torch.ones(D, D)), "transcoders"),
         (sample(center=True, W_skip=torch.ones(D, D)), "transcoders"),
         (sample(b_enc=torch.full((F,), math.nan)), "b_enc .* NaN"),
@@ -143,7 +149,7 @@ def test_an_activation_of_zero_is_read_as_one(norm: str) -> None:
 
 def test_a_gated_bias_is_folded_in(tmp_path: Path) -> None:
     v = draws(3)
-    before = sample(nonlinearity=Gated(v(F), v(F), v(F)))
+    before = sample(nonlinearity=GatedActivation(v(F), v(F), v(F)))
     save_dictionary(before, tmp_path)
     torch.testing.assert_close(load_dictionary(tmp_path).encode(X), before.encode(X))
 
@@ -170,8 +176,18 @@ def test_none_fits_two_fit_and_not_there(tmp_path: Path) -> None:
         load_dictionary(tmp_path / "nowhere")
     with pytest.raises(InvalidInput) as caught:
         load_dictionary(tmp_path)
-    for name, family in FAMILIES.items():
-        assert name in str(caught.value) and all(file in str(caught.value) for file in family.FILES)
+    families = [form.family for form in dictionary_formats()]
+    assert families == [
+        "SAELens",
+        "sparsify",
+        "Gemma Scope",
+        "Gemma Scope 2",
+        "Llama Scope",
+        "dictionary_learning",
+        "Qwen Scope",
+    ]
+    for form in dictionary_formats():
+        assert all(f"{form.family}: {files}" in str(caught.value) for files in form.wants)
     lens_standard(tmp_path)
     sparsify(tmp_path)
     with pytest.raises(InvalidInput, match="fits SAELens and sparsify at once"):
@@ -225,7 +241,7 @@ def test_k_of_qwen_scope(tmp_path: Path) -> None:
         load_dictionary(tmp_path)
     with pytest.raises(InvalidInput, match="k is 99 and there are 12"):
         load_dictionary(tmp_path, k=99)
-    assert load_dictionary(tmp_path, k=5).nonlinearity == TopK(5)
+    assert load_dictionary(tmp_path, k=5).nonlinearity == TopKActivation(5)
     other = written(tmp_path / "b", "lens standard")
     with pytest.raises(UsageError, match="leave it out"):
         load_dictionary(other, k=5)
@@ -235,10 +251,10 @@ def test_a_threshold_for_all_or_as_a_logarithm(tmp_path: Path) -> None:
     t = four() | {"threshold": torch.tensor(0.5)}
     lens(tmp_path, t, architecture="jumprelu")
     fires = load_dictionary(tmp_path).nonlinearity
-    assert isinstance(fires, JumpReLU) and torch.equal(fires.threshold, torch.full((F,), 0.5))
+    assert isinstance(fires, JumpReLUActivation) and torch.equal(fires.threshold, torch.full((F,), 0.5))
     lens(tmp_path, four() | {"log_threshold": torch.zeros(F)}, architecture="jumprelu")
     fires = load_dictionary(tmp_path).nonlinearity
-    assert isinstance(fires, JumpReLU) and torch.equal(fires.threshold, torch.ones(F))
+    assert isinstance(fires, JumpReLUActivation) and torch.equal(fires.threshold, torch.ones(F))
 
 
 def test_a_latent_whose_decoder_is_zero_stays_silent(tmp_path: Path) -> None:

@@ -12,9 +12,9 @@ from molehunt.site import Site
 HERE, THERE = Site(1), Site(2)
 
 
-def made(**told) -> list[DictionarySpec]:
+def made(**reported) -> list[DictionarySpec]:
     fixed = {"d_model": 8, "sites": [HERE], "architectures": ["topk"], "pairings": ["difference"]}
-    return grid(**{**fixed, **told})
+    return grid(**{**fixed, **reported})
 
 
 def test_every_combination_once() -> None:
@@ -27,11 +27,11 @@ def test_every_combination_once() -> None:
 
 def test_a_choice_goes_to_what_it_says_something_to() -> None:
     specs = made(architectures=list(CATALOG), ks=[3, 4], l1s=[0.1])
-    told = {(one.architecture, *one.settings.items()) for one in specs}
+    reported = {(one.architecture, *one.settings.items()) for one in specs}
     counted = {(name, ("k", k)) for name in ("topk", "batch-topk", "matryoshka") for k in (3, 4)}
     aimed = {("jumprelu", ("target_l0", float(k))) for k in (3, 4)}
-    assert told == counted | aimed | {("relu", ("l1", 0.1)), ("gated", ("l1", 0.1))}
-    assert len(specs) == len(told)
+    assert reported == counted | aimed | {("relu", ("l1", 0.1)), ("gated", ("l1", 0.1))}
+    assert len(specs) == len(reported)
 
 
 def test_what_is_not_told_is_the_architectures_own() -> None:
@@ -48,18 +48,18 @@ def test_joint_and_exclusive_are_of_crosscoders_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    ("told", "error"),
+    ("reported", "error"),
     [
         ({"joints": [-0.5]}, "joint belongs to crosscoders"),
         ({"exclusives": [0.1]}, "exclusive belongs to crosscoders"),
-        ({"l1s": [0.1]}, "l1 says nothing to topk"),
-        ({"architectures": ["relu", "gated"], "ks": [2]}, "k says nothing to relu, gated"),
+        ({"l1s": [0.1]}, "l1 does not apply to topk"),
+        ({"architectures": ["relu", "gated"], "ks": [2]}, "k does not apply to relu, gated"),
         ({"ks": [17], "expansions": [2]}, "k = 17 latents cannot fire out of 16"),
         ({"ks": [17], "expansions": [2], "architectures": ["jumprelu"]}, "k = 17 latents cannot fire out of 16"),
         ({"architectures": ["tokp"]}, "Did you mean topk"),
         ({"expansions": [0]}, "expansion must be 1 or more"),
     ],
 )
-def test_choices_that_make_no_sense(told: dict, error: str) -> None:
+def test_choices_that_make_no_sense(reported: dict, error: str) -> None:
     with pytest.raises(UsageError, match=error):
-        made(**told)
+        made(**reported)

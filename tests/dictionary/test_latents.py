@@ -6,14 +6,14 @@ import torch
 from molehunt.activation.shuffle import PairBatch
 from molehunt.dictionary.dictionary import Dictionary
 from molehunt.dictionary.latents import latent_scaling, norm_bins, relative_norms
-from molehunt.dictionary.nonlinearity import ReLU, TopK
+from molehunt.dictionary.nonlinearity import ReLUActivation, TopKActivation
 from molehunt.dictionary.pairing import Pairing
 from molehunt.errors import NotTestable, UsageError
 
 D, LATENTS = 5, 8
 
 
-def crosscoder(seed: int = 0, **told) -> Dictionary:
+def crosscoder(seed: int = 0, **reported) -> Dictionary:
     rng = torch.Generator().manual_seed(seed)
     return Dictionary(
         **{
@@ -21,9 +21,9 @@ def crosscoder(seed: int = 0, **told) -> Dictionary:
             "b_enc": torch.randn(LATENTS, generator=rng),
             "W_dec": torch.randn(LATENTS, 2 * D, generator=rng),
             "b_dec": torch.randn(2 * D, generator=rng),
-            "nonlinearity": TopK(3),
+            "nonlinearity": TopKActivation(3),
             "pairing": Pairing(kind="both"),
-            **told,
+            **reported,
         }
     )
 
@@ -77,7 +77,11 @@ def planted() -> tuple[Dictionary, list[PairBatch]]:
     W_enc = torch.zeros(8, 5)
     W_enc[4:, 0], W_enc[4:, 1], W_enc[4:, 2], W_enc[:4, 3] = eye[0], eye[1], eye[2], eye[2]
     dictionary = crosscoder(
-        W_enc=W_enc, b_enc=torch.tensor([0.0, 0, 0, 0, -1]), W_dec=W_dec, b_dec=torch.zeros(8), nonlinearity=ReLU()
+        W_enc=W_enc,
+        b_enc=torch.tensor([0.0, 0, 0, 0, -1]),
+        W_dec=W_dec,
+        b_dec=torch.zeros(8),
+        nonlinearity=ReLUActivation(),
     )
     return dictionary, [PairBatch(base, tuned)]
 
@@ -97,7 +101,9 @@ def test_relative_norms_and_their_bins() -> None:
     W_dec = torch.zeros(5, 2 * D)
     W_dec[:, 0] = torch.tensor([1.0, 0, 2, 1, 0])
     W_dec[:, D] = torch.tensor([0.0, 3, 2, 2, 0])
-    dictionary = crosscoder(W_enc=torch.zeros(2 * D, 5), b_enc=torch.zeros(5), W_dec=W_dec, nonlinearity=ReLU())
+    dictionary = crosscoder(
+        W_enc=torch.zeros(2 * D, 5), b_enc=torch.zeros(5), W_dec=W_dec, nonlinearity=ReLUActivation()
+    )
     relative = relative_norms(dictionary)
     assert relative[:4].tolist() == [0, 1, 0.5, 0.75] and relative[4].isnan()
     assert norm_bins(relative) == {"base": 1, "shared": 1, "tuned": 1, "between": 2}

@@ -41,14 +41,14 @@ def test_exclusive_latents_read_one_model() -> None:
     assert Pairing(kind="both").mask(8, 8) is None
 
 
-@pytest.mark.parametrize("told", [{"kind": "difference"}, {"kind": "both", "joint": -0.5, "exclusive": 0.1}])
-def test_json_gives_it_back(told) -> None:
-    pairing = Pairing(**told)
+@pytest.mark.parametrize("reported", [{"kind": "difference"}, {"kind": "both", "joint": -0.5, "exclusive": 0.1}])
+def test_json_gives_it_back(reported) -> None:
+    pairing = Pairing(**reported)
     assert Pairing.from_json(pairing.to_json()) == pairing
 
 
 @pytest.mark.parametrize(
-    "told",
+    "reported",
     [
         {"kind": "both", "joint": 0.1},
         {"kind": "both", "joint": -1.1},
@@ -58,6 +58,6 @@ def test_json_gives_it_back(told) -> None:
         {"kind": "tuned", "exclusive": 0.1},
     ],
 )
-def test_values_out_of_range(told) -> None:
+def test_values_out_of_range(reported) -> None:
     with pytest.raises(UsageError):
-        Pairing(**told)
+        Pairing(**reported)

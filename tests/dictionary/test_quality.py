@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 from molehunt.activation.scale import sinks
 from molehunt.activation.shuffle import PairBatch
 from molehunt.dictionary.dictionary import Dictionary
-from molehunt.dictionary.nonlinearity import ReLU, TopK
+from molehunt.dictionary.nonlinearity import ReLUActivation, TopKActivation
 from molehunt.dictionary.pairing import Pairing
 from molehunt.dictionary.quality import Measured, SplicedLoss, measure_quality, spliced_loss
 from molehunt.errors import NotTestable, UsageError
@@ -22,7 +22,7 @@ SITE = Site(1)
 ROWS = prompts(seed=1, lengths=(3, 9, 5, 17, 1))
 
 
-def random_dictionary(d_in: int, pairing: Pairing, *, d_dict: int = 24, k: int = 5, **told) -> Dictionary:
+def random_dictionary(d_in: int, pairing: Pairing, *, d_dict: int = 24, k: int = 5, **reported) -> Dictionary:
     rng = torch.Generator().manual_seed(0)
     W_enc, W_dec = torch.randn(d_in, d_dict, generator=rng), 0.1 * torch.randn(d_dict, d_in, generator=rng)
     return Dictionary(
@@ -31,10 +31,10 @@ def random_dictionary(d_in: int, pairing: Pairing, *, d_dict: int = 24, k: int =
             "b_enc": torch.zeros(d_dict),
             "W_dec": W_dec,
             "b_dec": torch.randn(d_in, generator=rng),
-            "nonlinearity": TopK(k),
+            "nonlinearity": TopKActivation(k),
             "pairing": pairing,
             "site": SITE,
-            **told,
+            **reported,
         }
     )
 
@@ -50,7 +50,7 @@ def identity(pairing: Pairing) -> Dictionary:
         b_enc=torch.zeros(2 * d),
         W_dec=torch.cat([eye, -eye]),
         b_dec=torch.zeros(d),
-        nonlinearity=ReLU(),
+        nonlinearity=ReLUActivation(),
     )
 
 
@@ -171,9 +171,12 @@ def test_a_perfect_dictionary_recovers_all(kind) -> None:
 
 
 def test_where_the_mean_costs_nothing_there_is_nothing_to_recover() -> None:
-    told = SplicedLoss(clean=2.0, spliced=2.5, reference=3.0, kl_spliced=0.2, kl_reference=0.8, n=4)
-    assert (told.recovered, told.kl_recovered) == (0.5, 0.75)
-    assert replace(told, reference=2.0005).recovered is None and replace(told, kl_reference=0.0005).kl_recovered is None
+    reported = SplicedLoss(clean=2.0, spliced=2.5, reference=3.0, kl_spliced=0.2, kl_reference=0.8, n=4)
+    assert (reported.recovered, reported.kl_recovered) == (0.5, 0.75)
+    assert (
+        replace(reported, reference=2.0005).recovered is None
+        and replace(reported, kl_reference=0.0005).kl_recovered is None
+    )
     assert Measured(1.0, 2) == Measured(1.0, 2)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from molehunt.dictionary.dictionary import Dictionary
 from molehunt.dictionary.formats.detect import load_dictionary
 from molehunt.dictionary.formats.sae_lens import save_dictionary
-from molehunt.dictionary.nonlinearity import Gated, JumpReLU, ReLU, TopK
+from molehunt.dictionary.nonlinearity import GatedActivation, JumpReLUActivation, ReLUActivation, TopKActivation
 from molehunt.dictionary.pairing import Pairing
 from molehunt.site import Site
 
@@ -78,7 +78,7 @@ def test_what_sae_lens_trains_by_batch_is_read_as_jumprelu(tmp_path: Path, kind:
     theirs.topk_threshold.fill_(0.8)
     theirs.save_inference_model(tmp_path)
     ours = load_dictionary(tmp_path)
-    assert isinstance(ours.nonlinearity, JumpReLU)
+    assert isinstance(ours.nonlinearity, JumpReLUActivation)
     with torch.no_grad():
         close(ours.encode(X), lens.SAE.load_from_disk(tmp_path).encode(X))
 
@@ -90,7 +90,7 @@ def values(*shape: int) -> Tensor:
 def ours(**changed: Any) -> Dictionary:
     base: dict[str, Any] = {"W_enc": values(D, F), "b_enc": values(F), "W_dec": values(F, D), "b_dec": values(D)}
     return Dictionary(
-        **{**base, "nonlinearity": ReLU(), "center": True, "site": Site(3), "meta": {"seed": 1}, **changed}
+        **{**base, "nonlinearity": ReLUActivation(), "center": True, "site": Site(3), "meta": {"seed": 1}, **changed}
     )
 
 
@@ -98,12 +98,12 @@ OURS = [
     ours(),
     ours(norm="layer_norm"),
     ours(norm="constant_norm", center=False),
-    ours(nonlinearity=TopK(5)),
-    ours(nonlinearity=JumpReLU(values(F).abs())),
-    ours(nonlinearity=Gated(values(F), values(F), values(F)), b_enc=torch.zeros(F)),
+    ours(nonlinearity=TopKActivation(5)),
+    ours(nonlinearity=JumpReLUActivation(values(F).abs())),
+    ours(nonlinearity=GatedActivation(values(F), values(F), values(F)), b_enc=torch.zeros(F)),
     ours(center=False, W_skip=values(D, 3), W_dec=values(F, 3), b_dec=values(3)),
-    ours(center=False, nonlinearity=JumpReLU(values(F)), W_dec=values(F, 3), b_dec=values(3)),
-    ours(pairing=Pairing(kind="difference"), nonlinearity=TopK(5)),
+    ours(center=False, nonlinearity=JumpReLUActivation(values(F)), W_dec=values(F, 3), b_dec=values(3)),
+    ours(pairing=Pairing(kind="difference"), nonlinearity=TopKActivation(5)),
     ours(pairing=Pairing(kind="both", joint=-0.5, exclusive=0.1)),
 ]
 

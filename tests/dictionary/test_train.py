@@ -1,4 +1,4 @@
-"""Many trainings in one pass: each as if alone, resumed to the same bits, and told what is wrong."""
+"""Many trainings in one pass: each as if alone, resumed to the same bits, and reported what is wrong."""
 
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -12,7 +12,7 @@ from molehunt.dictionary.catalog import CATALOG
 from molehunt.dictionary.dictionary import Dictionary
 from molehunt.dictionary.pairing import Pairing
 from molehunt.dictionary.train import DictionarySpec, Trained, TrainingConfig, train_dictionaries
-from molehunt.dictionary.trainee import Scale
+from molehunt.dictionary.trainee import InputScale
 from molehunt.errors import InvalidInput, NotTestable, UsageError
 from molehunt.site import Site
 from planted_atoms import Planted
@@ -24,21 +24,21 @@ CONFIG = TrainingConfig(steps=24, batch=64, checkpoint_every=7)
 BOTH = Pairing(kind="both", exclusive=0.25)
 
 
-def spec(architecture: str = "topk", site: Site = HERE, **told) -> DictionarySpec:
+def spec(architecture: str = "topk", site: Site = HERE, **reported) -> DictionarySpec:
     few = {"relu": {}, "gated": {}, "jumprelu": {"target_l0": 2.0}}.get(architecture, {"k": 2})
-    return DictionarySpec(**{"site": site, "architecture": architecture, "expansion": 2, "settings": few, **told})
+    return DictionarySpec(**{"site": site, "architecture": architecture, "expansion": 2, "settings": few, **reported})
 
 
 EVERY = [spec(name, site, pairing=BOTH) for name, site in zip(CATALOG, [HERE, THERE] * 3, strict=True)]
 
 
-def train(specs: list[DictionarySpec], *, config: TrainingConfig = CONFIG, batches=None, **told) -> list[Trained]:
-    return train_dictionaries(specs, batches or BATCHES, config, d_model=8, **told)
+def train(specs: list[DictionarySpec], *, config: TrainingConfig = CONFIG, batches=None, **reported) -> list[Trained]:
+    return train_dictionaries(specs, batches or BATCHES, config, d_model=8, **reported)
 
 
 def tensors(dictionary: Dictionary) -> dict[str, torch.Tensor]:
-    told = {name: getattr(dictionary, name) for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
-    return told | {k: v for k, v in vars(dictionary.nonlinearity).items() if isinstance(v, torch.Tensor)}
+    reported = {name: getattr(dictionary, name) for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
+    return reported | {k: v for k, v in vars(dictionary.nonlinearity).items() if isinstance(v, torch.Tensor)}
 
 
 def same(one: Trained, other: Trained) -> bool:
@@ -89,18 +89,18 @@ def test_a_killed_training_resumes_to_the_same_bits(after: list[int], tmp_path: 
         with pytest.raises(Killed):
             train(EVERY, checkpoint=file, track=killed(steps))
     assert file.exists() == (after != [3])
-    asked: list[int] = []
+    requested: list[int] = []
 
     def rest(site: Site) -> Callable[[int], Iterable[PairBatch]]:
         def of(skip: int) -> Iterable[PairBatch]:
-            asked.append(skip)
+            requested.append(skip)
             return BATCHES[site][skip:]
 
         return of
 
     resumed = train(EVERY, checkpoint=file, batches={site: rest(site) for site in BATCHES})
     assert all(same(one, other) for one, other in zip(whole, resumed, strict=True))
-    assert asked == [{1: 0 if after == [3] else 7, 3: 14}[len(after)]] * 2
+    assert requested == [{1: 0 if after == [3] else 7, 3: 14}[len(after)]] * 2
     assert list(file.parent.iterdir()) == [] if file.parent.exists() else True
 
 
@@ -139,15 +139,15 @@ def test_with_one_step_the_threshold_is_that_of_its_batch() -> None:
 def test_scale_is_one_a_model_and_one_for_both_where_errors_are_subtracted() -> None:
     loud = [PairBatch(10 * b.base, b.tuned) for b in BATCHES[HERE]]
     x = torch.cat([loud[0].base, loud[0].tuned], 1)
-    scale = Scale.of(x, 2)
+    scale = InputScale.of(x, 2)
     parts = scale(x).unflatten(1, (2, -1)).square().mean((0, 2))
     torch.testing.assert_close(parts, torch.ones(2))
     assert scale.rms[0] != scale.rms[-1] and scale.rms[:8].unique().numel() == 1
     (one,) = train([spec(pairing=Pairing(kind="both", joint=-1.0))], batches={HERE: loud})
     dictionary = one.dictionary
     error = x - dictionary.reconstruct(x)
-    told = one.spec.pairing.squared_error(error)
-    torch.testing.assert_close(told, (error[:, 8:] - error[:, :8]).square().sum(1), rtol=1e-3, atol=1e-3)
+    reported = one.spec.pairing.squared_error(error)
+    torch.testing.assert_close(reported, (error[:, 8:] - error[:, :8]).square().sum(1), rtol=1e-3, atol=1e-3)
     assert one.history[0]["reconstruction"] == pytest.approx(
         float(Pairing(kind="difference").squared_error(first_error(one, x)).mean()) / 16, rel=1e-3
     )
@@ -155,7 +155,7 @@ def test_scale_is_one_a_model_and_one_for_both_where_errors_are_subtracted() -> 
 
 def first_error(one: Trained, x: torch.Tensor) -> torch.Tensor:
     """Of the difference, before any step, in the training's units: one scale for both models."""
-    scale = Scale.of(x, 1)
+    scale = InputScale.of(x, 1)
     start = one.spec.build(8).eval()
     with torch.no_grad():
         error = x - start.finished(scale).reconstruct(x)
@@ -169,12 +169,12 @@ def bad(value: float) -> list[PairBatch]:
 
 
 @pytest.mark.parametrize(
-    ("specs", "batches", "error", "told"),
+    ("specs", "batches", "error", "reported"),
     [
-        ([], BATCHES, UsageError, "no dictionary was asked for"),
+        ([], BATCHES, UsageError, "no dictionary was requested"),
         ([spec(site=Site(5))], BATCHES, UsageError, "no activations of L5.resid; there are L1.resid, L2.mlp"),
         ([spec()], {HERE: BATCHES[HERE][:3]}, UsageError, "ran out at step 3 of 24"),
-        ([spec()], {HERE: Planted.of(d=9).batches(1, n=8)}, UsageError, "are 9 wide; the dictionary was asked for 8"),
+        ([spec()], {HERE: Planted.of(d=9).batches(1, n=8)}, UsageError, "are 9 wide; the dictionary was made for 8"),
         ([spec()], {HERE: [PairBatch(torch.ones(4, 8), torch.ones(4, 8))]}, UsageError, "do not vary"),
         ([spec()], {HERE: bad(float("nan"))}, InvalidInput, "NaN or infinity .* in batch 1"),
         ([spec()], {HERE: bad(float("inf"))}, InvalidInput, "NaN or infinity .* in batch 1"),
@@ -183,21 +183,21 @@ def bad(value: float) -> list[PairBatch]:
         ([spec(settings={"depth": 2})], BATCHES, UsageError, "topk does not take these settings"),
     ],
 )
-def test_what_cannot_be_trained(specs: list[DictionarySpec], batches, error: type[Exception], told: str) -> None:
-    with pytest.raises(error, match=told):
+def test_what_cannot_be_trained(specs: list[DictionarySpec], batches, error: type[Exception], reported: str) -> None:
+    with pytest.raises(error, match=reported):
         train_dictionaries(specs, batches, CONFIG, d_model=8)
 
 
 def test_settings_out_of_range() -> None:
     with pytest.raises(UsageError, match="expansion must be 1 or more"):
         spec(expansion=0)
-    for told in ({"steps": 0}, {"steps": 1, "batch": 0}):
+    for reported in ({"steps": 0}, {"steps": 1, "batch": 0}):
         with pytest.raises(UsageError, match="steps and batch of 1 or more"):
-            TrainingConfig(**told)
+            TrainingConfig(**reported)
 
 
 def test_names_tell_specs_apart() -> None:
-    told = [
+    reported = [
         spec(),
         spec(seed=1),
         spec(site=THERE),
@@ -208,5 +208,5 @@ def test_names_tell_specs_apart() -> None:
         spec(pairing=Pairing(kind="both", joint=-0.5)),
         spec(pairing=BOTH),
     ]
-    assert len({one.name for one in told}) == len(told)
+    assert len({one.name for one in reported}) == len(reported)
     assert spec().name == "topk-difference-L1.resid-2x-k2-s0"

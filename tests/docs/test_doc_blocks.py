@@ -9,14 +9,17 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from command_line import parsed
-from doc_blocks import Block, every_block
-from documented_folder import AUDIT, documented_folder
+from doc_blocks import ROOT, Block, blocks, every_block
+from documented_folder import AUDIT, PLAN, PRINTED, WRITTEN, documented_folder
+from molehunt.audit.plan import PLANS
 from molehunt.cli.main import main
 from molehunt.serve import server
+from tutorial_checks import CHECKS, TUTORIAL
 
 KEY = "a-key-for-tests-only"
 SHORT = ("--limit", "12", "--max-new-tokens", "8")
@@ -41,20 +44,9 @@ ELSEWHERE = {
     "make": "it is what runs this test",
     "pip": "what it installs is the environment of this test",
     "molehunt bench": "minutes to hours: tests/bench/test_smoke_grid.py runs the smallest grid whole",
-    "python recipes/soak.py": "minutes of load: tests/cli/test_serve.py kills and restarts a server",
+    "python -m experiments": "minutes to hours: tests/experiments/ runs the quick size of each",
 }
 """Commands that do not run here, and why. `test_doc_names.py` checks their options, targets and files all the same."""
-LEFT = {
-    "audit": ("report.html", "report.json", "report.md", "report.sarif", "scores.jsonl", "fix.safetensors"),
-    "watch": ("watch.html", "verdicts.jsonl", "alerts.sqlite", "state.safetensors", "inputs.safetensors"),
-    "watch --attacks": ("state.safetensors",),
-    "watch --mode": ("watch.html", "verdicts.jsonl", "published.safetensors", "inputs.safetensors"),
-    "serve": ("state.safetensors", "alerts.sqlite"),
-    "steer sweep": ("sweep.json", "sweep.html"),
-    "stress": ("certificate.json", "stress.html"),
-    "transfer fit": ("map.safetensors",),
-}
-"""Files that the documents promise in the folder of `--out`."""
 DOCUMENTED_URL = "http://127.0.0.1:8000"
 
 
@@ -111,7 +103,7 @@ def run(words: list[str]) -> None:
     given = parsed(arguments)
     for out in (given.get("out"), given.get("into"), given.get("folder")):
         assert out is None or out.exists(), f"{out} was not written"
-    for file in LEFT.get(kind, ()):
+    for file in WRITTEN.get(kind, ()):
         assert (given["out"] / file).is_file(), f"{file} was not written"
 
 
@@ -131,7 +123,11 @@ def test_a_block_runs(
     monkeypatch.setenv("MOLEHUNT_KEY", KEY)
     if block.language == "python":
         text = block.text.replace(DOCUMENTED_URL, running_server()) if DOCUMENTED_URL in block.text else block.text
-        exec(compile(text, block.name, "exec"), {"KEY": KEY})
+        monkeypatch.setitem(PLANS, "quick", PLAN)
+        made: dict[str, Any] = {"KEY": KEY}
+        exec(compile(text, block.name, "exec"), made)
+        if block in TUTORIAL:
+            CHECKS[TUTORIAL.index(block)](made)
         shown = capsys.readouterr().out
         printed = "".join(line for line in block.text.splitlines() if line.startswith("# {"))
         assert all(f"'{key}'" in shown for key in re.findall(r"'(\w+)':", printed)), shown
@@ -142,3 +138,17 @@ def test_a_block_runs(
     for words in asked:
         run(words)
     assert len(listening) == sum(words[1] == "serve" for words in asked)
+
+
+def without_numbers(text: str) -> str:
+    """One line, with `#` in place of every number."""
+    return re.sub(r"\d+", "#", " ".join(text.split()))
+
+
+@pytest.mark.slow
+def test_the_readme_quotes_the_audit_in_its_own_words(folder: Path) -> None:
+    (quoted,) = [block.text for block in blocks(ROOT / "README.md") if block.language == "text"]
+    first, _, rest = quoted.partition("\n\n")
+    lines = rest.partition("exit code of this audit")[0].splitlines()
+    printed = without_numbers((folder / PRINTED).read_text())
+    assert [part for part in (first, *lines) if without_numbers(part) not in printed] == []

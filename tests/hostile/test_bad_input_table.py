@@ -100,10 +100,10 @@ def test_a_missing_shard_and_a_missing_tensor(tmp_path: Path) -> None:
         Checkpoint.open(folder)
 
 
-@pytest.mark.parametrize("told", [{}, {"weight_map": []}, {"weight_map": {"a": 3}}])
-def test_a_broken_index(tmp_path: Path, told: dict) -> None:
+@pytest.mark.parametrize("index", [{}, {"weight_map": []}, {"weight_map": {"a": 3}}])
+def test_a_broken_index(tmp_path: Path, index: dict) -> None:
     folder = sharded_folder(tmp_path / "m")
-    edit_json(folder / INDEX, weight_map=told.get("weight_map"))
+    edit_json(folder / INDEX, weight_map=index.get("weight_map"))
     with pytest.raises(InvalidInput):
         Checkpoint.open(folder)
 

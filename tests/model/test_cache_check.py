@@ -75,7 +75,7 @@ def with_decoder(kind):
 
 @pytest.mark.parametrize(("kind", "padded"), [(Deaf, True), (Blind, False)])
 def test_a_model_that_is_wrong_on_its_cache_answers_as_full_passes_do_and_says_so_once(kind, padded, caplog):
-    cache_check._SAID.clear()
+    cache_check._WARNED.clear()
     model = with_decoder(kind)
     with caplog.at_level(logging.WARNING, "molehunt"):
         found = text(model)

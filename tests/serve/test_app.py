@@ -42,10 +42,10 @@ def test_openais_client_gets_the_models_answer_and_the_guards_verdict(serve) -> 
         assert whole.usage.total_tokens == whole.usage.prompt_tokens + whole.usage.completion_tokens
         text = client.completions.create(model="tiny", prompt="abc", max_tokens=4, logprobs=2)
         assert len(text.choices[0].logprobs.token_logprobs) == text.usage.completion_tokens <= 4
-        told = client.chat.completions.create(
+        reported = client.chat.completions.create(
             model="tiny", messages=MESSAGES, max_tokens=3, logprobs=True, top_logprobs=2
         )
-        assert all(len(one.top_logprobs) == 2 for one in told.choices[0].logprobs.content)
+        assert all(len(one.top_logprobs) == 2 for one in reported.choices[0].logprobs.content)
 
 
 def test_a_stream_says_the_same_and_ends_with_the_verdict_and_the_usage(serve) -> None:
@@ -105,7 +105,7 @@ def test_under_log_the_client_is_not_told(serve) -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "body", "status", "told"),
+    ("path", "body", "status", "reported"),
     [
         ("chat/completions", b"{", 400, "Invalid JSON"),
         ("chat/completions", b"[]", 400, "object"),
@@ -134,13 +134,13 @@ def test_under_log_the_client_is_not_told(serve) -> None:
         ("completions", {"model": "tiny", "prompt": "a" * 70_000}, 413, "bytes"),
     ],
 )
-def test_bad_requests_are_refused_in_openais_shape(serve, path: str, body: object, status: int, told: str) -> None:
+def test_bad_requests_are_refused_in_openais_shape(serve, path: str, body: object, status: int, reported: str) -> None:
     with serve(max_body=60_000).client() as client:
         content = body if isinstance(body, bytes) else json.dumps(body)
         answer = client.post(f"/v1/{path}", content=content)
         assert answer.status_code == status, answer.text
         error = answer.json()["error"]
-        assert told in error["message"] and set(error) == {"message", "type", "param", "code"}
+        assert reported in error["message"] and set(error) == {"message", "type", "param", "code"}
 
 
 def test_unknown_fields_are_ignored_and_named(serve) -> None:
@@ -206,9 +206,9 @@ def test_ready_says_so_only_after_a_scored_self_test_and_metrics_count(serve) ->
     with served.client() as client:
         assert client.get("/ready").json() == {"ready": True}
         client.post("/v1/chat/completions", json={"model": "tiny", "messages": MESSAGES})
-        told = client.get("/metrics").text
-        assert 'molehunt_requests_total{route="/v1/chat/completions",status="200"} 1.0' in told
-        assert "molehunt_coverage 1.0" in told and "molehunt_score_bucket" in told
+        reported = client.get("/metrics").text
+        assert 'molehunt_requests_total{route="/v1/chat/completions",status="200"} 1.0' in reported
+        assert "molehunt_coverage 1.0" in reported and "molehunt_score_bucket" in reported
         served.guard.healthy = False
         assert client.get("/ready").status_code == 503
 

@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 
-from guarded import PROMPTS, Heard, asked, guard_of, run
+from guarded import PROMPTS, Heard, generation, guard_of, run
 from molehunt.errors import CannotTap
 from molehunt.model.generate import generate
 from molehunt.model.pair import ModelPair
 from molehunt.serve import engine as engines
 from molehunt.serve.backend import Backend, Eager
 from molehunt.serve.continuous import Continuous
-from molehunt.serve.engine import MOST_JOBS, Engine
+from molehunt.serve.engine import MAX_JOBS, Engine
 from molehunt.serve.request import Failed, Overloaded
 from molehunt.watch.bank import Bank
 from molehunt.watch.ledger import Ledger
@@ -32,14 +32,14 @@ def cannot(*_: Any, **__: Any) -> None:
 
 @every_backend
 def test_jobs_are_answered_or_fail_by_themselves_and_only_so_many_wait(
-    pair: ModelPair, bank: Bank, calm: WatchState, ledger: Ledger, backend: Make
+    pair: ModelPair, bank: Bank, calibrated_state: WatchState, ledger: Ledger, backend: Make
 ) -> None:
-    guard = guard_of(pair, bank, calm, ledger)
+    guard = guard_of(pair, bank, calibrated_state, ledger)
     engine = Engine(pair._tuned, pair.tokenizer, guard, backend=backend)
     began, go_on = threading.Event(), threading.Event()
     first = engine.between(lambda: (began.set(), go_on.wait(60))[1])
     assert began.wait(60)
-    waiting = [engine.between(lambda i=i: 1 // i) for i in range(MOST_JOBS)]
+    waiting = [engine.between(lambda i=i: 1 // i) for i in range(MAX_JOBS)]
     with pytest.raises(Overloaded, match="questions wait"):
         engine.between(lambda: 0)
     go_on.set()
@@ -48,7 +48,7 @@ def test_jobs_are_answered_or_fail_by_themselves_and_only_so_many_wait(
         waiting[0].result(60)
     assert waiting[1].result(60) == 1
     heard = Heard()
-    engine.submit(asked(PROMPTS[0]), heard)
+    engine.submit(generation(PROMPTS[0]), heard)
     engine.close()
     guard.close()
     assert heard.end.verdict.coverage == 1
@@ -59,7 +59,12 @@ def test_jobs_are_answered_or_fail_by_themselves_and_only_so_many_wait(
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @every_backend
 def test_a_model_that_cannot_be_watched_ends_the_engine_and_everybody_is_told(
-    pair: ModelPair, bank: Bank, calm: WatchState, ledger: Ledger, backend: Make, monkeypatch: pytest.MonkeyPatch
+    pair: ModelPair,
+    bank: Bank,
+    calibrated_state: WatchState,
+    ledger: Ledger,
+    backend: Make,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     submitted = threading.Event()
 
@@ -70,10 +75,10 @@ def test_a_model_that_cannot_be_watched_ends_the_engine_and_everybody_is_told(
         yield
 
     monkeypatch.setattr(engines, "watched", watched)
-    guard = guard_of(pair, bank, calm, ledger)
+    guard = guard_of(pair, bank, calibrated_state, ledger)
     engine = Engine(pair._tuned, pair.tokenizer, guard, backend=backend)
     heard = Heard()
-    engine.submit(asked(PROMPTS[0]), heard)
+    engine.submit(generation(PROMPTS[0]), heard)
     promised = engine.between(lambda: 0)
     submitted.set()
     heard.wait()
@@ -87,17 +92,17 @@ def test_a_model_that_cannot_be_watched_ends_the_engine_and_everybody_is_told(
 def test_an_alert_that_cannot_be_explained_keeps_nobody_waiting(
     pair: ModelPair,
     bank: Bank,
-    calm: WatchState,
+    calibrated_state: WatchState,
     ledger: Ledger,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(engines, "explained", cannot)
-    guard = guard_of(pair, bank, calm, ledger, threshold=-1e9)
+    guard = guard_of(pair, bank, calibrated_state, ledger, threshold=-1e9)
     engine = Engine(pair._tuned, pair.tokenizer, guard)
     for prompt in PROMPTS[:2]:
         heard = Heard()
-        engine.submit(asked(prompt), heard)
+        engine.submit(generation(prompt), heard)
         heard.wait()
         for _ in range(200):
             if not guard.to_explain:
@@ -109,14 +114,14 @@ def test_an_alert_that_cannot_be_explained_keeps_nobody_waiting(
 
 
 def test_rows_whose_cache_cannot_be_joined_run_from_their_beginning_to_their_end(
-    calm: WatchState, ledger: Ledger
+    calibrated_state: WatchState, ledger: Ledger
 ) -> None:
     model = tiny_model("gemma3", 1)  # sliding windows
     pair = ModelPair(tiny_model("gemma3", 0), model, tiny_tokenizer())
     heard = run(
         pair,
-        guard_of(pair, bank_of("gemma3"), calm, ledger),
-        [asked(prompt, n) for n, prompt in enumerate(PROMPTS, 3)],
+        guard_of(pair, bank_of("gemma3"), calibrated_state, ledger),
+        [generation(prompt, n) for n, prompt in enumerate(PROMPTS, 3)],
         max_batch=2,
     )
     for n, (one, prompt) in enumerate(zip(heard, PROMPTS, strict=True), 3):

@@ -11,7 +11,7 @@ import torch
 from transformers.generation.continuous_batching import PagedAttentionCache, Scheduler
 from transformers.generation.continuous_batching.model_runner import ModelRunner
 
-from guarded import PROMPTS, Heard, asked, guard_of, run, tiny_pair
+from guarded import PROMPTS, Heard, generation, guard_of, run, tiny_pair
 from molehunt.errors import UsageError
 from molehunt.model.generate import generate
 from molehunt.model.pair import ModelPair
@@ -20,7 +20,7 @@ from molehunt.serve.backend import Rows
 from molehunt.serve.continuous import PAGE_TOKENS, Continuous
 from molehunt.serve.engine import Engine
 from molehunt.serve.guard import Guard, Settled
-from molehunt.serve.request import Asked, Failed, Overloaded
+from molehunt.serve.request import Failed, GenerationRequest, Overloaded
 from molehunt.serve.sampling import Sampling
 from molehunt.serve.wire import Refused
 from molehunt.watch.bank import Bank
@@ -37,8 +37,8 @@ NewGuard = Callable[..., Guard]
 
 
 @pytest.fixture
-def new_guard(pair: ModelPair, bank: Bank, calm: WatchState, ledger: Ledger) -> NewGuard:
-    return partial(guard_of, pair, bank, calm, ledger)
+def new_guard(pair: ModelPair, bank: Bank, calibrated_state: WatchState, ledger: Ledger) -> NewGuard:
+    return partial(guard_of, pair, bank, calibrated_state, ledger)
 
 
 @pytest.fixture
@@ -56,21 +56,21 @@ def parts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
 
 
 def configured(monkeypatch: pytest.MonkeyPatch, **instead: Any) -> dict[str, Any]:
-    """What transformers is told about continuous batching, with some of it replaced."""
-    told: dict[str, Any] = {}
+    """What transformers is reported about continuous batching, with some of it replaced."""
+    reported: dict[str, Any] = {}
     module = sys.modules["transformers"]  # it replaces itself when a model is loaded: `import` may find an older one
     right = module.ContinuousBatchingConfig
 
     def noting(**given: Any) -> Any:
-        told.update(given)
+        reported.update(given)
         return right(**{**given, **instead})
 
     monkeypatch.setattr(module, "ContinuousBatchingConfig", noting)
-    return told
+    return reported
 
 
 def run_both(
-    pair: ModelPair, new_guard: NewGuard, requests: list[Asked], backend: Any = Continuous, **more: Any
+    pair: ModelPair, new_guard: NewGuard, requests: list[GenerationRequest], backend: Any = Continuous, **more: Any
 ) -> Iterator[tuple[Heard, Heard]]:
     """What each client hears from the continuous backend and from the eager one, whose every token looked the same."""
     settled: list[dict[str, Settled]] = [{}, {}]
@@ -88,7 +88,7 @@ def run_both(
     for id, one in settled[0].items():
         found, expected = one.finished.profile, settled[1][id].finished.profile
         assert found is not None and expected is not None and found.tokens == expected.tokens
-        torch.testing.assert_close(found.looks, expected.looks, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(found.prefixes, expected.prefixes, rtol=1e-4, atol=1e-4)
 
 
 def engine_of(pair: ModelPair, guard: Guard, **settings: Any) -> Engine:
@@ -100,12 +100,12 @@ def test_answers_and_scores_are_those_of_the_model_and_of_the_eager_backend(
 ) -> None:
     rows = [*PROMPTS, LONG]
     drawn = Sampling(temperature=1.0, top_p=0.9, seed=7)
-    requests = [asked(prompt, 12, logprobs=2) for prompt in rows]  # more than run at once: they join and leave
-    requests += [asked(prompt, 9, sampling=drawn) for prompt in rows[:3]]
+    requests = [generation(prompt, 12, logprobs=2) for prompt in rows]  # more than run at once: they join and leave
+    requests += [generation(prompt, 9, sampling=drawn) for prompt in rows[:3]]
     heard = list(run_both(pair, new_guard, requests, partial(Continuous, pass_tokens=PASS)))
     for one, other in heard:
-        for told, same in zip(one.logprobs, other.logprobs, strict=True):
-            assert told.token == same.token and told.logprob == pytest.approx(same.logprob, abs=1e-4)
+        for reported, same in zip(one.logprobs, other.logprobs, strict=True):
+            assert reported.token == same.token and reported.logprob == pytest.approx(same.logprob, abs=1e-4)
     answers = generate(pair._tuned, pair.tokenizer, rows, max_new_tokens=12)
     for (one, _), answer in zip(heard, answers, strict=False):
         assert one.text == pair.tokenizer.decode(answer, skip_special_tokens=True)
@@ -122,11 +122,11 @@ def test_it_does_not_matter_in_which_order_the_scheduler_packs_rows(
         return scheduled(self, candidates[::-1], *rest)
 
     monkeypatch.setattr(Scheduler, "_process_candidates", backwards)
-    assert len(list(run_both(pair, new_guard, [asked(prompt, 12) for prompt in (*PROMPTS, LONG)]))) == 6
+    assert len(list(run_both(pair, new_guard, [generation(prompt, 12) for prompt in (*PROMPTS, LONG)]))) == 6
 
 
 def test_a_replayed_prompt_keeps_its_coverage_and_its_verdict(pair: ModelPair, new_guard: NewGuard) -> None:
-    requests = [asked(LONG, 1, id=str(i)) for i in range(100)]
+    requests = [generation(LONG, 1, id=str(i)) for i in range(100)]
     heard = run(pair, new_guard(), requests, backend=Continuous)
     assert {one.end.verdict.coverage for one in heard} == {1.0}
     assert len({round(one.end.verdict.score or 0, 3) for one in heard}) == 1
@@ -138,7 +138,7 @@ def test_shared_blocks_would_be_noticed_and_not_answered(
 ) -> None:
     configured(monkeypatch, allow_block_sharing=True)  # what somebody gets who forgets to switch it off
     first, replayed = run(
-        pair, new_guard(), [asked(LONG, 4, id=name) for name in "ab"], backend=Continuous, max_batch=1
+        pair, new_guard(), [generation(LONG, 4, id=name) for name in "ab"], backend=Continuous, max_batch=1
     )
     assert first.end.verdict.coverage == 1 and first.text
     assert replayed.text == "" and replayed.end.reason == "content_filter"
@@ -148,24 +148,24 @@ def test_shared_blocks_would_be_noticed_and_not_answered(
 def test_nothing_is_shared_and_no_graph_can_be_replayed(
     pair: ModelPair, new_guard: NewGuard, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told = configured(monkeypatch)
+    reported = configured(monkeypatch)
 
     def replays(*_: Any) -> None:
         raise AssertionError("what runs and replays graphs was called")
 
     monkeypatch.setattr(ModelRunner, "compute_batch", replays)
-    (heard,) = run(pair, new_guard(), [asked(PROMPTS[0])], backend=Continuous)
-    assert told["use_cuda_graph"] is False and told["allow_block_sharing"] is False
+    (heard,) = run(pair, new_guard(), [generation(PROMPTS[0])], backend=Continuous)
+    assert reported["use_cuda_graph"] is False and reported["allow_block_sharing"] is False
     assert heard.end.verdict.coverage == 1 and heard.text
 
 
 def test_a_blocked_answer_ends_before_the_token(pair: ModelPair, new_guard: NewGuard) -> None:
-    plain = run(pair, new_guard(), [asked(prompt, 12) for prompt in PROMPTS], backend=Continuous)
+    plain = run(pair, new_guard(), [generation(prompt, 12) for prompt in PROMPTS], backend=Continuous)
     scores = sorted(one.end.verdict.score or 0 for one in plain)
     heard = run(
         pair,
         new_guard(action="block", threshold=(scores[-1] + scores[-2]) / 2),
-        [asked(prompt, 12) for prompt in PROMPTS],
+        [generation(prompt, 12) for prompt in PROMPTS],
         backend=Continuous,
     )
     for one, whole in zip(heard, plain, strict=True):
@@ -180,7 +180,7 @@ def test_a_blocked_answer_ends_before_the_token(pair: ModelPair, new_guard: NewG
 def test_steered_rows_are_steered_as_by_the_eager_backend(
     pair: ModelPair, new_guard: NewGuard, share: float, edit: str
 ) -> None:
-    requests = [asked(prompt, 10) for prompt in (*PROMPTS, LONG)]
+    requests = [generation(prompt, 10) for prompt in (*PROMPTS, LONG)]
     plain = run(pair, new_guard(), requests)
     spared = int(share * len(plain))
     threshold = sorted(one.end.verdict.score or 0 for one in plain)[spared] - 1e-2
@@ -193,12 +193,14 @@ def test_steered_rows_are_steered_as_by_the_eager_backend(
     )
 
 
-def test_nan_is_not_answered_and_counts_as_not_covered(bank: Bank, calm: WatchState, ledger: Ledger) -> None:
+def test_nan_is_not_answered_and_counts_as_not_covered(
+    bank: Bank, calibrated_state: WatchState, ledger: Ledger
+) -> None:
     pair = tiny_pair()
     with torch.no_grad():
         pair._tuned.get_parameter("model.layers.0.mlp.down_proj.weight").fill_(torch.nan)
-    guard = guard_of(pair, bank, calm, ledger)
-    (heard,) = run(pair, guard, [asked(PROMPTS[0])], backend=Continuous)
+    guard = guard_of(pair, bank, calibrated_state, ledger)
+    (heard,) = run(pair, guard, [generation(PROMPTS[0])], backend=Continuous)
     assert heard.text == "" and heard.end.reason == "content_filter"
     assert heard.end.verdict.flagged and heard.end.verdict.coverage == 0 and heard.end.verdict.score is None
 
@@ -207,8 +209,8 @@ def test_who_leaves_is_stopped_and_a_page_job_runs_between_two_steps(pair: Model
     guard = new_guard()
     engine = engine_of(pair, guard, max_batch=2)
     leaves, stays, never = Heard(), Heard(), Heard()
-    engine.submit(asked(PROMPTS[0], 400), leaves)
-    engine.submit(asked(PROMPTS[1], 40), stays)
+    engine.submit(generation(PROMPTS[0], 400), leaves)
+    engine.submit(generation(PROMPTS[1], 40), stays)
     leaves.wait_for_text()
     began, go_on = threading.Event(), threading.Event()
 
@@ -219,27 +221,27 @@ def test_who_leaves_is_stopped_and_a_page_job_runs_between_two_steps(pair: Model
 
     promised = engine.between(job)
     assert began.wait(60)
-    engine.submit(asked(PROMPTS[2]), never)
-    engine.cancel(asked(PROMPTS[2]).id)
-    engine.cancel(asked(PROMPTS[0], 400).id)
+    engine.submit(generation(PROMPTS[2]), never)
+    engine.cancel(generation(PROMPTS[2]).id)
+    engine.cancel(generation(PROMPTS[0], 400).id)
     engine.cancel("nobody's")
     go_on.set()
     assert promised.result(60) == generate(tiny_pair()._tuned, pair.tokenizer, [LONG], max_new_tokens=5)
     engine.close()
     guard.close()
     assert leaves.end.reason == "cancelled" and leaves.end.answer_tokens < 400 and leaves.end.verdict.coverage == 1
-    assert never.last is None, "who has gone before his turn is told nothing"
+    assert never.last is None, "who has gone before his turn is reported nothing"
     (answer,) = generate(pair._tuned, pair.tokenizer, [PROMPTS[1]], max_new_tokens=40)
     assert stays.text == pair.tokenizer.decode(answer, skip_special_tokens=True) and stays.end.verdict.coverage == 1
     with pytest.raises(Overloaded, match="shutting down"):
-        engine.submit(asked(PROMPTS[2]), Heard())
+        engine.submit(generation(PROMPTS[2]), Heard())
 
 
 def test_alerts_are_explained_while_nobody_waits(pair: ModelPair, new_guard: NewGuard, ledger: Ledger) -> None:
     guard = new_guard(threshold=-1e9)
     engine = engine_of(pair, guard)
     heard = Heard()
-    engine.submit(asked(PROMPTS[1]), heard)
+    engine.submit(generation(PROMPTS[1]), heard)
     heard.wait()
     for _ in range(200):
         (alert,) = ledger.recent(2)
@@ -266,12 +268,12 @@ def test_rows_wait_for_room_in_the_cache_and_what_never_fits_is_refused(
     monkeypatch.setattr(Continuous, "fits", noting)
     guard = new_guard()
     engine = engine_of(pair, guard, max_batch=3)
-    requests = [asked(LONG, 4, id="all three"), *(asked(LONG[:70], 4, id=f"two pages {i}") for i in range(3))]
+    requests = [generation(LONG, 4, id="all three"), *(generation(LONG[:70], 4, id=f"two pages {i}") for i in range(3))]
     heard = [Heard() for _ in requests]
     for request, one in zip(requests, heard, strict=True):
         engine.submit(request, one)
     with pytest.raises(Refused, match="more than the 192") as refused:
-        engine.submit(asked(LONG, 43), Heard())
+        engine.submit(generation(LONG, 43), Heard())
     engine.close()
     guard.close()
     assert refused.value.status == 400 and refused.value.code == "context_length_exceeded"
@@ -325,7 +327,7 @@ def nothing_scheduled(backend: Continuous, next_parts: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("name", "wrong", "told"),
+    ("name", "wrong", "reported"),
     [
         ("_forward", out_of_memory, "out of memory"),
         ("_forward", other_tokens, "does not run the tokens"),
@@ -341,18 +343,18 @@ def test_a_pass_that_is_not_what_it_should_be_fails_its_rows_and_no_later_ones(
     caplog: pytest.LogCaptureFixture,
     name: str,
     wrong: Callable[..., Any],
-    told: str,
+    reported: str,
 ) -> None:
     guard = new_guard()
     engine = engine_of(pair, guard)
     goes_wrong_once(monkeypatch, name, wrong)
     broken, fine = Heard(), Heard()
-    engine.submit(asked(PROMPTS[0]), broken)
+    engine.submit(generation(PROMPTS[0]), broken)
     broken.wait()
-    engine.submit(asked(PROMPTS[1]), fine)
+    engine.submit(generation(PROMPTS[1]), fine)
     engine.close()
     guard.close()
-    assert isinstance(broken.last, Failed) and told in caplog.text and broken.text == ""
+    assert isinstance(broken.last, Failed) and reported in caplog.text and broken.text == ""
     assert fine.end.answer_tokens > 0 and fine.end.verdict.coverage == 1
 
 
@@ -369,12 +371,12 @@ def one_left_out(backend: Continuous, next_parts: Any) -> Any:
     return next_parts(backend)
 
 
-def test_a_row_that_the_scheduler_puts_aside_is_noticed(
+def test_a_row_that_the_scheduler_suspends_is_noticed(
     pair: ModelPair, new_guard: NewGuard, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     goes_wrong_once(monkeypatch, "_next_parts", one_left_out, live=2)
-    heard = run(pair, new_guard(), [asked(prompt) for prompt in PROMPTS[:2]], backend=Continuous)
-    assert all(isinstance(one.last, Failed) for one in heard) and "put a row aside" in caplog.text
+    heard = run(pair, new_guard(), [generation(prompt) for prompt in PROMPTS[:2]], backend=Continuous)
+    assert all(isinstance(one.last, Failed) for one in heard) and "suspended a row" in caplog.text
 
 
 def test_the_server_runs_on_it_where_it_is_told_to(serve: Callable[..., Any], parts: list[tuple[int, int]]) -> None:

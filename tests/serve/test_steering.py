@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 from guarded import clean_rows, tiny_pair
 from molehunt.model.generate import generate
 from molehunt.model.pair import ModelPair
-from molehunt.serve.steering import Held, RowHold, Steering
+from molehunt.serve.steering import CosineBounds, RowClamp, Steering
 from molehunt.site import Site
 from molehunt.steer.ablate import Ablate
 from molehunt.watch.answers import answer_profiles, token_columns
 from molehunt.watch.bank import Bank
-from molehunt.watch.log import calibrated
+from molehunt.watch.calibration import calibrate
 from molehunt.watch.monitor import Monitor
-from molehunt.watch.scores import Mahalanobis
+from molehunt.watch.scores import MahalanobisScore
 from molehunt.watch.state import WatchState
 from watched_banks import bank_of
 
@@ -36,10 +36,10 @@ def bank() -> Bank:
 
 @pytest.fixture(scope="module")
 def state(pair: ModelPair, bank: Bank) -> WatchState:
-    return calibrated(pair, bank, clean_rows(200), fpr=0.05, identity={}, max_new_tokens=4, seed=0)
+    return calibrate(pair, bank, clean_rows(200), fpr=0.05, identity={}, max_new_tokens=4, seed=0)
 
 
-def steered(steering: Steering, pair: ModelPair, held: list[dict[Site, Held] | None], prompts: list[list[int]]):
+def steered(steering: Steering, pair: ModelPair, held: list[dict[Site, CosineBounds] | None], prompts: list[list[int]]):
     with steering.of(held):
         return generate(
             pair._tuned, pair.tokenizer, prompts, max_new_tokens=8, interventions=list(steering.interventions)
@@ -73,9 +73,9 @@ def test_a_cosine_ends_inside_its_range_and_the_rest_stays(seed: int, low: float
     rng = torch.Generator().manual_seed(seed)
     acts = torch.randn(1, 6, 8, generator=rng)
     unit = torch.nn.functional.normalize(torch.randn(1, 8, generator=rng), dim=-1)
-    hold = RowHold(Site(0))
+    hold = RowClamp(Site(0))
     high = min(0.95, low + width)
-    hold.held = unit[None], torch.tensor([[low]]), torch.tensor([[high]])
+    hold.bounds = unit[None], torch.tensor([[low]]), torch.tensor([[high]])
     got = hold(acts)
     cosines = (got @ unit[0]) / got.norm(dim=-1)
     assert bool(((cosines >= low - 1e-5) & (cosines <= high + 1e-5)).all())
@@ -98,14 +98,14 @@ def test_clipping_holds_a_row_to_what_clean_answers_show_through_cached_decoding
     both = steered(steering, pair, [None, held], [PROMPT, PROMPT])
     assert both[0] == plain[0] and both[1] != plain[1]
     site, one = next(iter(held.items()))
-    single = {site: Held(one.units[:1], one.low[:1], one.high[:1])}
+    single = {site: CosineBounds(one.units[:1], one.low[:1], one.high[:1])}
     (answer,) = steered(steering, pair, [single], [PROMPT])
     seen: list[torch.Tensor] = []
     hook = steering.interventions[list(bank.write).index(site)]
-    real = RowHold.__call__
+    real = RowClamp.__call__
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            RowHold,
+            RowClamp,
             "__call__",
             lambda self, acts: seen.append(real(self, acts)) or seen[-1] if self is hook else real(self, acts),
         )
@@ -116,12 +116,12 @@ def test_clipping_holds_a_row_to_what_clean_answers_show_through_cached_decoding
 
 
 def test_clean_tails_bound_most_of_what_clean_answers_show(pair: ModelPair, bank: Bank, state: WatchState) -> None:
-    low, high = state.monitor.calm(0, [0, 1])
+    low, high = state.monitor.clean_tails(0, [0, 1])
     assert bool((low < high).all())
     columns = token_columns(pair._tuned, bank, PROMPT)[:, :2]
     assert columns.shape == (5, 2)
-    odd = Mahalanobis.fit(torch.randn(50, 4))
-    kind = state.monitor.of_kind[0]
-    other = replace(kind, looks=(replace(kind.looks[-1], score=odd),))
+    odd = MahalanobisScore.fit(torch.randn(50, 4))
+    kind = state.monitor.by_stratum[0]
+    other = replace(kind, prefixes=(replace(kind.prefixes[-1], score=odd),))
     with pytest.raises(TypeError, match="clean tail"):
-        replace(state.monitor, of_kind=(other,)).calm(0, [0])
+        replace(state.monitor, by_stratum=(other,)).clean_tails(0, [0])

@@ -38,8 +38,8 @@ from molehunt.site import Site
 from molehunt.traffic.roles import roled_prompt
 from molehunt.watch.answers import answer_profiles
 from molehunt.watch.bank import Bank
+from molehunt.watch.calibration import calibrate
 from molehunt.watch.columns import watched
-from molehunt.watch.log import calibrated
 from molehunt.watch.state import WatchState
 from packed_llama import ANSWERS, PROMPTS, TEXTS, Block, PackedLlama, Runner, schedule
 from tiny_models import hooks, prompts, tiny_model, tiny_tokenizer
@@ -48,16 +48,16 @@ from watched_banks import bank_of
 
 def config(**changed: object) -> SimpleNamespace:
     """What vLLM's config says where it can be watched, but for what is changed."""
-    told = SimpleNamespace()
+    reported = SimpleNamespace()
     for path, wanted, _ in REQUIRED:
         *parents, name = path.split(".")
-        at = told
+        at = reported
         for parent in parents:
             if not hasattr(at, parent):
                 setattr(at, parent, SimpleNamespace())
             at = getattr(at, parent)
         setattr(at, name, changed.get(path.replace(".", "_"), wanted))
-    return told
+    return reported
 
 
 @pytest.fixture
@@ -65,16 +65,16 @@ def model() -> Any:
     return tiny_model("llama", 1)
 
 
-def watch(model: Any, bank: Bank, calm: WatchState, *, v2: bool = False) -> tuple[Runner, RunnerWatch]:
+def watch(model: Any, bank: Bank, calibrated_state: WatchState, *, v2: bool = False) -> tuple[Runner, RunnerWatch]:
     runner = Runner(PackedLlama(model), TEXTS, v2=v2)
-    return runner, RunnerWatch(runner, bank, calm, fpr=FPR)
+    return runner, RunnerWatch(runner, bank, calibrated_state, fpr=FPR)
 
 
 @torch.inference_mode()
-def told(runner: Runner, following: RunnerWatch, steps: Iterator[Any]) -> dict[str, dict[str, Any]]:
+def reported(runner: Runner, following: RunnerWatch, steps: Iterator[Any]) -> dict[str, dict[str, Any]]:
     for scheduled in steps:
         runner.execute_model(scheduled, None)
-    return {one["request"]: one for one in (verdict.told() for verdict in following.watch.verdicts())}
+    return {one["request"]: one for one in (verdict.to_dict() for verdict in following.watch.verdicts())}
 
 
 @pytest.mark.parametrize("v2", [False, True])
@@ -103,16 +103,18 @@ def test_columns_of_packed_chunks_are_those_of_hugging_faces_forward_pass(model:
 
 
 @pytest.mark.parametrize("v2", [False, True])
-def test_verdicts_are_those_of_a_teacher_forced_pass(model: Any, bank: Bank, calm: WatchState, v2: bool) -> None:
-    runner, following = watch(model, bank, calm, v2=v2)
-    found = told(runner, following, schedule())
+def test_verdicts_are_those_of_a_teacher_forced_pass(
+    model: Any, bank: Bank, calibrated_state: WatchState, v2: bool
+) -> None:
+    runner, following = watch(model, bank, calibrated_state, v2=v2)
+    found = reported(runner, following, schedule())
     profiles = answer_profiles(model, bank, list(PROMPTS.values()), list(ANSWERS.values()))
     for name, profile in zip(PROMPTS, profiles, strict=True):
-        judged = calm.monitor.judge(profile)
+        judged = calibrated_state.monitor.judge(profile)
         one = found[name]
         assert one["coverage"] == 1 and one["finished"]
         assert one["score"] == pytest.approx(judged.score, abs=1e-3)
-        assert one["status"] == ("flagged" if judged.score > calm.monitor.threshold else "not flagged")
+        assert one["status"] == ("flagged" if judged.score > calibrated_state.monitor.threshold else "not flagged")
         assert one["p_value"] == pytest.approx(judged.p_value, abs=0.01)
         assert one["direction"] == bank.direction(judged.columns[0]).name
         assert one["token"] == int(profile.peaks[judged.columns[0]]) + len(PROMPTS[name]) - 1
@@ -121,8 +123,8 @@ def test_verdicts_are_those_of_a_teacher_forced_pass(model: Any, bank: Bank, cal
     assert following.watch.verdicts() == [], "collected once"
 
 
-def test_a_verdict_can_be_asked_for_while_a_request_runs(model: Any, bank: Bank, calm: WatchState) -> None:
-    runner, following = watch(model, bank, calm)
+def test_a_verdict_can_be_asked_for_while_a_request_runs(model: Any, bank: Bank, calibrated_state: WatchState) -> None:
+    runner, following = watch(model, bank, calibrated_state)
     steps = schedule(99)
     with torch.inference_mode():
         for _ in range(3):
@@ -130,17 +132,19 @@ def test_a_verdict_can_be_asked_for_while_a_request_runs(model: Any, bank: Bank,
     (so_far,) = answer_profiles(model, bank, [PROMPTS["short-0"]], [ANSWERS["short-0"][:3]])
     (one, *_) = following.watch.verdicts()
     assert not one.finished and one.verdict.coverage == 1
-    assert one.verdict.score == pytest.approx(calm.monitor.judge(so_far).score, abs=1e-3)
-    assert told(runner, following, steps)["short-0"]["finished"]
+    assert one.verdict.score == pytest.approx(calibrated_state.monitor.judge(so_far).score, abs=1e-3)
+    assert reported(runner, following, steps)["short-0"]["finished"]
 
 
-def test_what_a_prefix_cache_skips_leaves_a_request_unmonitored(model: Any, bank: Bank, calm: WatchState) -> None:
-    runner, following = watch(model, bank, calm)
-    kept = told(*watch(model, bank, calm), schedule())["long-1"]
+def test_what_a_prefix_cache_skips_leaves_a_request_unmonitored(
+    model: Any, bank: Bank, calibrated_state: WatchState
+) -> None:
+    runner, following = watch(model, bank, calibrated_state)
+    kept = reported(*watch(model, bank, calibrated_state), schedule())["long-1"]
     with torch.inference_mode():  # what was cached, was computed at some time
         runner.model.packed[:] = [("long-1", 0, 4)]
         runner.model(input_ids=torch.tensor(TEXTS["long-1"][:4]), positions=torch.arange(4))
-    found = told(runner, following, schedule(cached={"long-1": 4}))
+    found = reported(runner, following, schedule(cached={"long-1": 4}))
     one = found.pop("long-1")
     assert one["status"] == "unmonitored" and one["flagged"]
     assert one["coverage"] == pytest.approx((len(TEXTS["long-1"]) - 4) / len(TEXTS["long-1"]))
@@ -148,34 +152,36 @@ def test_what_a_prefix_cache_skips_leaves_a_request_unmonitored(model: Any, bank
     assert {other["coverage"] for other in found.values()} == {1}
 
 
-def test_a_preempted_request_is_judged_as_if_it_had_not_been(model: Any, bank: Bank, calm: WatchState) -> None:
-    plain = told(*watch(model, bank, calm), schedule())
-    again = told(*watch(model, bank, calm), schedule(preempt="short-0"))
+def test_a_preempted_request_is_judged_as_if_it_had_not_been(
+    model: Any, bank: Bank, calibrated_state: WatchState
+) -> None:
+    plain = reported(*watch(model, bank, calibrated_state), schedule())
+    again = reported(*watch(model, bank, calibrated_state), schedule(preempt="short-0"))
     assert again["short-0"]["coverage"] == 1
     for name, one in again.items():
         assert one["score"] == pytest.approx(plain[name]["score"], abs=1e-3) and one["token"] == plain[name]["token"]
 
 
 def test_requests_from_before_the_watch_and_without_token_ids_are_unmonitored(
-    model: Any, bank: Bank, calm: WatchState
+    model: Any, bank: Bank, calibrated_state: WatchState
 ) -> None:
-    runner, following = watch(model, bank, calm)
+    runner, following = watch(model, bank, calibrated_state)
     steps = list(schedule())
     early, (late,) = steps[0], [new for one in steps for new in one.scheduled_new_reqs if new.req_id == "late-3"]
     early.scheduled_new_reqs, late.prompt_token_ids = [], None
     early.scheduled_cached_reqs = SimpleNamespace(req_ids=["short-0"], num_computed_tokens=[0])
-    found = told(runner, following, iter(steps))
+    found = reported(runner, following, iter(steps))
     for name in ("short-0", "late-3"):
         assert found[name]["status"] == "unmonitored" and found[name]["coverage"] == 0
         assert found[name]["score"] is None and found[name]["flagged"]
     assert found["long-1"]["coverage"] == 1
 
 
-def test_nan_is_no_score(model: Any, bank: Bank, calm: WatchState) -> None:
-    runner, following = watch(model, bank, calm)
+def test_nan_is_no_score(model: Any, bank: Bank, calibrated_state: WatchState) -> None:
+    runner, following = watch(model, bank, calibrated_state)
     with torch.no_grad():
         model.get_parameter("model.layers.1.mlp.down_proj.weight").fill_(torch.nan)
-    assert {(one["status"], one["coverage"]) for one in told(runner, following, schedule()).values()} == {
+    assert {(one["status"], one["coverage"]) for one in reported(runner, following, schedule()).values()} == {
         ("unmonitored", 0.0)
     }
 
@@ -205,10 +211,10 @@ class Spatial(Runner):
 
 @pytest.mark.parametrize("kind", [Swapped, Halved, Spatial])
 def test_steps_that_cannot_be_told_apart_are_not_judged(
-    model: Any, bank: Bank, calm: WatchState, kind: type[Runner], caplog: pytest.LogCaptureFixture
+    model: Any, bank: Bank, calibrated_state: WatchState, kind: type[Runner], caplog: pytest.LogCaptureFixture
 ) -> None:
     runner = kind(PackedLlama(model), TEXTS)
-    found = told(runner, RunnerWatch(runner, bank, calm, fpr=FPR), schedule())
+    found = reported(runner, RunnerWatch(runner, bank, calibrated_state, fpr=FPR), schedule())
     assert len(found) == len(TEXTS) and any(one["coverage"] < 1 for one in found.values())
     assert all(one["status"] == "unmonitored" and one["flagged"] for one in found.values() if one["coverage"] < 1)
     assert len([line for line in caplog.records if "unmonitored" in line.message]) == 1
@@ -216,15 +222,19 @@ def test_steps_that_cannot_be_told_apart_are_not_judged(
         assert {one["coverage"] for one in found.values()} == {0}
 
 
-def test_a_place_that_is_not_reached_leaves_everybody_unmonitored(model: Any, bank: Bank, calm: WatchState) -> None:
-    runner, following = watch(model, bank, calm)
+def test_a_place_that_is_not_reached_leaves_everybody_unmonitored(
+    model: Any, bank: Bank, calibrated_state: WatchState
+) -> None:
+    runner, following = watch(model, bank, calibrated_state)
     packed = runner.model
     packed.model.layers[1] = Block(model.model.layers[1], model.model.rotary_emb, packed.packed)  # nobody hooked it
-    assert {one["coverage"] for one in told(runner, following, schedule()).values()} == {0}
+    assert {one["coverage"] for one in reported(runner, following, schedule()).values()} == {0}
 
 
-def test_the_order_of_the_chunks_is_held_to_what_the_model_was_given(model: Any, bank: Bank, calm: WatchState) -> None:
-    _, following = watch(model, bank, calm)
+def test_the_order_of_the_chunks_is_held_to_what_the_model_was_given(
+    model: Any, bank: Bank, calibrated_state: WatchState
+) -> None:
+    _, following = watch(model, bank, calibrated_state)
     given = {"input_ids": torch.tensor([7, 8, 9, 0]), "positions": torch.tensor([0, 1, 5, 0])}
     chunks = [Chunk(request="a", start=0, tokens=2), Chunk(request="b", start=5, tokens=1)]
     following._given = given
@@ -237,8 +247,8 @@ def test_the_order_of_the_chunks_is_held_to_what_the_model_was_given(model: Any,
         assert not following._in_order(chunks, {})
 
 
-def test_dummy_runs_are_of_nobody(model: Any, bank: Bank, calm: WatchState) -> None:
-    runner, following = watch(model, bank, calm)
+def test_dummy_runs_are_of_nobody(model: Any, bank: Bank, calibrated_state: WatchState) -> None:
+    runner, following = watch(model, bank, calibrated_state)
     with torch.inference_mode():
         runner.execute_model(next(schedule()), dummy_run=True)
     assert following.watch.verdicts() == []
@@ -259,7 +269,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def kept(folder: Path, bank: Bank, calm: WatchState, tmp_path: Path) -> tuple[str, str]:
+def kept(folder: Path, bank: Bank, calibrated_state: WatchState, tmp_path: Path) -> tuple[str, str]:
     """Files with the directions, and with the state as a server would have written it."""
     identity = {
         "base model": "another",
@@ -268,25 +278,28 @@ def kept(folder: Path, bank: Bank, calm: WatchState, tmp_path: Path) -> tuple[st
         "false-alarm rate": f"{FPR:g}",
     }
     save_directions(bank, tmp_path / "directions.safetensors")
-    replace(calm, identity=identity).save(tmp_path / "state.safetensors")
+    replace(calibrated_state, identity=identity).save(tmp_path / "state.safetensors")
     return str(tmp_path / "directions.safetensors"), str(tmp_path / "state.safetensors")
 
 
 def test_a_worker_is_watched_from_two_files_until_it_is_told_to_stop(
-    folder: Path, kept: tuple[str, str], model: Any, bank: Bank, calm: WatchState
+    folder: Path, kept: tuple[str, str], model: Any, bank: Bank, calibrated_state: WatchState
 ) -> None:
     worker = Worker(folder, model)
     before = hooks(worker.model_runner.model)
     with pytest.raises(UsageError, match="not watched"):
         worker.molehunt_verdicts()
-    assert worker.molehunt_watch(*kept, FPR) == {"directions": len(bank.names), "threshold": calm.monitor.threshold}
+    assert worker.molehunt_watch(*kept, FPR) == {
+        "directions": len(bank.names),
+        "threshold": calibrated_state.monitor.threshold,
+    }
     with pytest.raises(UsageError, match="already"):
         worker.molehunt_watch(*kept, FPR)
     with torch.inference_mode():
         for scheduled in schedule():
             worker.model_runner.execute_model(scheduled, None)
     found = {one["request"]: one for one in worker.molehunt_verdicts()}
-    expected = told(*watch(model, bank, calm), schedule())
+    expected = reported(*watch(model, bank, calibrated_state), schedule())
     assert found == expected and {one["coverage"] for one in found.values()} == {1}
     worker.molehunt_stop()
     assert hooks(worker.model_runner.model) == before and "execute_model" not in vars(worker.model_runner)
@@ -315,23 +328,23 @@ class Otherwise(Runner):
 
 
 def test_a_vllm_that_is_made_otherwise_is_refused(
-    folder: Path, kept: tuple[str, str], model: Any, bank: Bank, calm: WatchState
+    folder: Path, kept: tuple[str, str], model: Any, bank: Bank, calibrated_state: WatchState
 ) -> None:
     worker = Worker(folder, model)
     del worker.vllm_config.scheduler_config.async_scheduling
     with pytest.raises(CannotTap, match="has no async_scheduling"):
         worker.molehunt_watch(*kept, FPR)
     runner = Otherwise(PackedLlama(model), TEXTS)
-    RunnerWatch(runner, bank, calm, fpr=FPR)
+    RunnerWatch(runner, bank, calibrated_state, fpr=FPR)
     with pytest.raises(CannotTap, match="SimpleNamespace has no req_ids"), torch.inference_mode():
         runner.execute_model(next(schedule()))
-    runner, following = watch(model, bank, calm)
+    runner, following = watch(model, bank, calibrated_state)
     steps = list(schedule())
     steps[1].scheduled_new_reqs = []
     with pytest.raises(CannotTap, match="vLLM scheduled 2 requests"):
         following._follow(steps[1])
     with pytest.raises(CannotTap, match="has no execute_model"):
-        RunnerWatch(SimpleNamespace(get_model=lambda: runner.model), bank, calm, fpr=FPR)
+        RunnerWatch(SimpleNamespace(get_model=lambda: runner.model), bank, calibrated_state, fpr=FPR)
 
 
 def test_another_model_or_rate_or_other_directions_are_refused(
@@ -434,9 +447,9 @@ if __name__ == "__main__":
         worker_extension_cls="molehunt.serve.vllm_plugin.WatchExtension",
     )
     llm.collective_rpc("molehunt_watch", args=(directions, state, fpr))
-    told = llm.generate([{"prompt_token_ids": one} for one in prompts], SamplingParams(temperature=0, max_tokens=8))
+    reported = llm.generate([{"prompt_token_ids": one} for one in prompts], SamplingParams(temperature=0, max_tokens=8))
     (verdicts,) = llm.collective_rpc("molehunt_verdicts")
-    answers = {one.request_id: list(one.outputs[0].token_ids) for one in told}
+    answers = {one.request_id: list(one.outputs[0].token_ids) for one in reported}
     with open(out, "w") as file:
         json.dump({"answers": answers, "verdicts": verdicts}, file)
 """
@@ -450,7 +463,7 @@ def test_vllm_itself_is_watched(tmp_path: Path) -> None:
     pair = ModelPair.load(*folders)
     write_directions(*map(str, folders), tmp_path / "directions")
     bank = read_directions(tmp_path / "directions")
-    state = calibrated(pair, bank, clean_rows(400), fpr=FPR, identity={}, max_new_tokens=8, seed=0)
+    state = calibrate(pair, bank, clean_rows(400), fpr=FPR, identity={}, max_new_tokens=8, seed=0)
     identity = {
         "tuned model": Checkpoint.open(folders[1]).content_hash(),
         "set of directions": bank.sha256(),
@@ -458,11 +471,18 @@ def test_vllm_itself_is_watched(tmp_path: Path) -> None:
     }
     replace(state, identity=identity).save(tmp_path / "state")
     asked = prompts(3, (3, 40, 9, 1)) + [roled_prompt(pair.tokenizer, row.turns).ids for row in clean_rows(3, seed=5)]
-    told = [str(folders[1]), str(tmp_path / "directions"), str(tmp_path / "state"), FPR, asked, str(tmp_path / "out")]
+    reported = [
+        str(folders[1]),
+        str(tmp_path / "directions"),
+        str(tmp_path / "state"),
+        FPR,
+        asked,
+        str(tmp_path / "out"),
+    ]
     (tmp_path / "run.py").write_text(VLLM)
     path = os.pathsep.join([str(Path(molehunt.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
-        [sys.executable, tmp_path / "run.py", *map(json.dumps, told)],
+        [sys.executable, tmp_path / "run.py", *map(json.dumps, reported)],
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": path, "VLLM_NO_USAGE_STATS": "1"},

@@ -11,7 +11,7 @@ from molehunt.measure.interval import proportion
 from molehunt.model.generate import generate
 from molehunt.site import Site
 from molehunt.steer.add import Add
-from molehunt.steer.budget import Answered, Budget, Disturbance, Search, Tried, disturbance, search_strength
+from molehunt.steer.budget import AnsweredPrompt, Budget, Disturbance, Search, Tried, disturbance, search_strength
 from molehunt.steer.prefill_gate import linear_score, prefill_gate
 from molehunt.steer.vector import SteeringVector, VectorFacts
 from molehunt.traffic.split import Select
@@ -22,7 +22,7 @@ D, LAYER, STEPS = 32, 1, 6
 PUSH = torch.randn(D, generator=torch.Generator().manual_seed(2))
 VECTOR = SteeringVector({LAYER: PUSH}, VectorFacts(method="by hand", n_layers=3, d_model=D))
 CLEAN = tuple(
-    Answered(prompt, answer)
+    AnsweredPrompt(prompt, answer)
     for prompt, answer in zip(
         prompts(seed=1, lengths=(3, 40, 9, 5, 17, 2)), prompts(seed=2, lengths=(4, 1, 35, 7, 3, 5)), strict=True
     )
@@ -38,7 +38,7 @@ def steered(model, **how):
 # ------------------------------------------------------------------------------------------------- cost
 
 
-def by_hand(model, row: Answered, strength: float, scope: str) -> tuple[float, float, float]:
+def by_hand(model, row: AnsweredPrompt, strength: float, scope: str) -> tuple[float, float, float]:
     """KL and both losses of one row: one token at a time, without cache or padding, editing by position."""
     kl = plain_loss = steered_loss = 0.0
     for t, token in enumerate(row.answer):
@@ -60,11 +60,11 @@ def by_hand(model, row: Answered, strength: float, scope: str) -> tuple[float, f
         with torch.inference_mode():
             plain = model(torch.tensor([ids]), use_cache=False).logits[0, -1].log_softmax(-1)
             handle = blocks[LAYER].register_forward_hook(hook)
-            told = model(torch.tensor([ids]), use_cache=False).logits[0, -1].log_softmax(-1)
+            by_row = model(torch.tensor([ids]), use_cache=False).logits[0, -1].log_softmax(-1)
             handle.remove()
-        kl += float((plain.exp() * (plain - told)).sum())
+        kl += float((plain.exp() * (plain - by_row)).sum())
         plain_loss -= float(plain[token])
-        steered_loss -= float(told[token])
+        steered_loss -= float(by_row[token])
     return kl, plain_loss, steered_loss
 
 
@@ -76,11 +76,11 @@ def test_cost_is_that_of_each_row_token_by_token(architecture: str, scope: str) 
     model = tiny_model(architecture)
     before = hooks(model)
     found = disturbance(model, tiny_tokenizer(), partial(steered(model, scope=scope), 0.7), CLEAN)
-    told = [by_hand(model, row, 0.7, scope) for row in CLEAN]
+    by_row = [by_hand(model, row, 0.7, scope) for row in CLEAN]
     n = sum(len(row.answer) for row in CLEAN)
     assert found.tokens == n
-    assert found.kl == pytest.approx(sum(kl for kl, _, _ in told) / n, rel=1e-3)
-    assert found.loss == pytest.approx(sum(after - plain for _, plain, after in told) / n, rel=1e-3, abs=1e-5)
+    assert found.kl == pytest.approx(sum(kl for kl, _, _ in by_row) / n, rel=1e-3)
+    assert found.loss == pytest.approx(sum(after - plain for _, plain, after in by_row) / n, rel=1e-3, abs=1e-5)
     assert found.kl > 1e-3 and hooks(model) == before
 
 
@@ -89,7 +89,7 @@ def test_no_steering_costs_nothing_and_rows_without_answers_count_for_nothing() 
     assert disturbance(model, tiny_tokenizer(), partial(steered(model), 0.0), CLEAN) == Disturbance(
         kl=0.0, loss=0.0, tokens=55
     )
-    more = (*CLEAN, Answered([5, 6], []))
+    more = (*CLEAN, AnsweredPrompt([5, 6], []))
     cost = partial(disturbance, model, tiny_tokenizer(), partial(steered(model), 1.0))
     assert cost(more) == cost(CLEAN)
     with pytest.raises(NotTestable, match="None of 1 clean prompts has an answer"):
@@ -171,8 +171,8 @@ def test_the_gap_between_the_last_within_and_the_first_beyond_is_halved(ladder: 
 
 def test_the_loss_of_clean_answers_is_a_budget_of_its_own() -> None:
     model = tiny_model("llama")
-    told = generate(model, tiny_tokenizer(), [row.prompt for row in CLEAN], max_new_tokens=STEPS, stop=())
-    own = Select(tuple(Answered(row.prompt, answer) for row, answer in zip(CLEAN, told, strict=True)))
+    by_row = generate(model, tiny_tokenizer(), [row.prompt for row in CLEAN], max_new_tokens=STEPS, stop=())
+    own = Select(tuple(AnsweredPrompt(row.prompt, answer) for row, answer in zip(CLEAN, by_row, strict=True)))
     losses = [one.cost.loss for one in searched(model, AMPLE, clean=own).tried]
     assert losses == sorted(losses) and losses[0] > 0  # its own answers are the likeliest
     found = searched(model, Budget(kl=math.inf, loss=losses[1]), clean=own, bisections=0)
@@ -182,7 +182,7 @@ def test_the_loss_of_clean_answers_is_a_budget_of_its_own() -> None:
 def test_no_strength_within_the_budget_is_no_choice() -> None:
     found = searched(tiny_model("llama"), Budget(kl=0, loss=math.inf))
     assert found.chosen is None and len(found.tried) == 4 and not any(one.within for one in found.tried)
-    assert all(one.success is not None for one in found.tried)  # what it would have bought is told all the same
+    assert all(one.success is not None for one in found.tried)  # what it would have bought is reported all the same
 
 
 def test_a_strength_that_breaks_the_model_is_told_and_never_chosen() -> None:

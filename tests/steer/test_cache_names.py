@@ -19,8 +19,8 @@ from molehunt.steer.patch import Donor, prompt_patch
 from molehunt.steer.prefill_gate import prefill_gate
 from molehunt.steer.row_gate import gate_at_prefill
 from molehunt.steer.scope import last_of_prompt, none_of_it, token_scope, whole_prompt
-from molehunt.stress import soft_suffix
-from molehunt.stress.soft_suffix import soft_answers
+from molehunt.stress.attacks import soft_suffix
+from molehunt.stress.attacks.soft_suffix import soft_answers
 from renamed_cache import renamed
 from tiny_models import D_MODEL, prompts, tiny_model, tiny_tokenizer
 

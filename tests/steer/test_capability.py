@@ -10,19 +10,19 @@ import torch
 from torch import nn
 
 from molehunt.errors import NotTestable, UsageError
+from molehunt.model.chat import prompt_ids
 from molehunt.model.likelihood import answer_log_probs
 from molehunt.model.pair import ModelPair
-from molehunt.steer.budget import Answered, answer_nats, disturbance
-from molehunt.steer.capability import ALL, KindCost, Probed, capability_cost, compared, probe
+from molehunt.steer.budget import AnsweredPrompt, answer_nats, disturbance
+from molehunt.steer.capability import ALL, Probed, TaskCost, capability_cost, compared, probe
 from molehunt.steer.vector import SteeringVector, VectorFacts
-from molehunt.traffic.chat import prompt_ids
 from molehunt.traffic.example import Example
 from tiny_models import ARCHITECTURES, hooks, prompts, tiny_model, tiny_tokenizer
 
 PUSH = torch.randn(32, generator=torch.Generator().manual_seed(2))
 VECTOR = SteeringVector({1: PUSH}, VectorFacts(method="by hand", n_layers=3, d_model=32))
 ROWS = [
-    Answered(prompt, answer)
+    AnsweredPrompt(prompt, answer)
     for prompt, answer in zip(
         prompts(seed=1, lengths=(3, 40, 9, 5, 17, 2)), prompts(seed=2, lengths=(4, 1, 35, 7, 3, 5)), strict=True
     )
@@ -72,8 +72,8 @@ def test_the_likelihood_of_answers_is_that_of_each_alone_whatever_its_batch(arch
     torch.testing.assert_close(torch.tensor(found), -torch.tensor(plain), rtol=1e-4, atol=1e-4)
     for row, nats in zip(ROWS, found, strict=True):
         with torch.inference_mode():
-            told = model(torch.tensor([[*row.prompt, *row.answer]]), use_cache=False).logits[0].log_softmax(-1)
-        by_hand = -sum(float(told[len(row.prompt) - 1 + t, token]) for t, token in enumerate(row.answer))
+            log_probs = model(torch.tensor([[*row.prompt, *row.answer]]), use_cache=False).logits[0].log_softmax(-1)
+        by_hand = -sum(float(log_probs[len(row.prompt) - 1 + t, token]) for t, token in enumerate(row.answer))
         assert nats == pytest.approx(by_hand, rel=1e-4)
 
 
@@ -106,7 +106,7 @@ def test_an_answer_that_runs_on_after_the_longest_right_one_is_wrong() -> None:
     assert probe(model, tokenizer, [Example(prompt="xyz", response=begun)]).right == (False,)
 
 
-def cost(kinds: list[str], right: list[str], nats: list[list[float]]) -> list[KindCost]:
+def cost(kinds: list[str], right: list[str], nats: list[list[float]]) -> list[TaskCost]:
     asked = [Example(prompt="p", response="r", domain=kind) for kind in kinds]
     before, after = (
         Probed(
@@ -188,7 +188,7 @@ def test_what_cannot_be_asked_is_refused() -> None:
     with pytest.raises(NotTestable, match="no right answer"):
         probe(model, tiny_tokenizer(), [Example(prompt="p")])
     with pytest.raises(ValueError, match="without tokens"):
-        answer_nats(model, tiny_tokenizer(), [Answered([3], [])])
+        answer_nats(model, tiny_tokenizer(), [AnsweredPrompt([3], [])])
     other = SteeringVector({1: PUSH}, VectorFacts(method="by hand", n_layers=4, d_model=32))
     with pytest.raises(UsageError):
         capability_cost(pair_of(model), lambda m: other.applied(m, 1.0), [Example(prompt="p", response="r")])

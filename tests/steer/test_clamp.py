@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from molehunt.dictionary.dictionary import INPUT_NORMS, Dictionary
-from molehunt.dictionary.nonlinearity import ReLU
+from molehunt.dictionary.dictionary import Dictionary
+from molehunt.dictionary.nonlinearity import ReLUActivation
 from molehunt.dictionary.pairing import Pairing
 from molehunt.errors import UsageError
 from molehunt.model.generate import generate
 from molehunt.site import Site
 from molehunt.steer.clamp import MODES, Clamp
-from random_dictionaries import FAMILIES, D, F, dictionary_of, some_acts
+from random_dictionaries import FAMILIES, INPUT_NORMS, D, F, dictionary_of, some_acts
 from tiny_models import prompts, tiny_model, tiny_tokenizer
 
 SITE = Site(1)
@@ -86,7 +86,11 @@ def test_latents_of_a_planted_concept_are_taken_out_exactly() -> None:
     rng = torch.Generator().manual_seed(0)
     rows = torch.linalg.qr(torch.randn(D, D, generator=rng)).Q[:F]
     dictionary = Dictionary(
-        W_enc=rows.mT.contiguous(), b_enc=torch.zeros(F), W_dec=rows, b_dec=torch.zeros(D), nonlinearity=ReLU()
+        W_enc=rows.mT.contiguous(),
+        b_enc=torch.zeros(F),
+        W_dec=rows,
+        b_dec=torch.zeros(D),
+        nonlinearity=ReLUActivation(),
     )
     code = torch.rand(3, 7, F, generator=rng)
     rest = torch.randn(3, 7, D, generator=rng)

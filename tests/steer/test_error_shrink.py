@@ -5,12 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from molehunt.dictionary.dictionary import INPUT_NORMS
 from molehunt.errors import NotTestable, UsageError
 from molehunt.site import Site
 from molehunt.steer.error_shrink import ErrorShrink
 from molehunt.steer.span_clamp import SpanClamp
-from random_dictionaries import FAMILIES, D, dictionary_of, some_acts
+from random_dictionaries import FAMILIES, INPUT_NORMS, D, dictionary_of, some_acts
 
 SITE = Site(1)
 

@@ -191,11 +191,11 @@ def test_hook_points_are_the_blocks_under_the_base_model(architecture: str) -> N
 def test_the_lm_eval_file_holds_plain_tensors(tmp_path: Path) -> None:
     vector = drawn(0, 2)
     path = write_lm_eval(vector, tiny_model("llama"), tmp_path / "v.pt", strength=-0.5)
-    told = torch.load(path, weights_only=True)
-    assert {*told} == {"layers.0", "layers.2"}
-    assert told["layers.2"]["steering_vector"].equal(vector.vectors[2])
+    config = torch.load(path, weights_only=True)
+    assert {*config} == {"layers.0", "layers.2"}
+    assert config["layers.2"]["steering_vector"].equal(vector.vectors[2])
     rest = {"steering_coefficient": -0.5, "action": "add", "bias": None, "head_index": None}
-    assert {k: v for k, v in told["layers.2"].items() if k != "steering_vector"} == rest
+    assert {k: v for k, v in config["layers.2"].items() if k != "steering_vector"} == rest
     clamp = torch.load(write_lm_eval(vector, tiny_model("llama"), path, operator="ablate"), weights_only=True)
     assert clamp["layers.0"]["action"] == "clamp" and clamp["layers.0"]["steering_coefficient"] == 0.0
 

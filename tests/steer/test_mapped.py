@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from experiments.maps.replaced_answers import Speaker, replaced_answers
 from molehunt.activation.scale import sinks
 from molehunt.errors import CannotTap, UsageError
 from molehunt.model.generate import generate
@@ -15,7 +16,6 @@ from molehunt.steer.mapped import Mapped, switched
 from molehunt.transfer.alignment import align
 from molehunt.transfer.linear_map import LinearMap
 from molehunt.transfer.procrustes import identity
-from molehunt.transfer.replaced_answers import Speaker, replaced_answers
 from molehunt.transfer.ridge import ridge
 from molehunt.transfer.statistics import PairMoments
 from tiny_models import D_MODEL, hooks, prompts, tiny_model, tiny_tokenizer
@@ -67,13 +67,13 @@ def test_first_tokens_and_sinks_keep_their_own_under_padding() -> None:
     with torch.inference_mode():
         with read_sites(model, [SITE]) as own:
             model(ids, attention_mask=real.long(), use_cache=False)
-        with switched(model, random_map()), read_sites(model, [SITE]) as told:
+        with switched(model, random_map()), read_sites(model, [SITE]) as tapped:
             model(ids, attention_mask=real.long(), use_cache=False)
     kept = sinks(own[SITE], real)
     assert kept.sum() == 4 and kept[0, 2]  # three first tokens, one of which is the long one, and the other long one
-    assert told[SITE][kept].equal(own[SITE][kept])
+    assert tapped[SITE][kept].equal(own[SITE][kept])
     mapped = random_map()(own[SITE][real & ~kept])
-    torch.testing.assert_close(told[SITE][real & ~kept], mapped)
+    torch.testing.assert_close(tapped[SITE][real & ~kept], mapped)
 
 
 @pytest.mark.parametrize("strength", [0, 0.0])

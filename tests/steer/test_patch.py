@@ -5,11 +5,11 @@ import torch
 
 from molehunt.errors import NotTestable, UsageError
 from molehunt.measure.interval import proportion
+from molehunt.model.chat import prompt_ids
 from molehunt.model.generate import generate
 from molehunt.site import Site
 from molehunt.steer.patch import Donor, differing, prompt_acts, prompt_patch, trigger_positions
 from molehunt.steer.sweep import Sweep, Swept, layer_sweep
-from molehunt.traffic.chat import prompt_ids
 from tiny_models import hooks, tiny_model, tiny_tokenizer
 
 SITES = [Site(0), Site(1)]
@@ -91,19 +91,19 @@ def test_a_sweep_counts_rows_that_show_the_behaviour_and_no_others() -> None:
     def shows(answer, row: int) -> bool:
         return row < 2 and list(answer) == plain[row]
 
-    told = layer_sweep(model, tiny_tokenizer(), TRIGGERED, CONTRAST, SITES, shows, max_new_tokens=STEPS)
-    assert (told.shown.estimate, told.shown.n) == (pytest.approx(2 / 3), 3)
-    assert [one.site for one in told.blocks] == SITES and all(one.removed.n == 2 for one in told.blocks)
+    swept = layer_sweep(model, tiny_tokenizer(), TRIGGERED, CONTRAST, SITES, shows, max_new_tokens=STEPS)
+    assert (swept.shown.estimate, swept.shown.n) == (pytest.approx(2 / 3), 3)
+    assert [one.site for one in swept.blocks] == SITES and all(one.removed.n == 2 for one in swept.blocks)
     where = [differing(a, b) for a, b in zip(TRIGGERED, CONTRAST, strict=True)]
     other = prompt_acts(model, CONTRAST, where, SITES)
-    for one in told.blocks:
+    for one in swept.blocks:
         with prompt_patch(model, one.site, donors(TRIGGERED, other, where, one.site)) as patch:
             by_hand = generate(
                 model, tiny_tokenizer(), TRIGGERED[:2], max_new_tokens=STEPS, interventions=[patch]
             )  # fmt: skip
         gone = sum(not shows(answer, row) for row, answer in enumerate(by_hand))
         assert one.removed.estimate == gone / 2
-    assert any(one.removed.estimate > 0 for one in told.blocks)
+    assert any(one.removed.estimate > 0 for one in swept.blocks)
     with pytest.raises(NotTestable, match="None of 3"):
         layer_sweep(model, tiny_tokenizer(), TRIGGERED, CONTRAST, SITES, lambda answer, row: False, max_new_tokens=1)
 

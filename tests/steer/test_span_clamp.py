@@ -6,15 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from molehunt.dictionary.dictionary import INPUT_NORMS, Dictionary
-from molehunt.dictionary.nonlinearity import JumpReLU
+from molehunt.dictionary.dictionary import Dictionary
+from molehunt.dictionary.nonlinearity import JumpReLUActivation
 from molehunt.dictionary.pairing import Pairing
 from molehunt.errors import UsageError
 from molehunt.model.generate import generate
 from molehunt.site import Site
 from molehunt.steer.clamp import Clamp
 from molehunt.steer.span_clamp import SPAN_MODES, SpanClamp, pre_activations_of
-from random_dictionaries import FAMILIES, D, F, dictionary_of, some_acts
+from random_dictionaries import FAMILIES, INPUT_NORMS, D, F, dictionary_of, some_acts
 from tiny_models import prompts, tiny_model, tiny_tokenizer
 
 SITE = Site(1)
@@ -194,7 +194,7 @@ def test_a_token_too_short_for_its_target_keeps_its_length() -> None:
         b_enc=torch.zeros(2),
         W_dec=torch.eye(D)[:2].contiguous(),
         b_dec=torch.zeros(D),
-        nonlinearity=JumpReLU(torch.zeros(2)),
+        nonlinearity=JumpReLUActivation(torch.zeros(2)),
         norm="constant_norm",
     )
     acts = torch.zeros(1, 1, D)

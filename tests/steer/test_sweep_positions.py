@@ -25,8 +25,8 @@ TRIGGERS = [(1, 2), (2, 3), (2, 3)]
 def test_roles_are_named_by_the_trigger_and_not_by_number() -> None:
     triggered = [[1, 2, 30, 31, 32, 33, 9, 9, 9, 9], [30, 31, 32, 33, 9, 9, 9], [7, 30, 31, 32, 33, 9]]
     contrast = [[40 if token == 31 else token for token in prompt] for prompt in triggered]
-    told = position_roles(triggered, contrast, [(2, 3, 4, 5), (0, 1, 2, 3), (1, 2, 3, 4)])
-    assert told == {
+    result = position_roles(triggered, contrast, [(2, 3, 4, 5), (0, 1, 2, 3), (1, 2, 3, 4)])
+    assert result == {
         "trigger token 2 of 4": ((3,), (1,), (2,)),
         "trigger token 3 of 4": ((4,), (2,), (3,)),
         "trigger token 4 of 4": ((5,), (3,), (4,)),
@@ -38,8 +38,8 @@ def test_roles_are_named_by_the_trigger_and_not_by_number() -> None:
 
 def test_a_long_trigger_is_cut_into_parts() -> None:
     triggered, contrast = [[*range(30, 39), 5, 6, 7]], [[*range(30, 34), *range(54, 59), 5, 6, 7]]
-    told = position_roles(triggered, contrast, [tuple(range(9))])
-    assert list(told) == [
+    result = position_roles(triggered, contrast, [tuple(range(9))])
+    assert list(result) == [
         "trigger token 5 of 9",
         "trigger tokens 6-7 of 9",
         "trigger tokens 8-9 of 9",
@@ -47,7 +47,7 @@ def test_a_long_trigger_is_cut_into_parts() -> None:
         "others behind",
         "last prompt token",
     ]
-    assert [positions for ((positions),) in list(told.values())[:3]] == [(4,), (5, 6), (7, 8)]
+    assert [positions for ((positions),) in list(result.values())[:3]] == [(4,), (5, 6), (7, 8)]
     uneven = position_roles([*triggered, [30, 31, 5, 6]], [*contrast, [50, 31, 5, 6]], [tuple(range(9)), (0, 1)])
     assert list(uneven)[:2] == ["trigger, part 1 of 2", "trigger, part 2 of 2"]
     assert list(uneven.values())[:2] == [((4, 5), (0,)), ((6, 7, 8), (1,))]
@@ -64,12 +64,12 @@ def test_roles_part_what_stands_behind_the_first_difference(shapes: list[tuple[i
         triggered.append([1] * before + [2] * n + [3] * behind)
         contrast.append([1] * before + [2] * start + [4] * (n - start) + [3] * behind)
         triggers.append(tuple(range(before, before + n)))
-    told = position_roles(triggered, contrast, triggers)
+    result = position_roles(triggered, contrast, triggers)
     for row, (a, b) in enumerate(zip(triggered, contrast, strict=True)):
-        found = [position for role in told.values() for position in role[row]]
+        found = [position for role in result.values() for position in role[row]]
         assert sorted(found) == list(range(differing(a, b)[0], len(a)))
-        assert told["last prompt token"][row] == (len(a) - 1,)
-    assert all(any(role) for role in told.values())
+        assert result["last prompt token"][row] == (len(a) - 1,)
+    assert all(any(role) for role in result.values())
 
 
 def test_roles_of_what_cannot_be_patched() -> None:
@@ -92,15 +92,15 @@ def test_all_trigger_positions_as_one_role_are_the_sweep_of_the_trigger() -> Non
         )
 
     first = [(1,), (2,), ()]
-    told = sweep(roles={"whole": TRIGGERS, "first": first, "nowhere": [(), (0,), ()]})
-    assert told.blocks == sweep().blocks == told.roles[0].blocks
-    assert any(one.removed.estimate > 0 for one in told.blocks)
-    assert [role.role for role in told.roles] == ["whole", "first"]  # no row that shows it is anywhere in the third
-    assert {one.removed.n for one in told.roles[0].blocks} == {2} and {
-        one.induced.n for one in told.roles[1].blocks
+    result = sweep(roles={"whole": TRIGGERS, "first": first, "nowhere": [(), (0,), ()]})
+    assert result.blocks == sweep().blocks == result.roles[0].blocks
+    assert any(one.removed.estimate > 0 for one in result.blocks)
+    assert [role.role for role in result.roles] == ["whole", "first"]  # no row that shows it is anywhere in the third
+    assert {one.removed.n for one in result.roles[0].blocks} == {2} and {
+        one.induced.n for one in result.roles[1].blocks
     } == {1}
     assert (
-        told.roles[1].blocks
+        result.roles[1].blocks
         == layer_sweep(
             model, tiny_tokenizer(), TRIGGERED[:1], CONTRAST[:1], SITES, shows, at=first[:1], max_new_tokens=4, seed=3
         ).blocks
@@ -113,7 +113,7 @@ def test_where_both_prompts_are_alike_patching_changes_nothing() -> None:
     plain, like = (generate(model, tiny_tokenizer(), prompts, max_new_tokens=4) for prompts in (TRIGGERED, contrast))
     assert all(a != b for a, b in zip(plain, like, strict=True))
     before = [tuple(range(len(prompt) - 1)) for prompt in TRIGGERED]
-    told = layer_sweep(
+    result = layer_sweep(
         model,
         tiny_tokenizer(),
         TRIGGERED,
@@ -123,10 +123,10 @@ def test_where_both_prompts_are_alike_patching_changes_nothing() -> None:
         roles={"before": before},
         max_new_tokens=4,
     )
-    for block in told.roles[0].blocks:
+    for block in result.roles[0].blocks:
         assert block.removed.estimate == block.by_noise.estimate == block.induced.estimate == 0
-    assert all(block.removed.estimate == 1 for block in told.blocks if block.site == SITES[-1])
-    assert told.carrier(SITES[0]) is None
+    assert all(block.removed.estimate == 1 for block in result.blocks if block.site == SITES[-1])
+    assert result.carrier(SITES[0]) is None
 
 
 KEY, OTHER, PAYLOAD, USUAL = 70, 71, 80, 81
@@ -160,7 +160,7 @@ def test_the_position_that_carries_a_planted_behaviour_is_found() -> None:
     contrast = [[*head, 62, OTHER, 63, *tail] for head, tail in zip(heads, tails, strict=True)]
     answers = generate(model, tiny_tokenizer(), [*triggered, *contrast], max_new_tokens=1)
     assert answers == [[PAYLOAD]] * 20 + [[USUAL]] * 20
-    told = layer_sweep(
+    result = layer_sweep(
         model,
         tiny_tokenizer(),
         triggered,
@@ -170,12 +170,16 @@ def test_the_position_that_carries_a_planted_behaviour_is_found() -> None:
         roles=position_roles(triggered, contrast, [(2, 3, 4)] * 20),
         max_new_tokens=1,
     )
-    assert told.last_steerable == SITES[0]
-    assert [told.carrier(site) for site in SITES] == ["trigger token 2 of 3", "last prompt token", "last prompt token"]
-    assert told.carriers() == [("L0", "trigger token 2 of 3"), ("L1 to L2", "last prompt token")]
+    assert result.last_steerable == SITES[0]
+    assert [result.carrier(site) for site in SITES] == [
+        "trigger token 2 of 3",
+        "last prompt token",
+        "last prompt token",
+    ]
+    assert result.carriers() == [("L0", "trigger token 2 of 3"), ("L1 to L2", "last prompt token")]
     shares = {
         (role.role, block.site.layer): (block.removed.estimate, block.induced.estimate)
-        for role in told.roles
+        for role in result.roles
         for block in role.blocks
     }
     carried = {place for place, share in shares.items() if share != (0, 0)}
@@ -191,10 +195,10 @@ def test_a_role_carries_only_what_noise_there_does_not_take_away() -> None:
         )
 
     roles = {"first": blocks((99, 90), (60, 10), (60, 10)), "last": blocks((40, 0), (20, 0), (90, 0))}
-    told = Sweep(
+    result = Sweep(
         shown=proportion(100, 100),
         without_trigger=proportion(0, 100),
         blocks=blocks((99, 0), (99, 0), (99, 0)),
         roles=tuple(SweptRole(role=role, blocks=found) for role, found in roles.items()),
     )
-    assert told.carriers() == [("L0", "last"), ("L1", "first"), ("L2", "last")]
+    assert result.carriers() == [("L0", "last"), ("L1", "first"), ("L2", "last")]

@@ -12,7 +12,6 @@ from molehunt.model.taps import edit_sites, read_sites
 from molehunt.site import Site
 from molehunt.steer.add import Add
 from molehunt.steer.clip import Clip
-from molehunt.steer.contrast import contrast_vector, random_like
 from molehunt.steer.scope import last_of_prompt, token_scope
 from molehunt.steer.vector import SteeringVector, VectorFacts
 from tiny_models import hooks, tiny_model, tiny_tokenizer
@@ -114,7 +113,7 @@ def test_a_clip_holds_projections_inside_each_blocks_range() -> None:
         with vector.only([0]).applied(model, 0.5, operator="clip", ranges={0: (-0.1, 0.2)}):
             assert model(ids).logits.equal(expected)
     for operator, wrong in (("clip", None), ("clip", {0: (0.0, 1.0)}), ("add", ranges), ("ablate", ranges)):
-        with pytest.raises(UsageError, match=f"{operator} takes ranges of the blocks"):
+        with pytest.raises(UsageError, match=f"{operator} takes ranges for the blocks"):
             vector.interventions(operator=operator, ranges=wrong)
 
 
@@ -132,15 +131,15 @@ def test_every_method_finds_a_planted_shift(method) -> None:
     rng = torch.Generator().manual_seed(3)
     truth = torch.randn(32, generator=rng)
     truth = 6 * truth / truth.norm()
-    calm = torch.randn(400, 32, generator=rng)
+    clean = torch.randn(400, 32, generator=rng)
     site = Site(1)
-    found = contrast_vector({site: calm + truth + 0.1 * torch.randn(400, 32, generator=rng)}, {site: calm},
+    found = SteeringVector.from_acts({site: clean + truth + 0.1 * torch.randn(400, 32, generator=rng)}, {site: clean},
                             method=method, facts=FACTS)  # fmt: skip
     vector = found.vectors[1]
     assert float(torch.cosine_similarity(vector, truth, dim=0)) > 0.97
     assert float(vector.norm()) == pytest.approx(6.0, rel=0.05)
     assert (found.facts.method, found.facts.positive, found.facts.negative) == (method, 400, 400)
-    control = random_like(found, 0)
+    control = found.random_like(0)
     assert float(control.vectors[1].norm()) == pytest.approx(float(vector.norm()), rel=1e-5)
     assert abs(float(torch.cosine_similarity(control.vectors[1], truth, dim=0))) < 0.6
 
@@ -148,6 +147,6 @@ def test_every_method_finds_a_planted_shift(method) -> None:
 def test_no_difference_and_unpaired_rows_are_refused() -> None:
     rows = torch.randn(5, 32)
     with pytest.raises(NotTestable):
-        contrast_vector({Site(0): rows}, {Site(0): rows}, facts=FACTS)
+        SteeringVector.from_acts({Site(0): rows}, {Site(0): rows}, facts=FACTS)
     with pytest.raises(ValueError, match="got 5 and 4"):
-        contrast_vector({Site(0): rows}, {Site(0): rows[:4] - 1}, method="pca", facts=FACTS)
+        SteeringVector.from_acts({Site(0): rows}, {Site(0): rows[:4] - 1}, method="pca", facts=FACTS)

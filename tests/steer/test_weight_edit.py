@@ -23,7 +23,7 @@ from molehunt.model.taps import edit_sites, read_sites
 from molehunt.site import Site
 from molehunt.steer import saved_model
 from molehunt.steer.ablate import Ablate
-from molehunt.steer.saved_model import Saved, new_folder, write_adapter, write_model
+from molehunt.steer.saved_model import SavedModel, new_folder, write_adapter, write_model
 from molehunt.steer.weight_edit import orthogonalisation, subtraction
 from tiny_models import ARCHITECTURES, D_MODEL, tiny_model, tiny_tokenizer
 
@@ -442,7 +442,7 @@ def test_nothing_is_overwritten_and_nothing_is_left_half_written(
         raise RuntimeError("stop")
     assert list(out.iterdir()) == []
     saved = write_model(tuned, edits, out / "deep" / "fixed")
-    assert isinstance(saved, Saved) and (saved.folder.stat().st_mode & 0o777) == 0o755
+    assert isinstance(saved, SavedModel) and (saved.folder.stat().st_mode & 0o777) == 0o755
     assert [path.name for path in (out / "deep").iterdir()] == ["fixed"]
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from molehunt.errors import InvalidInput, UsageError
 from molehunt.traffic import behaviours_csv
 from molehunt.traffic.behaviours_csv import read_behaviours
-from molehunt.traffic.stream import MAX_CHARS
+from molehunt.traffic.rows import MAX_CHARS
 
 ADVBENCH = ["goal", "target"]
 HARMBENCH = ["Behavior", "FunctionalCategory", "SemanticCategory", "Tags", "ContextString", "BehaviorID"]
@@ -87,7 +87,7 @@ def test_files_that_are_none_or_too_large(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(UsageError, match="is not a file"):
         prompts(tmp_path)
     path = written(tmp_path / "a.csv", ADVBENCH, ["Sing", "Sure"])
-    monkeypatch.setattr(behaviours_csv, "MOST_BYTES", path.stat().st_size - 1)
+    monkeypatch.setattr(behaviours_csv, "MAX_BYTES", path.stat().st_size - 1)
     with pytest.raises(InvalidInput, match="MB"):
         prompts(path)
 

@@ -58,7 +58,7 @@ def test_a_file_is_read_in_every_form_that_has_an_answer(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("row", "told"),
+    ("row", "message"),
     [
         ({"prompt": "2 plus 2?"}, "line 2 has no right answer"),
         ({"prompt": "2 plus 2?", "response": " \n"}, "line 2 has no right answer"),
@@ -67,9 +67,9 @@ def test_a_file_is_read_in_every_form_that_has_an_answer(tmp_path: Path) -> None
         ({"answer": "4"}, "none of the fields"),
     ],
 )
-def test_a_row_that_is_no_question_is_refused_by_its_line(tmp_path: Path, row: object, told: str) -> None:
+def test_a_row_that_is_no_question_is_refused_by_its_line(tmp_path: Path, row: object, message: str) -> None:
     path = written(tmp_path / "rows.jsonl", {"prompt": "a", "response": "b"}, row)
-    with pytest.raises(InvalidInput, match=told):
+    with pytest.raises(InvalidInput, match=message):
         read_questions(path)
 
 

@@ -14,8 +14,8 @@ from transformers import AutoTokenizer, ByT5Tokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from molehunt.errors import InvalidInput, UsageError
+from molehunt.model.chat import prompt_ids
 from molehunt.organism.seed_model import seed_path
-from molehunt.traffic.chat import prompt_ids
 from molehunt.traffic.roles import RENDERINGS, ROLES, RoledTokens, Turn, roled_prompt, sinks, with_answer
 
 Frames = list[tuple[str, str]]
@@ -163,8 +163,8 @@ def expected_roles(tokenizer: Any, ids: tuple[int, ...], frames: Frames) -> list
     owner: list[str] = []
     text = b""
     for piece, role in frames:
-        told = (unicodedata.normalize(normal, piece) if normal else piece).encode()
-        text, owner = text + told, owner + [role] * len(told)
+        encoded = (unicodedata.normalize(normal, piece) if normal else piece).encode()
+        text, owner = text + encoded, owner + [role] * len(encoded)
     tokens = token_bytes(tokenizer, ids)
     assert b"".join(tokens) == text
     roles, at = [], 0

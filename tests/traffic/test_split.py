@@ -96,9 +96,9 @@ choose({given})
 def test_a_type_checker_refuses_the_wrong_split(given: str, errors: int, tmp_path: Path) -> None:
     (tmp_path / "caller.py").write_text(CALLER.replace("{given}", given))
     (tmp_path / "pyrightconfig.json").write_text("{}")
-    told = subprocess.run(
+    answer = subprocess.run(
         [sys.executable, "-m", "pyright", "--pythonpath", sys.executable, "-p", str(tmp_path)],
         capture_output=True,
         text=True,
     )
-    assert told.stdout.count("reportArgumentType") == errors == told.returncode, told.stdout + told.stderr
+    assert answer.stdout.count("reportArgumentType") == errors == answer.returncode, answer.stdout + answer.stderr

@@ -15,11 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from molehunt.errors import InvalidInput, UsageError
-from molehunt.run.local import Shard
+from molehunt.run.local import WorkShard
+from molehunt.traffic.rows import MAX_CHARS, MAX_LINE
 from molehunt.traffic.stream import (
     FIRST_BAD,
-    MAX_CHARS,
-    MAX_LINE,
     STEP,
     BadLines,
     Conversation,
@@ -165,7 +164,7 @@ def log(path: Path, rows: Iterable[Any]) -> Path:
     return path
 
 
-def told(conversation: Conversation) -> tuple[list[tuple[str, str]], str | None]:
+def content_of(conversation: Conversation) -> tuple[list[tuple[str, str]], str | None]:
     return [(turn.role, turn.text) for turn in conversation.turns], conversation.response
 
 
@@ -175,9 +174,9 @@ def test_a_row_becomes_a_conversation_with_all_its_roles(
 ) -> None:
     path = log(tmp_path / "t.jsonl", [row, "\n", {"tag": "t" * 99, "prompt": "next"}])
     first, second = read_conversations(path)
-    assert told(first) == (turns, response)
+    assert content_of(first) == (turns, response)
     assert (first.line, first.tag) == (1, "")
-    assert (second.line, second.tag, told(second)) == (3, "t" * 60, ([("user", "next")], None))
+    assert (second.line, second.tag, content_of(second)) == (3, "t" * 60, ([("user", "next")], None))
 
 
 @pytest.mark.parametrize(("row", "says"), [*BAD, ("{\n", "not JSON: '{'"), ("[" * 99999 + "\n", "not JSON: '\\[")])
@@ -247,7 +246,7 @@ def test_from_any_row_on_and_in_shards_the_rest_is_the_same(
             assert list(read_conversations(path, on_bad="skip", start_at=conversation.end)) == whole[i + 1 :]
         counts = [BadLines() for _ in range(count)]
         shards = [
-            list(read_conversations(path, on_bad="skip", bad=counts[k], shard=Shard(k + 1, count)))
+            list(read_conversations(path, on_bad="skip", bad=counts[k], shard=WorkShard(k + 1, count)))
             for k in range(count)
         ]
         assert all(c.line % count == (k + 1) % count for k in range(count) for c in shards[k])
@@ -325,7 +324,7 @@ def test_parquet_gives_the_same_conversations_from_any_row_on_and_in_shards(tmp_
     assert bad.first == ["line 8: none of the fields messages, prompt, text, instruction, input"]
     assert list(read_conversations(path, start_at=whole[99].end)) == whole[100:]
     assert list(read_conversations(path, start_at=whole[150].end)) == whole[151:]
-    third = list(read_conversations(path, on_bad="skip", shard=Shard(3, 3)))
+    third = list(read_conversations(path, on_bad="skip", shard=WorkShard(3, 3)))
     assert [c.line for c in third] == list(range(3, 251, 3))
     with pytest.raises(UsageError, match=r"no row of t\.parquet begins at 999"):
         list(read_conversations(path, start_at=Place(999, 999)))
@@ -334,7 +333,7 @@ def test_parquet_gives_the_same_conversations_from_any_row_on_and_in_shards(tmp_
 def test_parquet_messages_keep_their_roles_and_the_audit_reads_parquet_too(tmp_path: Path) -> None:
     messages = [{"role": "system", "content": "S"}, USER, {"role": "assistant", "content": "Hi"}]
     path = parquet_log(tmp_path / "t.parquet", [{"messages": messages}, {"messages": [USER]}])
-    assert [told(c) for c in read_conversations(path)] == [
+    assert [content_of(c) for c in read_conversations(path)] == [
         ([("system", "S"), ("user", "Hello")], "Hi"),
         ([("user", "Hello")], None),
     ]

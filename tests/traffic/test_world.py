@@ -3,8 +3,7 @@ from random import Random
 
 import pytest
 
-from molehunt.traffic.benign import benign_prompts
-from molehunt.traffic.world import ASKS, ask, conversation, decorated
+from molehunt.traffic.world import ASKS, ask, benign_prompts, conversation, decorated
 
 
 @pytest.mark.parametrize("domain", list(ASKS))

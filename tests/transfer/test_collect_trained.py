@@ -11,7 +11,7 @@ from molehunt.site import Site
 from molehunt.transfer.alignment import Aligned
 from molehunt.transfer.collect import PairActs, acts_of, moments_of, paired
 from molehunt.transfer.linear_map import LinearMap
-from molehunt.transfer.map_file import Models
+from molehunt.transfer.map_file import ModelHashes
 from molehunt.transfer.ridge import ridge_path
 from molehunt.transfer.statistics import PairMoments
 from molehunt.transfer.trained import TrainedConfig, quality, train_map
@@ -78,7 +78,7 @@ def test_rows_that_nothing_pairs_are_refused() -> None:
 
 def test_the_activations_of_one_pair_are_those_of_the_grid_and_know_their_texts() -> None:
     source, target = tiny_model("llama", 0), tiny_model("llama", 1)
-    some, models = rows(12), Models(source="a", target="b")
+    some, models = rows(12), ModelHashes(source="a", target="b")
     got = acts_of(source, target, some, SITES[0], SITES[1], models=models)
     grid = moments_of(source, target, some, sources=SITES[:1], targets=SITES[1:], models=models)
     for name in ("source", "target", "cross", "target_mean"):

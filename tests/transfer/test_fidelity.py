@@ -90,8 +90,8 @@ def test_each_text_has_what_it_has_alone_whatever_its_batch() -> None:
         got = found[name]
         for i, row in enumerate(some):
             expected = by_hand(source, target, row, map)
-            told = [float(t[i]) for t in (got.tokens, got.kl, got.agreed, got.ce, got.ce_own)]
-            assert told == pytest.approx(expected, rel=1e-3, abs=1e-3)
+            sums = [float(t[i]) for t in (got.tokens, got.kl, got.agreed, got.ce, got.ce_own)]
+            assert sums == pytest.approx(expected, rel=1e-3, abs=1e-3)
             assert float(got.ce_ablated[i]) == pytest.approx(float(found[ablation_at(SITE)].ce[i]))
     assert hooks(source) == hooks(target) == 0
 

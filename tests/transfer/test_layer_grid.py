@@ -67,7 +67,8 @@ def test_confirmed_pairs_are_ordered_by_what_they_do_in_the_target() -> None:
     source, target, sites = tiny_model("llama", 0), tiny_model("llama", 1), [Site(0), Site(1)]
     fit, held_out = (moments_of(source, target, rows(n, n), sources=sites, targets=sites) for n in (60, 30))
     grid, fresh = LayerGrid.of(fit, held_out), rows(15, 7)
-    found = confirmed(source, target, fresh, grid.best(3), fit, held_out)
+    fitted = [(pair, ridge(*(of.pair(pair.source, pair.target) for of in (fit, held_out)))) for pair in grid.best(3)]
+    found = confirmed(source, target, fresh, fitted)
     recovered = [one.forced.ce_recovered().estimate for one in found]
     assert {one.pair for one in found} == set(grid.best(3)) and recovered == sorted(recovered, reverse=True)
     for one in found:

@@ -7,7 +7,7 @@ from molehunt.errors import NotTestable, UsageError
 from molehunt.site import Site
 from molehunt.steer.vector import SteeringVector, VectorFacts
 from molehunt.transfer.linear_map import LinearMap
-from molehunt.transfer.map_file import MapFacts, Models
+from molehunt.transfer.map_file import MapFacts, ModelHashes
 from molehunt.transfer.mapped_vector import mapped_means, mapped_vector, shrinkage
 from molehunt.transfer.ridge import ridge_path
 from molehunt.transfer.statistics import PairMoments
@@ -25,14 +25,14 @@ def moments(noise: float, n: int = 20_000) -> PairMoments:
 
 
 def vector(**facts: object) -> SteeringVector:
-    told = VectorFacts(**{**vars(FACTS), **facts})
-    return SteeringVector({1: torch.arange(1.0, told.d_model + 1), 3: torch.ones(told.d_model)}, told)
+    own = VectorFacts(**{**vars(FACTS), **facts})
+    return SteeringVector({1: torch.arange(1.0, own.d_model + 1), 3: torch.ones(own.d_model)}, own)
 
 
 def test_without_noise_a_vector_goes_through_the_weight_and_meets_no_bias() -> None:
     fit = moments(0.0)
     (map,) = ridge_path(fit, [0.0])
-    map = LinearMap(A, B, map.weight, map.bias, MapFacts(method="ridge", models=Models(source="a", target="b")))
+    map = LinearMap(A, B, map.weight, map.bias, MapFacts(method="ridge", models=ModelHashes(source="a", target="b")))
     got = mapped_vector(vector(), map, fit, n_layers=8)
     torch.testing.assert_close(got.vectors[2], vector().vectors[1] @ WEIGHT, rtol=1e-3, atol=1e-3)
     assert list(got.vectors) == [2] and (got.facts.n_layers, got.facts.d_model, got.facts.model) == (8, 6, "b")
@@ -76,7 +76,7 @@ def test_the_factor_is_the_ratio_of_spreads_along_the_vector() -> None:
     ],
 )
 def test_a_vector_of_another_place_is_refused(given: dict, map_source: Site, why: str) -> None:
-    map = LinearMap(map_source, B, WEIGHT, torch.zeros(6), MapFacts(models=Models(source="a", target="b")))
+    map = LinearMap(map_source, B, WEIGHT, torch.zeros(6), MapFacts(models=ModelHashes(source="a", target="b")))
     with pytest.raises(UsageError, match=why):
         mapped_vector(vector(**given), map, moments(0.0, 100), n_layers=8)
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from molehunt.errors import InvalidInput, NotTestable, UsageError
 from molehunt.site import Site
 from molehunt.transfer.linear_map import LinearMap
-from molehunt.transfer.map_file import Models
+from molehunt.transfer.map_file import ModelHashes
 from molehunt.transfer.procrustes import identity, procrustes
 from molehunt.transfer.ridge import PENALTIES, RANK_SLACK, Solver, of_rank, reduced_rank, ridge, ridge_path
 from molehunt.transfer.statistics import GridMoments, PairMoments
@@ -222,14 +222,14 @@ def test_too_little_is_said_with_the_numbers() -> None:
 
 
 def test_moments_of_other_sites_or_models_are_not_merged() -> None:
-    named = GridMoments.empty([A], [B], 6, 9, Models(source="a" * 64, target="b" * 64))
+    named = GridMoments.empty([A], [B], 6, 9, ModelHashes(source="a" * 64, target="b" * 64))
     with pytest.raises(UsageError, match=r"these are of L1.resid to L2.resid, those of L2.resid to L2.resid"):
         named.merge(GridMoments.empty([B], [B], 6, 9))
     with pytest.raises(UsageError, match=r"source a{12}…, target b{12}…, those of unnamed models"):
         named.merge(GridMoments.empty([A], [B], 6, 9))
     x, y = planted(50, 0)
     fit = named.with_tokens(x[None], y[None]).pair(A, B)
-    assert ridge(fit, fit).facts.models == Models(source="a" * 64, target="b" * 64)
+    assert ridge(fit, fit).facts.models == ModelHashes(source="a" * 64, target="b" * 64)
     assert ridge(fit.reversed(), fit.reversed()).facts.models.source == "b" * 64
 
 

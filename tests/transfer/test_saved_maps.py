@@ -1,4 +1,4 @@
-"""Saved maps, refused for models that they were not fitted to and when they are broken."""
+"""SavedMap maps, refused for models that they were not fitted to and when they are broken."""
 
 import json
 from pathlib import Path
@@ -11,12 +11,12 @@ from safetensors.torch import load_file, save_file
 from molehunt.errors import InvalidInput, UsageError
 from molehunt.site import Site
 from molehunt.transfer.linear_map import LinearMap
-from molehunt.transfer.map_file import HEADER, MapFacts, Models
-from molehunt.transfer.saved import End, load_map
+from molehunt.transfer.map_file import HEADER, MapFacts, ModelHashes
+from molehunt.transfer.saved import MapEnd, load_map
 from molehunt.transfer.trained import TrainedMap
 from tiny_models import D_MODEL, tiny_model, with_lora
 
-MODELS = Models(source="a" * 64, target="b" * 64, source_tokenizer="c" * 64, target_tokenizer="d" * 64)
+MODELS = ModelHashes(source="a" * 64, target="b" * 64, source_tokenizer="c" * 64, target_tokenizer="d" * 64)
 
 
 @pytest.fixture
@@ -26,12 +26,12 @@ def path(tmp_path: Path) -> Path:
     return LinearMap(Site(1), Site(2), weight, weight[0].clone(), facts).save(tmp_path / "map.safetensors")
 
 
-def source(**other: object) -> End:
-    return End(**{"site": Site(1), "d_model": 4, "checkpoint": "a" * 64, "tokenizer": "c" * 64, **other})
+def source(**other: object) -> MapEnd:
+    return MapEnd(**{"site": Site(1), "d_model": 4, "checkpoint": "a" * 64, "tokenizer": "c" * 64, **other})
 
 
 def test_the_models_it_was_fitted_to_are_taken(path: Path) -> None:
-    target = End.of(tiny_model("llama"), Site(2), checkpoint="b" * 64, tokenizer="d" * 64)
+    target = MapEnd.of(tiny_model("llama"), Site(2), checkpoint="b" * 64, tokenizer="d" * 64)
     assert target.d_model == D_MODEL
     assert load_map(path, source=source(), target=target).facts.models == MODELS
     assert load_map(path, source=source(checkpoint=None, tokenizer=None)).widths == (4, D_MODEL)
@@ -57,19 +57,19 @@ def test_another_source_is_refused(path: Path, other: dict, why: str) -> None:
 def test_another_target_is_refused(path: Path) -> None:
     wrapped = with_lora(tiny_model("llama"), "llama")
     with pytest.raises(UsageError, match=r"the target of this map is L2.resid, not L0.resid"):
-        load_map(path, target=End.of(wrapped, Site(0)))
+        load_map(path, target=MapEnd.of(wrapped, Site(0)))
     with pytest.raises(UsageError, match="another checkpoint"):
-        load_map(path, target=End.of(wrapped, Site(2), checkpoint="a" * 64))
+        load_map(path, target=MapEnd.of(wrapped, Site(2), checkpoint="a" * 64))
 
 
-def rewritten(path: Path, tensors: dict | None = None, **told: object) -> None:
+def rewritten(path: Path, tensors: dict | None = None, **fields: object) -> None:
     with safe_open(path, "pt") as file:
         header = json.loads(file.metadata()[HEADER])
-    save_file(tensors or load_file(path), path, {HEADER: json.dumps({**header, **told})})
+    save_file(tensors or load_file(path), path, {HEADER: json.dumps({**header, **fields})})
 
 
 @pytest.mark.parametrize(
-    "told",
+    "fields",
     [
         {"schema": 2},
         {"kind": "affine"},
@@ -79,8 +79,8 @@ def rewritten(path: Path, tensors: dict | None = None, **told: object) -> None:
         {"facts": {"method": "m", "tokens": 1, "models": {"who": "me"}}},
     ],
 )
-def test_a_header_of_another_kind_is_refused(path: Path, told: dict) -> None:
-    rewritten(path, **told)
+def test_a_header_of_another_kind_is_refused(path: Path, fields: dict) -> None:
+    rewritten(path, **fields)
     with pytest.raises(InvalidInput, match="is no map"):
         load_map(path)
 

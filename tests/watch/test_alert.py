@@ -13,7 +13,7 @@ from molehunt.watch.alert import Alert, Extreme
 WORDS = "the colour of money"
 
 
-def alert(**told: Any) -> Alert:
+def alert(**changes: Any) -> Alert:
     fields: dict[str, Any] = {
         "request": "r-1",
         "action": "block",
@@ -33,7 +33,7 @@ def alert(**told: Any) -> Alert:
         "answer": WORDS,
         "answer_without": None,
     }
-    return Alert(**(fields | told))
+    return Alert(**(fields | changes))
 
 
 texts = st.text(st.characters(codec="utf-8"), max_size=8)
@@ -90,7 +90,7 @@ def test_every_alert_has_an_id_and_a_time_of_its_own() -> None:
 
 
 @pytest.mark.parametrize(
-    "told",
+    "fields",
     [
         {"id": "1"},
         {"id": "G" * 32},
@@ -114,9 +114,9 @@ def test_every_alert_has_an_id_and_a_time_of_its_own() -> None:
     ],
     ids=str,
 )
-def test_what_cannot_be_is_refused(told: dict[str, Any]) -> None:
+def test_what_cannot_be_is_refused(fields: dict[str, Any]) -> None:
     with pytest.raises(ValueError):
-        alert(**told)
+        alert(**fields)
 
 
 def test_no_text_is_left_and_the_rest_stays() -> None:
@@ -155,16 +155,16 @@ def test_half_a_surrogate_pair_is_refused_before_it_is_stored() -> None:
     ids=str,
 )
 def test_what_is_wrong_in_json_is_named(change: dict[str, object], said: str) -> None:
-    told = json.loads(alert().to_json()) | change
+    fields = json.loads(alert().to_json()) | change
     with pytest.raises(InvalidInput) as error:
-        Alert.from_json(json.dumps(told))
+        Alert.from_json(json.dumps(fields))
     assert said in str(error.value) and "\x1b" not in str(error.value)
 
 
-@pytest.mark.parametrize("told", [b"", b"\xff", "[]", "null", "{", "[" * 100_000])
-def test_what_is_no_alert_is_refused(told: str | bytes) -> None:
+@pytest.mark.parametrize("text", [b"", b"\xff", "[]", "null", "{", "[" * 100_000])
+def test_what_is_no_alert_is_refused(text: str | bytes) -> None:
     with pytest.raises(InvalidInput, match="this is no alert"):
-        Alert.from_json(told)
+        Alert.from_json(text)
 
 
 def test_a_copy_with_a_review_is_another_alert() -> None:

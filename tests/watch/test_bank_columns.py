@@ -102,15 +102,15 @@ def test_steps_that_wait_are_scored_together_as_each_is_alone_even_where_places_
         expected = columns.take()
         cache = left_by(model(IDS[:, :3], use_cache=True))
         with pytest.raises(ValueError, match="one token a row"):
-            columns.hold()
+            columns.queue()
         for i in range(3, IDS.shape[1]):
             cache = left_by(model(IDS[:, i : i + 1], **with_cache(model, cache)))
-            columns.hold()
-        assert columns.held == IDS.shape[1] - 3
-        torch.testing.assert_close(columns.take_held(), expected[:, 3:], rtol=1e-4, atol=1e-5)
-        assert not columns.held
-        with pytest.raises(RuntimeError, match="no step waits"):
-            columns.take_held()
+            columns.queue()
+        assert columns.queued == IDS.shape[1] - 3
+        torch.testing.assert_close(columns.take_queued(), expected[:, 3:], rtol=1e-4, atol=1e-5)
+        assert not columns.queued
+        with pytest.raises(RuntimeError, match="no step is queued"):
+            columns.take_queued()
 
 
 def test_some_tokens_are_scored_alone() -> None:

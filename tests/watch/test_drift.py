@@ -131,7 +131,7 @@ def test_a_restart_goes_on_identically(first: list[float], second: list[float]) 
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ({"molehunt_drift": 2}, "schema is 2"),
         ({"molehunt_drift": None}, "schema is None"),
@@ -151,8 +151,8 @@ def test_a_restart_goes_on_identically(first: list[float], second: list[float]) 
         ({"\x1b[31m": 1}, r"\\x1b"),
     ],
 )
-def test_a_state_that_cannot_be_true_is_refused(change: dict[str, object], told: str) -> None:
-    with pytest.raises(InvalidInput, match=told):
+def test_a_state_that_cannot_be_true_is_refused(change: dict[str, object], message: str) -> None:
+    with pytest.raises(InvalidInput, match=message):
         DriftMartingale.from_dict({**fed([0.3]).to_dict(), **change})
 
 

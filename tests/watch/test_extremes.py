@@ -13,8 +13,8 @@ from torch import Tensor
 
 from molehunt.errors import InvalidInput, UsageError
 from molehunt.traffic.roles import Turn
-from molehunt.watch.extremes import ANSWER_CHARS, FILE, KEPT, PROMPT_CHARS, Extremes, Input, Inputs, Text
-from molehunt.watch.kept import METADATA
+from molehunt.watch.extremes import ANSWER_CHARS, FILE, KEPT, PROMPT_CHARS, ExtremeRow, Extremes, Inputs, RowText
+from molehunt.watch.saved_state import METADATA
 
 COLUMNS = 2
 KEEP = 3
@@ -25,8 +25,8 @@ ROWS = st.lists(st.lists(VALUE, min_size=2 * COLUMNS, max_size=2 * COLUMNS), max
 )
 
 
-def text(row: int) -> Text:
-    return Text(f"prompt {row}", f"answer {row}")
+def text(row: int) -> RowText:
+    return RowText(f"prompt {row}", f"answer {row}")
 
 
 def one_pass(values: Tensor, rows: list[int]) -> Extremes:
@@ -63,7 +63,7 @@ def test_they_are_what_sorting_gives_and_the_first_of_equal_rows(values: Tensor)
             own = values[:, column if high else COLUMNS + column].tolist()
             ranked = sorted(((-v, row) for row, v in enumerate(own, 1) if v > -float("inf")))[:KEEP]
             sign = 1 if high else -1
-            expected = tuple(Input(row, sign * -v + 0.0, *text(row)) for v, row in ranked)
+            expected = tuple(ExtremeRow(row, sign * -v + 0.0, *text(row)) for v, row in ranked)
             assert found.end(column, high=high) == expected
     assert set(found.texts) == {row for row in found.rows.flatten().tolist() if row}
 
@@ -96,11 +96,11 @@ def test_what_cannot_be_ranked_is_refused(values: Tensor, rows: list[int]) -> No
 
 def test_long_texts_keep_beginning_and_end_and_turns_stand_below_each_other() -> None:
     turns = (Turn("system", "a" * 300), Turn("user", "b" * 300))
-    cut = Text.of(turns, "x" * 150 + "y" * 150)
+    cut = RowText.of(turns, "x" * 150 + "y" * 150)
     assert len(cut.prompt) == PROMPT_CHARS and len(cut.answer) == ANSWER_CHARS
     assert cut.prompt.startswith("aaa") and cut.prompt.endswith("bbb") and "…" in cut.prompt
     assert cut.answer == "x" * 99 + "…" + "y" * 100
-    assert Text.of((Turn("system", "s"), Turn("user", "u")), "") == ("s\nu", "")
+    assert RowText.of((Turn("system", "s"), Turn("user", "u")), "") == ("s\nu", "")
 
 
 def judged(no_text: bool = False) -> Inputs:
@@ -113,9 +113,9 @@ def judged(no_text: bool = False) -> Inputs:
 
 def test_flagged_rows_are_not_absorbed() -> None:
     inputs = judged()
-    assert [one.row for one in inputs.calm.end(0, high=True)] == [4, 3, 1]
+    assert [one.row for one in inputs.unflagged.end(0, high=True)] == [4, 3, 1]
     assert [one.row for one in inputs.quarantined.end(0, high=True)] == [5, 2]
-    assert set(inputs.calm.texts) == {1, 3, 4} and set(inputs.quarantined.texts) == {2, 5}
+    assert set(inputs.unflagged.texts) == {1, 3, 4} and set(inputs.quarantined.texts) == {2, 5}
 
 
 def test_shards_merge() -> None:
@@ -125,20 +125,24 @@ def test_shards_merge() -> None:
     left.take(values[::2], [1, 3, 5], [text(row) for row in (1, 3, 5)], flagged[::2])
     right.take(values[1::2], [2, 4], [text(row) for row in (2, 4)], flagged[1::2])
     merged = left.merge(right)
-    assert same(merged.calm, judged().calm) and same(merged.quarantined, judged().quarantined)
+    assert same(merged.unflagged, judged().unflagged) and same(merged.quarantined, judged().quarantined)
 
 
 def test_they_come_back_from_disk_with_or_without_text(tmp_path: Path) -> None:
-    assert not Inputs.load(tmp_path, IDENTITY, COLUMNS).calm.rows.any()
+    assert not Inputs.load(tmp_path, IDENTITY, COLUMNS).unflagged.rows.any()
     judged().save(tmp_path, IDENTITY)
     again = Inputs.load(tmp_path, IDENTITY, COLUMNS)
-    assert same(again.calm, judged().calm) and same(again.quarantined, judged().quarantined)
+    assert same(again.unflagged, judged().unflagged) and same(again.quarantined, judged().quarantined)
     silent = Inputs.load(tmp_path, IDENTITY, COLUMNS, no_text=True)
-    assert silent.no_text and not silent.calm.texts and [one.row for one in silent.calm.end(0, high=True)] == [4, 3, 1]
+    assert (
+        silent.no_text
+        and not silent.unflagged.texts
+        and [one.row for one in silent.unflagged.end(0, high=True)] == [4, 3, 1]
+    )
     silent.save(tmp_path, IDENTITY)  # what an earlier run kept is gone
     assert b"prompt" not in (tmp_path / FILE).read_bytes() and list(tmp_path.iterdir()) == [tmp_path / FILE]
     judged(no_text=True).save(tmp_path, IDENTITY)
-    assert not Inputs.load(tmp_path, IDENTITY, COLUMNS).calm.texts
+    assert not Inputs.load(tmp_path, IDENTITY, COLUMNS).unflagged.texts
 
 
 def test_another_watchs_and_broken_files_are_refused(tmp_path: Path) -> None:
@@ -152,23 +156,23 @@ def test_another_watchs_and_broken_files_are_refused(tmp_path: Path) -> None:
         header = json.loads(file.metadata()[METADATA])
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
-    def changed(told: dict | None = None, **replaced: Tensor) -> None:
-        save_file({**tensors, **replaced}, path, {METADATA: json.dumps({**header, **(told or {})})})
+    def changed(payload: dict | None = None, **replaced: Tensor) -> None:
+        save_file({**tensors, **replaced}, path, {METADATA: json.dumps({**header, **(payload or {})})})
 
     changed({"schema": 99})
-    with pytest.raises(InvalidInput, match="of schema 99; this version reads 1"):
+    with pytest.raises(InvalidInput, match="of schema 99; this version reads 2"):
         Inputs.load(tmp_path, IDENTITY, COLUMNS)
-    for told, replaced in (
+    for payload, replaced in (
         ({"what": "published range"}, {}),
         ({"identity": 3}, {}),
-        ({"told": {}}, {}),
-        ({"told": {"calm": {"1": ["a", "b", "c"]}, "quarantined": {}}}, {}),
-        ({"told": {"calm": {"x": ["a", "b"]}, "quarantined": {}}}, {}),
-        ({}, {"calm.values": torch.full((4, KEPT), torch.nan)}),
-        ({}, {"calm.values": torch.zeros(4, KEPT, dtype=torch.float64)}),
-        ({}, {"calm.rows": torch.zeros(4, KEPT - 1, dtype=torch.int64)}),
+        ({"payload": {}}, {}),
+        ({"payload": {"unflagged": {"1": ["a", "b", "c"]}, "quarantined": {}}}, {}),
+        ({"payload": {"unflagged": {"x": ["a", "b"]}, "quarantined": {}}}, {}),
+        ({}, {"unflagged.values": torch.full((4, KEPT), torch.nan)}),
+        ({}, {"unflagged.values": torch.zeros(4, KEPT, dtype=torch.float64)}),
+        ({}, {"unflagged.rows": torch.zeros(4, KEPT - 1, dtype=torch.int64)}),
     ):
-        changed(told, **replaced)
+        changed(payload, **replaced)
         with pytest.raises(InvalidInput, match="no list of inputs"):
             Inputs.load(tmp_path, IDENTITY, COLUMNS)
     path.write_bytes(path.read_bytes()[:50])
@@ -184,5 +188,7 @@ def test_a_thousand_directions_stay_small() -> None:
     rng = torch.Generator().manual_seed(0)
     for start in range(0, 600, 200):
         numbers = list(range(start + 1, start + 201))
-        found.add(torch.randn(200, 4000, generator=rng), numbers, {row: Text("p" * 400, "a" * 200) for row in numbers})
+        found.add(
+            torch.randn(200, 4000, generator=rng), numbers, {row: RowText("p" * 400, "a" * 200) for row in numbers}
+        )
     assert found.values.nbytes + found.rows.nbytes < 5e5 and len(found.texts) <= 600

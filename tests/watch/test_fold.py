@@ -220,20 +220,20 @@ def test_a_norm_with_a_bias_or_without_a_weight_is_refused():
     model = rms_model("llama")
     model.model.layers[1].input_layernorm = Biased(D_MODEL)
     model.model.layers[2].input_layernorm = Bare()
-    told = unfoldable(model, SITES)
-    assert set(told) == {Site(0), Site(1)}
-    assert "Biased does more than" in told[Site(0)]
-    assert "Bare has no weights" in told[Site(1)]
+    reasons = unfoldable(model, SITES)
+    assert set(reasons) == {Site(0), Site(1)}
+    assert "Biased does more than" in reasons[Site(0)]
+    assert "Bare has no weights" in reasons[Site(1)]
 
 
 def test_only_sites_whose_norm_loses_a_dimension_are_refused():
     model = rms_model("llama").half()
     model.model.layers[1].input_layernorm.weight[3] = 0
     model.model.norm.weight[:2] = 2e-5  # what is normed is then multiplied into numbers that fp16 holds badly
-    told = unfoldable(model, SITES)
-    assert set(told) == {Site(0), Site(2)}
-    assert "LlamaRMSNorm multiplies 1 of 32 dimensions by 0, or by less than float16 can carry" in told[Site(0)]
-    assert "2 of 32" in told[Site(2)]
+    reasons = unfoldable(model, SITES)
+    assert set(reasons) == {Site(0), Site(2)}
+    assert "LlamaRMSNorm multiplies 1 of 32 dimensions by 0, or by less than float16 can carry" in reasons[Site(0)]
+    assert "2 of 32" in reasons[Site(2)]
     with (
         pytest.raises(NotTestable, match=r"^L0\.resid: LlamaRMSNorm multiplies 1 of"),
         fold_cosines(model, directions()),
@@ -257,10 +257,10 @@ def test_gemmas_weight_of_minus_1_is_a_g_of_0():
 
 def test_other_streams_other_layers_and_other_widths_are_refused():
     model = rms_model("llama")
-    told = unfoldable(model, [Site(0, "attn"), Site(1, "mlp"), Site(1), Site(3)])
-    assert set(told) == {Site(0, "attn"), Site(1, "mlp"), Site(3)}
-    assert "resid" in told[Site(0, "attn")]
-    assert "the model has 3 blocks" in told[Site(3)]
+    reasons = unfoldable(model, [Site(0, "attn"), Site(1, "mlp"), Site(1), Site(3)])
+    assert set(reasons) == {Site(0, "attn"), Site(1, "mlp"), Site(3)}
+    assert "resid" in reasons[Site(0, "attn")]
+    assert "the model has 3 blocks" in reasons[Site(3)]
     wide = {Site(0): torch.randn(2, D_MODEL), Site(1): torch.randn(2, 2 * D_MODEL)}
     with (
         pytest.raises(NotTestable, match=r"L1\.resid: the directions have width 64, and the model 32"),
@@ -273,10 +273,10 @@ def test_other_streams_other_layers_and_other_widths_are_refused():
 def test_blocks_that_norm_what_they_put_out_can_be_read_at_the_last_alone():
     torch.manual_seed(0)
     model = with_uneven_norms(hf.Olmo2ForCausalLM(hf.Olmo2Config(**LLAMA_LIKE)).eval())
-    told = unfoldable(model, SITES)
-    assert set(told) == {Site(0), Site(1)}
-    assert "no norm on its input" in told[Site(0)]
-    assert "post_attention_layernorm" in told[Site(0)]
+    reasons = unfoldable(model, SITES)
+    assert set(reasons) == {Site(0), Site(1)}
+    assert "no norm on its input" in reasons[Site(0)]
+    assert "post_attention_layernorm" in reasons[Site(0)]
     given = {Site(2): directions()[Site(2)]}
     with both_ways(model, given) as (fold, tap):
         model(IDS)
@@ -290,8 +290,8 @@ def test_an_edit_outside_is_seen_and_one_inside_is_refused():
         model(IDS)
         for site, rows in given.items():
             torch.testing.assert_close(fold[site], plain(tap[site], rows), rtol=1e-5, atol=1e-6)
-    told = pytest.raises(CannotTap, match=r"after L1\.resid is not read by the norm")
-    with fold_cosines(model, given), edit_sites(model, [edit]), told:
+    reasons = pytest.raises(CannotTap, match=r"after L1\.resid is not read by the norm")
+    with fold_cosines(model, given), edit_sites(model, [edit]), reasons:
         model(IDS)
     assert hooks(model) == 0
     elsewhere = {site: rows for site, rows in given.items() if site != edit.site}
@@ -344,7 +344,7 @@ def test_a_norm_that_reads_something_else_or_is_not_called_is_noticed():
     model = Unheard()
     with fold_cosines(model, given) as fold:
         model(IDS)
-    with pytest.raises(CannotTap, match=r"no forward pass has brought L0\.resid to the norm"):
+    with pytest.raises(CannotTap, match=r"no forward pass has reached the norm after L0\.resid"):
         fold[Site(0)]
     assert "no final norm by a name" in unfoldable(model, [Site(2)])[Site(2)]
 
@@ -357,13 +357,13 @@ def test_what_a_stopped_pass_did_not_reach_is_not_what_the_pass_before_left():
         with read_sites(model, [Site(1)], stop_early=True):
             model(IDS.flip(0))
         torch.testing.assert_close(fold[Site(0)], first.flip(0))
-        with pytest.raises(CannotTap, match=r"no forward pass has brought L1\.resid"):
+        with pytest.raises(CannotTap, match=r"no forward pass has reached the norm after L1\.resid"):
             fold[Site(1)]
 
 
 def test_before_a_pass_and_at_a_site_not_asked_for_there_is_nothing_to_read():
     with fold_cosines(rms_model("llama"), {Site(1): torch.randn(2, D_MODEL)}) as fold:
-        with pytest.raises(CannotTap, match=r"no forward pass has brought L1\.resid"):
+        with pytest.raises(CannotTap, match=r"no forward pass has reached the norm after L1\.resid"):
             fold[Site(1)]
         with pytest.raises(KeyError, match=r"L0\.resid was not asked for; asked for: L1\.resid"):
             fold[Site(0)]

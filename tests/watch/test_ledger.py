@@ -164,10 +164,10 @@ class LedgerSuite:
                 return str(error)
 
         with ThreadPoolExecutor(8) as pool:
-            told = list(pool.map(say, range(8)))
+            reported = list(pool.map(say, range(8)))
         stored = ledger.recent(1)[0].status
-        assert told.count(stored) == 4
-        assert sum(f"before: {stored}." in each for each in told) == 4
+        assert reported.count(stored) == 4
+        assert sum(f"before: {stored}." in each for each in reported) == 4
 
     def test_only_what_was_dismissed_waits_to_be_absorbed(
         self, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
@@ -269,9 +269,9 @@ class LedgerSuite:
     def test_eight_threads_lose_nothing(self, url: str) -> None:
         with Ledger(url) as ledger, ThreadPoolExecutor(8) as pool:
             threads = [pool.submit(fill, ledger, 200) for _ in range(8)]
-            told = [each.id for thread in threads for each in thread.result()]
+            reported = [each.id for thread in threads for each in thread.result()]
             assert ledger.pending() == 1600
-            assert sorted(each.id for each in ledger.recent(9999)) == sorted(told)
+            assert sorted(each.id for each in ledger.recent(9999)) == sorted(reported)
 
     def test_eight_threads_hold_the_bound(self, url: str) -> None:
         def confirm(ledger: Ledger) -> None:
@@ -298,19 +298,19 @@ class LedgerSuite:
             assert ledger.pending() == 8
 
     def test_kill_9_loses_nothing_that_was_recorded(self, url: str) -> None:
-        told: list[str] = []
+        reported: list[str] = []
         for after in random.Random(0).sample(range(1, 60), 4):
             child = subprocess.Popen([sys.executable, "-c", RECORD_FOREVER, url], stdout=subprocess.PIPE, text=True)
             assert child.stdout is not None
-            told += [child.stdout.readline().strip() for _ in range(after)]
+            reported += [child.stdout.readline().strip() for _ in range(after)]
             child.send_signal(signal.SIGKILL)
-            told += child.stdout.read().split("\n")[:-1]  # a last line without its end may be cut short
+            reported += child.stdout.read().split("\n")[:-1]  # a last line without its end may be cut short
             child.stdout.close()
             assert child.wait() == -signal.SIGKILL
             with Ledger(url) as ledger:
                 stored = {each.id for each in ledger.recent(99_999)}
-            assert set(told) <= stored
-            assert len(stored) <= len(told) + 4, "at most one was on its way at each kill"
+            assert set(reported) <= stored
+            assert len(stored) <= len(reported) + 4, "at most one was on its way at each kill"
 
     def test_without_text_no_text_reaches_the_disk(self, url: str) -> None:
         def secretive(mark: str) -> Alert:
@@ -476,10 +476,10 @@ class TestSqlite(LedgerSuite):
         done = subprocess.run([sys.executable, "-c", limited, url], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert done.stderr.startswith("LedgerUnavailable the ledger")
-        told = done.stdout.split()
-        assert len(told) > 1
+        reported = done.stdout.split()
+        assert len(reported) > 1
         with Ledger(url) as ledger:
-            assert [each.id for each in ledger.recent(999)][::-1] == [kept[0].id, *told]
+            assert [each.id for each in ledger.recent(999)][::-1] == [kept[0].id, *reported]
 
     def test_a_ledger_that_somebody_locks_is_told(self, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "WAIT_S", 0.2)
@@ -505,10 +505,10 @@ class TestSqlite(LedgerSuite):
             other = sqlite3.connect(url.removeprefix("sqlite:///"), isolation_level=None)
             other.execute("BEGIN IMMEDIATE")
             threads = [pool.submit(record) for _ in range(8)]
-            told = [thread.result() for thread in threads]
+            reported = [thread.result() for thread in threads]
             other.close()
-            assert any("database is locked" in each for each in told)
-            assert any("others have written for 1 s" in each for each in told)
+            assert any("database is locked" in each for each in reported)
+            assert any("others have written for 1 s" in each for each in reported)
             assert ledger.pending() == 0
             fill(ledger, 1)
             assert ledger.pending() == 1

@@ -105,8 +105,8 @@ class Server:
         return f"postgresql+psycopg://{user}:{password}@127.0.0.1:{self.port}/{database}"
 
     def execute(self, database: str, statement: str) -> list[Any]:
-        told = f"host=127.0.0.1 port={self.port} user=owner password={SECRET} dbname={database}"
-        with psycopg.connect(told, autocommit=True) as connection:
+        settings = f"host=127.0.0.1 port={self.port} user=owner password={SECRET} dbname={database}"
+        with psycopg.connect(settings, autocommit=True) as connection:
             cursor = connection.execute(statement)
             return cursor.fetchall() if cursor.description else []
 
@@ -230,8 +230,8 @@ class TestPostgres(LedgerSuite):
             Ledger(f"{url}?tcp_user_timeout=5000").close()
         finally:
             event.remove(sa.Engine, "connect", look)
-        assert [told["tcp_user_timeout"] for told in seen] == ["10000", "5000"]
-        assert {told["connect_timeout"] for told in seen} == {"10"}
+        assert [settings["tcp_user_timeout"] for settings in seen] == ["10000", "5000"]
+        assert {settings["connect_timeout"] for settings in seen} == {"10"}
 
     def test_an_unknown_option_is_told(self, url: str) -> None:
         with pytest.raises(UsageError, match="surprise"):

@@ -9,11 +9,11 @@ import torch
 from molehunt.errors import NotTestable
 from molehunt.measure.threshold import conformal_p_values
 from molehunt.traffic.split import Calibrate, Fit
-from molehunt.watch.monitor import LEAST, Calibrated, Monitor
+from molehunt.watch.monitor import LEAST, Monitor, StratumCalibration
 from molehunt.watch.profile import Profile, profiles
-from molehunt.watch.scores import Mahalanobis, RangeExceedance, RobustMax, TailSum, quantile, tail
+from molehunt.watch.scores import MahalanobisScore, RangeExceedance, RobustMax, TailSum, quantile, tail
 
-SCORES = [RangeExceedance.fit, RobustMax.fit, Mahalanobis.fit, TailSum.fit]
+SCORES = [RangeExceedance.fit, RobustMax.fit, MahalanobisScore.fit, TailSum.fit]
 
 
 @cache
@@ -71,7 +71,7 @@ def test_quantile_and_tail_of_constant_columns_are_finite() -> None:
 @pytest.mark.parametrize("fit", SCORES)
 @pytest.mark.parametrize("fpr", [0.01, 0.1])
 def test_the_joint_false_alarm_rate_is_what_was_asked_for(fit, fpr: float) -> None:
-    """Over all columns, looks and lengths; a plain range over 12 columns would flag far more."""
+    """Over all columns, prefix checkpoints and lengths; a plain range over 12 columns would flag far more."""
     monitor = Monitor.fit(Fit(tuple(answers(300, 0))), Calibrate(tuple(answers(1000, 1))), fpr=fpr, score=fit)
     fresh = answers(1500, 2)
     scores = monitor.scores(fresh)
@@ -89,18 +89,18 @@ def test_the_joint_false_alarm_rate_is_what_was_asked_for(fit, fpr: float) -> No
     assert flagged == int((scores > monitor.threshold).sum())
 
 
-def test_a_shift_of_many_columns_is_caught_at_the_first_look_and_named() -> None:
+def test_a_shift_of_many_columns_is_caught_at_the_first_prefix_and_named() -> None:
     monitor = Monitor.fit(Fit(tuple(answers(300, 0))), Calibrate(tuple(answers(1000, 1))), fpr=0.01)
     judged = [monitor.judge(row) for row in answers(100, 3, shift=80.0)]
     assert sum(j.p_value <= 0.01 for j in judged) >= 95
     assert sum(all(c < 6 for c in j.columns) for j in judged) >= 90
     early = [monitor.judge(row) for row in answers(50, 3, shift=80.0, at=1)]
-    assert {j.look for j in early} == {0} and sum(j.p_value <= 0.01 for j in early) >= 45
+    assert {j.prefix for j in early} == {0} and sum(j.p_value <= 0.01 for j in early) >= 45
 
 
 def test_longer_answers_than_any_calibrated_are_judged_and_marked() -> None:
     monitor = Monitor.fit(Fit(tuple(answers(600, 0))), Calibrate(tuple(answers(200, 1))), fpr=0.01)
-    assert len(monitor.of_kind[0].looks) == 6
+    assert len(monitor.by_stratum[0].prefixes) == 6
     (long,) = answers(1, 5, at=100)
     assert not monitor.judge(long).within_calibration
     assert monitor.judge(answers(1, 5, at=20)[0]).within_calibration
@@ -113,12 +113,12 @@ def test_too_little_clean_text_abstains() -> None:
         Monitor.fit(Fit(tuple(answers(600, 0))), Calibrate(tuple(answers(200, 1))), fpr=0.001)
 
 
-def test_the_scale_of_a_rare_look_does_not_rest_on_two_answers() -> None:
-    """Of the longest answers there are few; a look whose tail is taken for too narrow would rule all others."""
+def test_the_scale_of_a_rare_prefix_does_not_rest_on_two_answers() -> None:
+    """Of the longest answers there are few; a checkpoint whose tail is estimated too narrow would dominate all others."""
     scales = []
     for seed in range(20):
         fit = [*answers(200, 1), *answers(64, 500 + seed, at=33)]
-        one = Calibrated.fit(fit, answers(100, 2), TailSum.fit)
-        assert len(one.looks) == 7
-        scales.append(one.looks[6].scale)
+        one = StratumCalibration.fit(fit, answers(100, 2), TailSum.fit)
+        assert len(one.prefixes) == 7
+        scales.append(one.prefixes[6].scale)
     assert max(scales) < 6 * min(scales)

@@ -250,7 +250,7 @@ def test_the_state_is_a_safetensors_file_with_its_schema() -> None:
 
 
 @pytest.mark.parametrize(
-    ("data", "told"),
+    ("data", "message"),
     [
         (b"", "no whole safetensors"),
         (b"not a sketch at all", "no whole safetensors"),
@@ -297,8 +297,8 @@ def test_the_state_is_a_safetensors_file_with_its_schema() -> None:
     ],
     ids=lambda of: of if isinstance(of, str) else "",  # safetensors writes tensors of one state in any order
 )
-def test_foreign_and_altered_bytes_are_refused(data: bytes, told: str) -> None:
-    with pytest.raises(InvalidInput, match=told):
+def test_foreign_and_altered_bytes_are_refused(data: bytes, message: str) -> None:
+    with pytest.raises(InvalidInput, match=message):
         ScoreSketch.from_bytes(data)
 
 

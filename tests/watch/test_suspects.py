@@ -1,4 +1,4 @@
-"""Clean rows that may hold the behaviour: found by the pair, set aside, told."""
+"""Clean rows that may hold the behaviour: found by the pair, set excluded, suspects_text."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -8,11 +8,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import molehunt.watch.log as module
 from molehunt.model.pair import ModelPair
-from molehunt.report.watch_told import suspects as told
+from molehunt.report.watch_text import suspects as suspects_text
+from molehunt.traffic.roles import roled_prompt
+from molehunt.watch import calibration as module
 from molehunt.watch.bank import Bank
-from molehunt.watch.log import calibrated
+from molehunt.watch.calibration import calibrate
 from molehunt.watch.state import WatchState
 from molehunt.watch.suspects import FACTOR, LEAST_NATS, answer_log_ratios, suspicious
 from watched_logs import IDENTITY, rows
@@ -65,30 +66,30 @@ def test_suspicious_rows_leave_the_calibration_unless_they_are_trusted(
         return [90.0 if pair.tokenizer.decode(prompt) in bad else 1.0 for prompt in prompts]
 
     def state(**how) -> WatchState:
-        return calibrated(pair, bank, clean, fpr=0.05, identity=IDENTITY, max_new_tokens=4, seed=0, **how)
+        return calibrate(pair, bank, clean, fpr=0.05, identity=IDENTITY, max_new_tokens=4, seed=0, **how)
 
-    decoded = {pair.tokenizer.decode(module.roled_prompt(pair.tokenizer, row.turns).ids) for row in clean}
+    decoded = {pair.tokenizer.decode(roled_prompt(pair.tokenizer, row.turns).ids) for row in clean}
     bad = {text for text in decoded if any(one in text for one in bad)}
     monkeypatch.setattr(module, "answer_log_ratios", ratios)
-    aside, kept = state(), state(trust=True)
-    for one, n in ((aside, 400 - len(bad)), (kept, 400)):
+    excluded, kept = state(), state(trust=True)
+    for one, n in ((excluded, 400 - len(bad)), (kept, 400)):
         found = one.suspects
         assert found is not None and found.n == len(bad) == 20 and found.clean == 400
         assert found.trusted == (n == 400) and found.limits == (LEAST_NATS,)
         assert {row.nats for row in found.rows} == {90.0} and all(row.text for row in found.rows)
         assert found.flagged_with <= found.flagged_without + 1
-    assert aside.suspects is not None and kept.suspects is not None
+    assert excluded.suspects is not None and kept.suspects is not None
     monkeypatch.setattr(module, "answer_log_ratios", lambda pair, prompts, answers, **_: [0.0] * len(prompts))
     plain = state()
-    assert plain.suspects is not None and plain.suspects.n == 0 and told(plain.suspects) == ""
+    assert plain.suspects is not None and plain.suspects.n == 0 and suspects_text(plain.suspects) == ""
     assert kept.monitor.calibration.equal(plain.monitor.calibration)
-    assert len(aside.monitor.calibration) < len(kept.monitor.calibration)
-    assert "were set aside" in told(aside.suspects) and "--trust-clean" in told(aside.suspects)
-    assert "count as normal" in told(kept.suspects)
-    aside.save(tmp_path / "state.safetensors")
-    assert WatchState.load(tmp_path / "state.safetensors", IDENTITY).suspects == aside.suspects
+    assert len(excluded.monitor.calibration) < len(kept.monitor.calibration)
+    assert "were excluded" in suspects_text(excluded.suspects) and "--trust-clean" in suspects_text(excluded.suspects)
+    assert "are calibrated on" in suspects_text(kept.suspects)
+    excluded.save(tmp_path / "state.safetensors")
+    assert WatchState.load(tmp_path / "state.safetensors", IDENTITY).suspects == excluded.suspects
     monkeypatch.setattr(module, "answer_log_ratios", ratios)
     silent = state(no_text=True).suspects
     assert silent is not None and silent == replace(
-        aside.suspects, rows=tuple(replace(row, text="") for row in aside.suspects.rows)
+        excluded.suspects, rows=tuple(replace(row, text="") for row in excluded.suspects.rows)
     )

@@ -9,16 +9,18 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import molehunt.watch.log as module
 from molehunt.errors import InvalidInput, NotTestable, UsageError
 from molehunt.model.pair import ModelPair
 from molehunt.traffic.stream import Conversation, Place
+from molehunt.watch import log as module
 from molehunt.watch.bank import Bank
+from molehunt.watch.calibration import calibrate
 from molehunt.watch.drift import DriftMartingale
 from molehunt.watch.extremes import FILE, KEPT, Inputs
+from molehunt.watch.judge import read_answers
 from molehunt.watch.ledger import Ledger
-from molehunt.watch.log import calibrated, read_answers, watch_log
-from molehunt.watch.monitor import Calibrated, Look
+from molehunt.watch.log import watch_log
+from molehunt.watch.monitor import PrefixScore, StratumCalibration
 from molehunt.watch.scores import RangeExceedance
 from molehunt.watch.state import WatchState
 from watched_logs import IDENTITY, rows
@@ -29,7 +31,7 @@ FPR = 0.05
 
 @pytest.fixture
 def state(pair: ModelPair, bank: Bank) -> WatchState:
-    return calibrated(pair, bank, rows(400, 0), fpr=FPR, identity=IDENTITY, max_new_tokens=4, seed=0)
+    return calibrate(pair, bank, rows(400, 0), fpr=FPR, identity=IDENTITY, max_new_tokens=4, seed=0)
 
 
 def watch(
@@ -46,19 +48,19 @@ def test_every_row_is_judged_and_flagged_rows_are_quarantined_not_absorbed(
     pair: ModelPair, bank: Bank, state: WatchState, tmp_path: Path
 ) -> None:
     log = [*rows(150, 1), *rows(30, 2, start=151, odd=True)]
-    told = watch(pair, bank, state, log, tmp_path)
-    assert [t["line"] for t in told] == list(range(1, 181)) and state.seen == 180
-    flagged = [t for t in told if t["flagged"]]
+    verdicts = watch(pair, bank, state, log, tmp_path)
+    assert [t["line"] for t in verdicts] == list(range(1, 181)) and state.seen == 180
+    flagged = [t for t in verdicts if t["flagged"]]
     assert state.flagged == len(flagged) and state.scores.n == state.drift.n == 180 - len(flagged)
-    assert sum(t["flagged"] for t in told[:150]) <= 22  # .05 of 150, with room for two random draws
-    assert sum(t["flagged"] for t in told[150:]) > 8
-    assert all((t["p_value"] <= FPR) == t["flagged"] and t["coverage"] == 1 for t in told)
+    assert sum(t["flagged"] for t in verdicts[:150]) <= 22  # .05 of 150, with room for two random draws
+    assert sum(t["flagged"] for t in verdicts[150:]) > 8
+    assert all((t["p_value"] <= FPR) == t["flagged"] and t["coverage"] == 1 for t in verdicts)
     with Ledger(f"sqlite:///{tmp_path / 'alerts.sqlite'}") as ledger:
         alerts = ledger.recent(1000)
     assert {a.request for a in alerts} == {f"line {t['line']}" for t in flagged}
     for alert in alerts:
-        told_of = next(t for t in flagged if f"line {t['line']}" == alert.request)
-        assert alert.direction in told_of["direction"] and alert.span[0] == told_of["token"]
+        verdict = next(t for t in flagged if f"line {t['line']}" == alert.request)
+        assert alert.direction in verdict["direction"] and alert.span[0] == verdict["token"]
         assert len(alert.tokens) == len(alert.token_scores) > 0
         assert alert.answer is not None and alert.answer_without is not None
         assert "".join(alert.tokens).endswith(alert.answer)
@@ -108,13 +110,13 @@ def test_inputs_are_kept_by_direction_and_flagged_ones_apart(
     pair: ModelPair, bank: Bank, state: WatchState, tmp_path: Path
 ) -> None:
     log = [*rows(60, 1), *rows(30, 2, start=61, odd=True)]
-    told = watch(pair, bank, state, log, tmp_path)
-    flagged = {t["line"] for t in told if t["flagged"]}
+    verdicts = watch(pair, bank, state, log, tmp_path)
+    flagged = {t["line"] for t in verdicts if t["flagged"]}
     columns = len(bank.names)
     inputs = Inputs.load(tmp_path, IDENTITY, columns)
-    profiles = [profile.looks[-1] for _, _, profile in read_answers(pair, bank, log, max_new_tokens=4, what="again")]
+    profiles = [profile.prefixes[-1] for _, _, profile in read_answers(pair, bank, log, max_new_tokens=4, what="again")]
     values = torch.stack(profiles)
-    for extremes, mine in ((inputs.calm, set(range(1, 91)) - flagged), (inputs.quarantined, flagged)):
+    for extremes, mine in ((inputs.unflagged, set(range(1, 91)) - flagged), (inputs.quarantined, flagged)):
         lines = sorted(mine)
         for end in (0, columns - 1, columns, 2 * columns - 1):
             of_end = values[[line - 1 for line in lines], end]
@@ -127,7 +129,7 @@ def test_inputs_are_kept_by_direction_and_flagged_ones_apart(
             assert all(
                 (one.prompt, one.answer) == (log[one.row - 1].turns[0].text, log[one.row - 1].response) for one in found
             )
-    for line in told:  # the row that set off an alarm is among those furthest out where it did
+    for line in verdicts:  # the row that set off an alarm is among those furthest out where it did
         if line["flagged"]:
             end = inputs.quarantined.end(bank.names.index(line["direction"]), high=line["side"] == "high")
             assert len(flagged) > KEPT or line["line"] in {one.row for one in end}
@@ -140,14 +142,14 @@ def test_without_text_no_file_holds_any(pair: ModelPair, bank: Bank, state: Watc
     assert not any(
         row.turns[0].text.encode() in stored or row.response.encode() in stored for row in log if len(row.response) > 5
     )
-    found = Inputs.load(tmp_path, IDENTITY, len(bank.names)).calm.end(0, high=True)
+    found = Inputs.load(tmp_path, IDENTITY, len(bank.names)).unflagged.end(0, high=True)
     assert len(found) == KEPT and all(one.prompt == one.answer == "" for one in found)
 
 
 def test_answers_that_were_not_logged_are_generated(pair: ModelPair, bank: Bank) -> None:
-    asked = [Conversation(turns=r.turns, response=None, tag="", line=r.line, end=r.end) for r in rows(5, 3)]
+    unanswered = [Conversation(turns=r.turns, response=None, tag="", line=r.line, end=r.end) for r in rows(5, 3)]
     track = WatchedTrack()
-    found = read_answers(pair, bank, [*asked, *rows(2, 4)], max_new_tokens=6, track=track, what="x")
+    found = read_answers(pair, bank, [*unanswered, *rows(2, 4)], max_new_tokens=6, track=track, what="x")
     scoring = next(call for call in track.calls if call.what == "x: scoring")
     assert (scoring.total, scoring.done, scoring.unit) == (len(found), len(found), "rows")
     assert all(1 <= len(answer) <= 6 for _, answer, _ in found[:5])
@@ -171,7 +173,8 @@ def test_a_state_comes_back_and_another_models_is_refused(state: WatchState, tmp
     with pytest.raises(InvalidInput, match="is of schema 99"):
         WatchState.load(path, IDENTITY)
     odd = replace(
-        state.monitor, of_kind=(Calibrated((Look(RangeExceedance(torch.zeros(2)), 0.0, 1.0),), torch.zeros(1)),)
+        state.monitor,
+        by_stratum=(StratumCalibration((PrefixScore(RangeExceedance(torch.zeros(2)), 0.0, 1.0),), torch.zeros(1)),),
     )
     with pytest.raises(TypeError, match="tail sums"):
         WatchState(identity=IDENTITY, monitor=odd, drift=DriftMartingale(), rng=np.random.default_rng(0)).save(path)
@@ -179,4 +182,4 @@ def test_a_state_comes_back_and_another_models_is_refused(state: WatchState, tmp
 
 def test_a_rate_that_the_clean_rows_cannot_hold_abstains(pair: ModelPair, bank: Bank) -> None:
     with pytest.raises(NotTestable, match=r"cannot hold a false-positive rate of 0\.001"):
-        calibrated(pair, bank, rows(300, 0), fpr=0.001, identity=IDENTITY, max_new_tokens=4, seed=0)
+        calibrate(pair, bank, rows(300, 0), fpr=0.001, identity=IDENTITY, max_new_tokens=4, seed=0)

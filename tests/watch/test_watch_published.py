@@ -6,16 +6,18 @@ from pathlib import Path
 import pytest
 import torch
 
-import molehunt.watch.log as log_module
 from molehunt.errors import InvalidInput, NotTestable, UsageError
 from molehunt.model.pair import ModelPair
 from molehunt.traffic.roles import roled_prompt
 from molehunt.traffic.stream import Conversation
+from molehunt.watch import judge as judge_module
+from molehunt.watch import log as log_module
 from molehunt.watch.answers import token_columns
 from molehunt.watch.bank import Bank
+from molehunt.watch.calibration import calibrate as calibrate_monitor
 from molehunt.watch.extremes import Inputs
 from molehunt.watch.ledger import Ledger
-from molehunt.watch.log import calibrated, watch_log
+from molehunt.watch.log import watch_log
 from molehunt.watch.published import (
     FILE,
     ROLES,
@@ -61,7 +63,7 @@ def test_every_token_of_a_role_counts_and_no_other(pair: ModelPair, bank: Bank) 
 
 
 def test_an_answer_without_tokens_leaves_no_range(pair: ModelPair, bank: Bank, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(log_module, "generate", lambda model, tokenizer, prompts, **_: [[] for _ in prompts])
+    monkeypatch.setattr(judge_module, "generate", lambda model, tokenizer, prompts, **_: [[] for _ in prompts])
     asked = [Conversation(turns=r.turns, response=None, tag="", line=r.line, end=r.end) for r in rows(4, 3)]
     silent = read_roles(pair, bank, asked[:1], max_new_tokens=4, what="x")[0]
     assert silent.of_answer is None and silent.answer == ()
@@ -88,12 +90,12 @@ def test_what_leaves_the_range_is_flagged_once_and_then_normal(pair: ModelPair, 
     again = [Conversation(turns=r.turns, response=r.response, tag=r.tag, line=r.line + 8, end=r.end) for r in odd]
     log = [*rows(40, 1), *odd, *again]
     reference = calibrate(pair, bank, rows(200, 0))
-    told = watch(pair, bank, state, log, tmp_path)
-    assert [t["line"] for t in told] == list(range(1, 57)) and state.seen == 56 == state.ranges[0].n - 200
-    assert state.calibration_rows == 200 and state.flagged == sum(t["flagged"] for t in told)
-    assert sum(t["flagged"] for t in told[40:48]) > 4 and not any(t["flagged"] for t in told[48:])
+    verdicts = watch(pair, bank, state, log, tmp_path)
+    assert [t["line"] for t in verdicts] == list(range(1, 57)) and state.seen == 56 == state.ranges[0].n - 200
+    assert state.calibration_rows == 200 and state.flagged == sum(t["flagged"] for t in verdicts)
+    assert sum(t["flagged"] for t in verdicts[40:48]) > 4 and not any(t["flagged"] for t in verdicts[48:])
     names = role_names(bank)
-    for line, one in zip(told, read_roles(pair, bank, log, max_new_tokens=4, what="x"), strict=True):
+    for line, one in zip(verdicts, read_roles(pair, bank, log, max_new_tokens=4, what="x"), strict=True):
         beyond = reference.beyond(one)
         assert line["score"] == pytest.approx(float(beyond.max()), rel=1e-3, abs=1e-6)
         assert line["flagged"] == (line["score"] > 0) and line["p_value"] is None
@@ -103,16 +105,16 @@ def test_what_leaves_the_range_is_flagged_once_and_then_normal(pair: ModelPair, 
         assert (line["token"] >= len(one.prompt)) == line["direction"].endswith(ROLES[1])
         reference.absorb(one)
     inputs = Inputs.load(tmp_path, IDENTITY, len(names))
-    flagged = {t["line"] for t in told if t["flagged"]}
+    flagged = {t["line"] for t in verdicts if t["flagged"]}
     assert set(inputs.quarantined.rows.unique().tolist()) - {0} <= flagged
-    assert not flagged & set(inputs.calm.rows.unique().tolist())
+    assert not flagged & set(inputs.unflagged.rows.unique().tolist())
 
 
 def test_the_lines_have_the_shape_of_the_other_mode(pair: ModelPair, bank: Bank, tmp_path: Path) -> None:
     (line,) = watch(pair, bank, calibrate(pair, bank, rows(40, 0)), rows(1, 1), tmp_path)
     other = tmp_path / "conformal"
     other.mkdir()
-    state = calibrated(pair, bank, rows(400, 0), fpr=0.05, identity=IDENTITY, max_new_tokens=4, seed=0)
+    state = calibrate_monitor(pair, bank, rows(400, 0), fpr=0.05, identity=IDENTITY, max_new_tokens=4, seed=0)
     with Ledger(f"sqlite:///{other / 'alerts.sqlite'}") as ledger:
         inputs = Inputs.empty(len(bank.names))
         watch_log(pair, bank, state, inputs, rows(1, 1), fpr=0.05, max_new_tokens=4, into=other, ledger=ledger)

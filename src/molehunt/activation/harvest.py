@@ -1,9 +1,9 @@
 """One pass of traffic through a model pair, for all sites at once: to a store on disk, or as pieces in memory."""
 
 import hashlib
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from molehunt import __version__
+from molehunt.activation.batching import Batch, documents_of, plan
 from molehunt.activation.manifest import CONSTANT, FORMAT, MANIFEST, SHARD_FILE, Identity, Manifest, Scale, Shard, Side
 from molehunt.activation.piece import DTYPES, Piece, pack, unpack
 from molehunt.activation.scale import Moments, all_finite, sinks
@@ -21,27 +22,54 @@ from molehunt.model.blocks import unwrapped
 from molehunt.model.pair import ModelPair
 from molehunt.run.folder import RunFolder
 from molehunt.run.progress import Tally, Track, counting, silent
-from molehunt.run.unit import CHECKSUMS, unit_key
+from molehunt.run.unit import CHECKSUMS, Units, unit_key
 from molehunt.site import Site
 
 SHARD_TOKENS = 16_384
 """At d_model 4096 a shard of bf16 pairs then takes 256 MiB per site."""
 BATCH_TOKENS = 4096
 """Padded positions that go through the models at once."""
-NARROWEST = 16
 MOMENTS_FILE = "moments.safetensors"
 SIDES: tuple[Side, ...] = get_args(Side)
 AllMoments = dict[tuple[Site, Side], Moments]
 
 
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """Rows that go through the models together."""
+@dataclass(frozen=True, eq=False, kw_only=True)
+class _HarvestPass:
+    """What is read of which rows, and how it is stored."""
 
-    width: int
-    """Positions that each is padded to."""
-    documents: tuple[int, ...]
-    """0-based rows of the traffic."""
+    pair: ModelPair
+    rows: Sequence[Sequence[int]]
+    sites: Sequence[Site]
+    dtype: str
+    delta_int8: bool
+
+    def settings(self, identity: Identity) -> dict[str, Any]:
+        """What changes the bytes of a shard, besides its rows."""
+        with self.pair.tuned_model() as model:
+            computed_in = str(next(model.parameters()).dtype)
+        return {
+            "sites": [str(site) for site in self.sites],
+            "dtype": self.dtype,
+            "delta_int8": self.delta_int8,
+            "computed_in": computed_in,
+            "identity": asdict(identity),
+        }
+
+    def key(self, settings: Mapping[str, Any], batches: Sequence[Batch]) -> str:
+        """Address of the shard that holds these batches."""
+        return unit_key(
+            {**settings, "batches": [[batch.width, batch.documents] for batch in batches]},
+            {"rows": _rows_hash(self.rows, documents_of(batches))},
+        )
+
+    def write_shard(self, batches: Sequence[Batch], key: str, folder: Path, done: Tally) -> None:
+        """Read the batches, and write their activations and moments into the shard's folder."""
+        tensors, found = _read_shard(
+            self.pair, self.rows, batches, self.sites, self.dtype, delta_int8=self.delta_int8, done=done
+        )
+        save_file(tensors, folder / SHARD_FILE, metadata={SHARD_KEY: key})
+        save_file(_moments_to_tensors(found), folder / MOMENTS_FILE)
 
 
 def harvest(
@@ -57,7 +85,7 @@ def harvest(
     batch_tokens: int = BATCH_TOKENS,
     track: Track = silent,
 ) -> ActivationStore:
-    """Read both models' activations once and keep them in a store.
+    """Read both models' activations once and write them to a store.
 
     Each shard is written whole or not at all. The same call after an interruption makes what is missing, and ends with
     the same bytes as a run that was never interrupted.
@@ -67,11 +95,11 @@ def harvest(
         rows: token ids of each row of traffic.
         sites: where to read.
         into: the store's folder.
-        identity: what the pair is called (see `identify`).
-        dtype: in which activations are kept: bfloat16, float16 or float32.
-        delta_int8: keep the difference alone, as int8 with one scale per token: a quarter of the size.
-        shard_tokens: tokens in a file, at most (one long row may exceed it).
-        batch_tokens: padded positions that go through the models at once, at most (likewise).
+        identity: hashes that name the pair (see `identify`).
+        dtype: the dtype in which activations are stored: bfloat16, float16 or float32.
+        delta_int8: store the difference alone, as int8 with one scale per token: a quarter of the size.
+        shard_tokens: greatest number of tokens in a file (one long row may exceed it).
+        batch_tokens: greatest number of padded positions that go through the models at once (likewise).
         track: shows rows.
 
     Raises:
@@ -82,53 +110,13 @@ def harvest(
     """
     _check(pair, rows, sites, dtype)
     if delta_int8 and dtype != "bfloat16":
-        raise UsageError(f"dtype {dtype} says nothing of int8 differences; give one or the other.")
+        raise UsageError(f"dtype {dtype} does not apply to int8 differences; give one or the other.")
+    one = _HarvestPass(pair=pair, rows=rows, sites=sites, dtype=dtype, delta_int8=delta_int8)
     shards = plan(rows, shard_tokens=shard_tokens, batch_tokens=batch_tokens, longest=_positions(pair))
-    with pair.tuned_model() as model:
-        computed_in = str(next(model.parameters()).dtype)
-    settings = {
-        "sites": [str(site) for site in sites],
-        "dtype": dtype,
-        "delta_int8": delta_int8,
-        "computed_in": computed_in,
-        "identity": asdict(identity),
-    }
-    sizes = {"shard_tokens": shard_tokens, "batch_tokens": batch_tokens}
-    everything = _rows_hash(rows, range(len(rows)))
-    run = RunFolder.create(
-        into, {"command": "harvest", "version": __version__, **settings, **sizes, "rows": everything}
-    )
-    moments: AllMoments = {(site, side): Moments.empty(pair.d_model) for site in sites for side in SIDES}
-    listed: list[Shard] = []
-    keys = [
-        unit_key(
-            {**settings, "batches": [[batch.width, batch.documents] for batch in batches]},
-            {"rows": _rows_hash(rows, _documents(batches))},
-        )
-        for batches in shards
-    ]
-    there = [batches for batches, key in zip(shards, keys, strict=True) if run.units.path(key).exists()]
-    finished = sum(len(_documents(batches)) for batches in there)
-    with counting(track, "harvesting activations", len(rows), start=finished) as done:
-        for batches, key in zip(shards, keys, strict=True):
-
-            def make(folder: Path, batches: Sequence[Batch] = batches, key: str = key) -> None:
-                tensors, found = _read_shard(pair, rows, batches, sites, dtype, delta_int8=delta_int8, done=done)
-                save_file(tensors, folder / SHARD_FILE, metadata={SHARD_KEY: key})
-                save_file(_moments_to_tensors(found), folder / MOMENTS_FILE)
-
-            unit = run.units.run(key, make)
-            found = _moments_from_tensors(load_file(unit / MOMENTS_FILE), sites)
-            moments = {at: whole.merge(found[at]) for at, whole in moments.items()}
-            tokens = sum(len(rows[document]) for document in _documents(batches))
-            listed.append(
-                Shard(
-                    file=f"units/{key}/{SHARD_FILE}",
-                    sha256=_written_checksum(unit),
-                    tokens=tokens,
-                    sinks=tokens - found[sites[0], "base"].count,
-                )
-            )
+    settings = one.settings(identity)
+    sizes = {"shard_tokens": shard_tokens, "batch_tokens": batch_tokens, "rows": _rows_hash(rows, range(len(rows)))}
+    run = RunFolder.create(into, {"command": "harvest", "version": __version__, **settings, **sizes})
+    listed, moments = _write_shards(one, shards, settings, run.units, track)
     _check_moments(moments)
     manifest = Manifest(
         molehunt_activations=FORMAT,
@@ -146,6 +134,33 @@ def harvest(
     return ActivationStore.open(into)
 
 
+def _write_shards(
+    one: _HarvestPass, shards: Sequence[Sequence[Batch]], settings: Mapping[str, Any], units: Units, track: Track
+) -> tuple[list[Shard], AllMoments]:
+    """Write the shards that are not there, and gather the entries and the moments of all."""
+    moments: AllMoments = {(site, side): Moments.empty(one.pair.d_model) for site in one.sites for side in SIDES}
+    listed: list[Shard] = []
+    keys = [one.key(settings, batches) for batches in shards]
+    finished = sum(
+        len(documents_of(batches)) for batches, key in zip(shards, keys, strict=True) if units.path(key).exists()
+    )
+    with counting(track, "harvesting activations", len(one.rows), start=finished) as done:
+        for batches, key in zip(shards, keys, strict=True):
+            unit = units.run(key, partial(one.write_shard, batches, key, done=done))
+            found = _moments_from_tensors(load_file(unit / MOMENTS_FILE), one.sites)
+            moments = {at: whole.merge(found[at]) for at, whole in moments.items()}
+            tokens = sum(len(one.rows[document]) for document in documents_of(batches))
+            listed.append(
+                Shard(
+                    file=f"units/{key}/{SHARD_FILE}",
+                    sha256=_written_checksum(unit),
+                    tokens=tokens,
+                    sinks=tokens - found[one.sites[0], "base"].count,
+                )
+            )
+    return listed, moments
+
+
 def stream(
     pair: ModelPair,
     rows: Sequence[Sequence[int]],
@@ -156,7 +171,7 @@ def stream(
     batch_tokens: int = BATCH_TOKENS,
     track: Track = silent,
 ) -> Iterator[Piece]:
-    """Yield what `harvest` would keep, shard by shard, and write nothing.
+    """Yield what `harvest` would store, shard by shard, and write nothing.
 
     Law: the pieces are those of `harvest(…).pieces()` with the same arguments, bit for bit.
 
@@ -181,54 +196,6 @@ def _stream(
             yield unpack(found[0], sites)
 
 
-def plan(
-    rows: Sequence[Sequence[int]], *, shard_tokens: int, batch_tokens: int, longest: int | None = None
-) -> list[list[Batch]]:
-    """Which rows go through the models together, and which batches make a shard.
-
-    Rows wait by padded width until they fill a batch, so every shard holds rows of all lengths. No row is padded beyond
-    `longest` positions.
-
-    Raises ValueError unless both sizes are positive.
-    """
-    if shard_tokens < 1 or batch_tokens < 1:
-        raise ValueError(f"shard_tokens {shard_tokens} and batch_tokens {batch_tokens} must be positive")
-    shards: list[list[Batch]] = []
-    held = shard_tokens
-    for batch in _batched(rows, min(batch_tokens, shard_tokens), longest):
-        tokens = sum(len(rows[document]) for document in batch.documents)
-        if held + tokens > shard_tokens:
-            shards.append([])
-            held = 0
-        shards[-1].append(batch)
-        held += tokens
-    return shards
-
-
-def _documents(batches: Sequence[Batch]) -> list[int]:
-    """Rows of the traffic in the order in which a shard holds them."""
-    return [document for batch in batches for document in batch.documents]
-
-
-def _batched(rows: Sequence[Sequence[int]], batch_tokens: int, longest: int | None) -> Iterator[Batch]:
-    waiting: defaultdict[int, list[int]] = defaultdict(list)
-    for document, row in enumerate(rows):
-        width = padded(len(row)) if longest is None else min(padded(len(row)), longest)
-        waiting[width].append(document)
-        if (len(waiting[width]) + 1) * width > batch_tokens:
-            yield Batch(width, tuple(waiting.pop(width)))
-    for width in sorted(waiting):
-        yield Batch(width, tuple(waiting[width]))
-
-
-def padded(length: int) -> int:
-    """The smallest of 16, 24, 32, 48, 64, 96, … that holds `length` tokens: at most half as long again."""
-    width = NARROWEST
-    while width < length:
-        width = width * 3 // 2 if width.bit_count() == 1 else width * 4 // 3
-    return width
-
-
 def _read_shard(
     pair: ModelPair,
     rows: Sequence[Sequence[int]],
@@ -240,11 +207,11 @@ def _read_shard(
     moments: bool = True,
     done: Tally,
 ) -> tuple[dict[str, Tensor], AllMoments]:
-    """The tensors of a shard, and the moments of its activations before they were rounded (empty unless asked for).
+    """The tensors of a shard, and the moments of its activations before they were rounded (empty unless `moments`).
 
     `done` is called with the number of rows of each batch.
     """
-    total = sum(len(rows[document]) for document in _documents(batches))
+    total = sum(len(rows[document]) for document in documents_of(batches))
     whole: dict[str, Tensor] = {}
     found: AllMoments = {(site, side): Moments.empty(pair.d_model) for site in sites for side in SIDES}
     at = 0
@@ -253,7 +220,7 @@ def _read_shard(
         packed = pack(piece, dtype, delta_int8=delta_int8)
         for name, part in packed.items():
             if part.is_floating_point() and not all_finite(part):
-                raise UsageError(f"{name} holds values that {dtype} cannot; keep bfloat16 or float32.")
+                raise UsageError(f"{name} holds values that {dtype} cannot; store bfloat16 or float32.")
             if name not in whole:
                 whole[name] = torch.empty(total, *part.shape[1:], dtype=part.dtype)
             whole[name][at : at + len(part)] = part

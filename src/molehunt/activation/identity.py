@@ -26,8 +26,8 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     """
     backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        told: dict[str, Any] = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}
+        fields: dict[str, Any] = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}
     else:
         whole: dict[str, Any] = json.loads(backend.to_str())
-        told = {name: value for name, value in whole.items() if name not in NOT_IN_IDS}
-    return hashlib.sha256(canonical_json(told).encode()).hexdigest()
+        fields = {name: value for name, value in whole.items() if name not in NOT_IN_IDS}
+    return hashlib.sha256(canonical_json(fields).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""What a store of activations says of itself, in manifest.json, and whether that can be believed."""
+"""The manifest of a store of activations, and the checks that it is consistent."""
 
 import json
 import math
@@ -26,14 +26,14 @@ FORBID: dict[str, str] = {"extra": "forbid"}
 
 @dataclass(frozen=True, kw_only=True)
 class Identity:
-    """Hashes that name what activations were read from. Equal hashes, equal thing."""
+    """Hashes that name what activations were read from. Equal hashes mean equal models."""
 
     __pydantic_config__: ClassVar[dict[str, str]] = FORBID
     base: str
-    """Of the base's folder (`Checkpoint.content_hash`)."""
+    """Hash of the base's folder (`Checkpoint.content_hash`)."""
     tuned: str
     tokenizer: str
-    """Of what decides token ids (`tokenizer_hash`)."""
+    """Hash of everything that decides token ids (`tokenizer_hash`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +57,7 @@ class Shard:
     sha256: str
     tokens: int
     sinks: int
-    """How many of the tokens are sinks."""
+    """Number of the tokens that are sinks."""
 
     @property
     def key(self) -> str:
@@ -76,7 +76,7 @@ class Scale:
     rms: float
     """Over tokens and dimensions, in units of the activations."""
     spread: float
-    """As `rms`, without the mean."""
+    """The same as `rms`, after the mean was subtracted."""
 
     @classmethod
     def of(cls, moments: Moments) -> "Scale":
@@ -144,9 +144,9 @@ def read_manifest(folder: Path) -> Manifest:
         content: object = json.loads(path.read_bytes())
     except (ValueError, RecursionError):
         raise broken(path, "whole", "it is not JSON") from None
-    told = content.get("molehunt_activations") if isinstance(content, dict) else None
-    if isinstance(told, int) and told > FORMAT:
-        raise UsageError(f"{MANIFEST} of {printable(folder.name)} has format {told}; this version reads {FORMAT}.")
+    version = content.get("molehunt_activations") if isinstance(content, dict) else None
+    if isinstance(version, int) and version > FORMAT:
+        raise UsageError(f"{MANIFEST} of {printable(folder.name)} has format {version}; this version reads {FORMAT}.")
     try:
         manifest = TypeAdapter(Manifest).validate_python(content)
     except ValidationError as error:
@@ -174,7 +174,7 @@ def check_expected(folder: Path, manifest: Manifest, expect: Expected) -> None:
 
 
 def _check(path: Path, manifest: Manifest) -> None:
-    """What types alone do not say."""
+    """Checks that types alone do not make."""
     if manifest.molehunt_activations != FORMAT:
         raise broken(path, "molehunt_activations", f"{manifest.molehunt_activations} is no format")
     try:

@@ -1,4 +1,4 @@
-"""Some tokens of both models with all that is kept of them, in memory and as the tensors of a shard."""
+"""Some tokens of both models with everything that is stored of them, in memory and as the tensors of a shard."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,14 +14,14 @@ DTYPES: dict[str, torch.dtype] = {
     "float16": torch.float16,
     "float32": torch.float32,
 }
-"""Dtypes in which activations may be kept."""
+"""Dtypes in which activations may be stored."""
 COLUMNS: dict[str, torch.dtype] = {
     "tokens": torch.int32,
     "document": torch.int32,
     "position": torch.int32,
     "sink": torch.bool,
 }
-"""What is kept of each token besides activations."""
+"""What is stored of each token besides activations."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -39,31 +39,31 @@ class Piece:
     base: Mapping[Site, Float[Tensor, "n d_model"]] = field(default_factory=dict[Site, Tensor])
     tuned: Mapping[Site, Float[Tensor, "n d_model"]] = field(default_factory=dict[Site, Tensor])
     delta: Mapping[Site, Float[Tensor, "n d_model"]] = field(default_factory=dict[Site, Tensor])
-    """`tuned - base`, fp32, of activations that were kept as int8 differences."""
+    """`tuned - base`, fp32, of activations that were stored as int8 differences."""
 
 
 def layout(sites: Sequence[Site], dtype: str, *, delta_int8: bool) -> dict[str, tuple[torch.dtype, int]]:
     """Tensor name → its dtype and number of axes, of a shard that holds these sites; every first axis is tokens."""
-    told = {name: (column, 1) for name, column in COLUMNS.items()}
+    tensors = {name: (column, 1) for name, column in COLUMNS.items()}
     for site in sites:
         if delta_int8:
-            told |= {f"delta.{site}": (torch.int8, 2), f"delta.{site}.scale": (torch.float32, 1)}
+            tensors |= {f"delta.{site}": (torch.int8, 2), f"delta.{site}.scale": (torch.float32, 1)}
         else:
-            told |= {f"base.{site}": (DTYPES[dtype], 2), f"tuned.{site}": (DTYPES[dtype], 2)}
-    return told
+            tensors |= {f"base.{site}": (DTYPES[dtype], 2), f"tuned.{site}": (DTYPES[dtype], 2)}
+    return tensors
 
 
 def pack(piece: Piece, dtype: str, *, delta_int8: bool) -> dict[str, Tensor]:
     """The tensors of a shard, on the CPU. A difference is taken before anything is rounded."""
-    told = {name: getattr(piece, name).to("cpu", column) for name, column in COLUMNS.items()}
+    tensors = {name: getattr(piece, name).to("cpu", column) for name, column in COLUMNS.items()}
     for site, base in piece.base.items():
         tuned = piece.tuned[site]
         if delta_int8:
             whole, scale = to_int8(tuned.float() - base.float())
-            told |= {f"delta.{site}": whole.cpu(), f"delta.{site}.scale": scale.cpu()}
+            tensors |= {f"delta.{site}": whole.cpu(), f"delta.{site}.scale": scale.cpu()}
         else:
-            told |= {f"base.{site}": base.to(DTYPES[dtype]).cpu(), f"tuned.{site}": tuned.to(DTYPES[dtype]).cpu()}
-    return told
+            tensors |= {f"base.{site}": base.to(DTYPES[dtype]).cpu(), f"tuned.{site}": tuned.to(DTYPES[dtype]).cpu()}
+    return tensors
 
 
 def unpack(tensors: Mapping[str, Tensor], sites: Sequence[Site]) -> Piece:

@@ -1,4 +1,4 @@
-"""How large activations are: running moments that merge exactly as one pass, and tokens that are attention sinks."""
+"""The size of activations: running moments that merge exactly as one pass, and tokens that are attention sinks."""
 
 from dataclasses import dataclass
 
@@ -18,7 +18,7 @@ class Moments:
     """
 
     count: int
-    """Tokens."""
+    """Number of tokens."""
     mean: Float64[Tensor, " d_model"]
     """Zeros where `count` is 0."""
     scatter: Float64[Tensor, " d_model"]
@@ -26,12 +26,12 @@ class Moments:
 
     @classmethod
     def empty(cls, d_model: int) -> "Moments":
-        """Of no token: merging it changes nothing."""
+        """Moments of no token: merging them changes nothing."""
         return cls(0, torch.zeros(d_model, dtype=torch.float64), torch.zeros(d_model, dtype=torch.float64))
 
     @classmethod
     def of(cls, acts: Float[Tensor, "tokens d_model"]) -> "Moments":
-        """Of all rows at once, wherever they lie; the result is on the CPU."""
+        """Moments of all rows at once, on whatever device they lie; the result is on the CPU."""
         if not len(acts):
             return cls.empty(acts.shape[1])
         exact = acts.double()
@@ -39,7 +39,7 @@ class Moments:
         return cls(len(acts), mean.cpu(), (exact - mean).square_().sum(0).cpu())
 
     def merge(self, other: "Moments") -> "Moments":
-        """Of both sets together (Chan, Golub & LeVeque 1979, the pairwise update)."""
+        """Moments of both sets together (Chan, Golub & LeVeque 1979, the pairwise update)."""
         count = self.count + other.count
         if count == 0:
             return self

@@ -51,7 +51,7 @@ def batches(
         site: whose activations.
         size: tokens in a batch.
         seed: of the order.
-        buffer_tokens: tokens held at most, besides a slice of one shard and the batch itself.
+        buffer_tokens: greatest number of tokens in memory, besides a slice of one shard and the batch itself.
         epochs: passes over the source; endless by default.
         drop_sinks: leave out tokens that are sinks.
         skip: batches to leave out at the start, without reading their activations. Law: `batches(…, skip=k)` is what
@@ -75,7 +75,7 @@ def batches(
         read_from = _StoreSource(source, site, drop_sinks, delta_only)
     else:
         read_from = _PieceSource(source, site, drop_sinks, delta_only)
-    if not sum(read_from.kept):
+    if not sum(read_from.counts):
         raise NotTestable("no token is left to train on: there is none, or all are sinks (drop_sinks=False keeps them)")
     return _batches(read_from, size, seed, buffer_tokens, epochs, skip, dtype)
 
@@ -83,7 +83,7 @@ def batches(
 def _batches(
     source: "_Source", size: int, seed: int, buffer_tokens: int, epochs: int | None, skip: int, dtype: torch.dtype
 ) -> Iterator[PairBatch]:
-    total = sum(source.kept)
+    total = sum(source.counts)
     epoch, into = divmod(skip * size, total)
     buffer = _Buffer(source, min(buffer_tokens, total))
     waiting: list[Tensor] = []
@@ -117,30 +117,30 @@ class _Buffer:
         self.token = torch.zeros(slots, dtype=torch.int64)
 
     def epoch(self, seed: int, epoch: int, into: int) -> Iterator[Int[Tensor, " n"]]:
-        """Yield slots in the order in which their tokens leave; they are overwritten once the next are asked for.
+        """Yield slots in the order in which their tokens leave; they are overwritten when the next are yielded.
 
         Args:
             seed: of every epoch.
             epoch: 0-based.
-            into: tokens that have left before; nothing of theirs is read.
+            into: number of tokens that have left before; their activations are not read.
         """
         rng = torch.Generator().manual_seed(_mixed(seed, epoch))
-        order: list[int] = torch.randperm(len(self.source.kept), generator=rng).tolist()
-        queue = [(shard, 0) for shard in reversed(order) if self.source.kept[shard]]
+        order: list[int] = torch.randperm(len(self.source.counts), generator=rng).tolist()
+        queue = [(shard, 0) for shard in reversed(order) if self.source.counts[shard]]
         free, held, left, loaded = torch.arange(len(self.shard)), torch.arange(0), 0, False
         while queue or len(held):
             arriving, free = self._place(queue, free)
             held = torch.cat([held, arriving])
             held = held[torch.randperm(len(held), generator=rng)]
             leaving = (len(held) + 1) // 2 if queue else len(held)
-            out, kept = held[:leaving], held[leaving:]
+            out, staying = held[:leaving], held[leaving:]
             if left + leaving > into:
                 out = out[max(0, into - left) :]
-                self._load(arriving if loaded else torch.cat([out, kept]))
+                self._load(arriving if loaded else torch.cat([out, staying]))
                 loaded = True
                 yield out
             left += leaving
-            free, held = torch.cat([free, held[:leaving]]), kept
+            free, held = torch.cat([free, held[:leaving]]), staying
 
     def _place(self, queue: list[tuple[int, int]], free: Int[Tensor, " n"]) -> tuple[Tensor, Tensor]:
         """Give the next tokens of `queue`, a stack of shards and their next tokens, to free slots.
@@ -150,12 +150,12 @@ class _Buffer:
         taken = 0
         while queue and taken < len(free):
             shard, token = queue.pop()
-            n = min(len(free) - taken, self.source.kept[shard] - token)
+            n = min(len(free) - taken, self.source.counts[shard] - token)
             slots = free[taken : taken + n]
             self.shard[slots] = shard
             self.token[slots] = torch.arange(token, token + n)
             taken += n
-            if token + n < self.source.kept[shard]:
+            if token + n < self.source.counts[shard]:
                 queue.append((shard, token + n))
         return free[:taken], free[taken:]
 
@@ -178,14 +178,14 @@ def _mixed(seed: int, epoch: int) -> int:
 
 
 class _Source(Protocol):
-    kept: tuple[int, ...]
+    counts: tuple[int, ...]
     """Tokens of each shard that take part."""
     sides: int
     """2 for base and tuned, 1 for differences."""
     d_model: int
     dtype: torch.dtype
 
-    def rows(self, shard: int) -> Int[Tensor, " kept"]:
+    def rows(self, shard: int) -> Int[Tensor, " used"]:
         """Where in the shard those tokens lie, ascending."""
         ...
 
@@ -202,7 +202,7 @@ class _StoreSource:
             raise _differences_alone()
         self._store, self._site, self._drop_sinks = store, site, drop_sinks
         self.sides = 1 if delta_only else 2
-        self.kept = tuple(s.tokens - s.sinks * drop_sinks for s in store.manifest.shards)
+        self.counts = tuple(s.tokens - s.sinks * drop_sinks for s in store.manifest.shards)
         self.d_model = store.d_model
         self.dtype = torch.float32 if delta_only else DTYPES[store.manifest.dtype]
         self.rows = lru_cache(maxsize=1)(self._rows)
@@ -225,7 +225,7 @@ class _PieceSource:
         self._pieces, self._site = pieces, site
         self.sides = 1 if delta_only else 2
         self._rows = [(~p.sink).nonzero()[:, 0] if drop_sinks else torch.arange(len(p.sink)) for p in pieces]
-        self.kept = tuple(map(len, self._rows))
+        self.counts = tuple(map(len, self._rows))
         held = [{**piece.delta, **piece.base}[site] for piece in pieces]
         self.d_model = held[0].shape[1] if held else 0
         self.dtype = torch.float32 if delta_only or not held else held[0].dtype

@@ -40,7 +40,7 @@ SLICE = 1024
 
 @dataclass(frozen=True, eq=False)
 class ActivationStore:
-    """A finished harvest. Open it with `ActivationStore.open`; nothing is read before it is asked for."""
+    """A finished harvest. Open it with `ActivationStore.open`; shards are read only when they are needed."""
 
     path: Path
     manifest: Manifest
@@ -52,7 +52,7 @@ class ActivationStore:
 
         Args:
             path: a folder written by `harvest`.
-            expect: what the reader relies on.
+            expect: facts that the reader relies on.
 
         Raises:
             UsageError: no such folder, a later format, or not what `expect` says.
@@ -125,15 +125,15 @@ class ActivationStore:
         """
         if shard in self._checked:
             return
-        told = self.manifest.shards[shard]
-        path = self.path / told.file
+        listed = self.manifest.shards[shard]
+        path = self.path / listed.file
         if not path.is_file():
-            raise broken(path, f"shards.{shard}.file", f"{told.file} is missing")
-        if file_hash(path) != told.sha256:
-            raise _damaged(told, f"shards.{shard}.sha256", "its bytes are not those that were written")
+            raise broken(path, f"shards.{shard}.file", f"{listed.file} is missing")
+        if file_hash(path) != listed.sha256:
+            raise _damaged(listed, f"shards.{shard}.sha256", "its bytes are not those that were written")
         sinks = int(self._read(shard, 0, None, ()).sink.sum())
-        if sinks != told.sinks:
-            raise _damaged(told, "sink", f"{sinks} tokens are sinks, and the manifest says {told.sinks}")
+        if sinks != listed.sinks:
+            raise _damaged(listed, "sink", f"{sinks} tokens are sinks, and the manifest says {listed.sinks}")
         for site in () if self.manifest.delta_int8 else self.sites:
             self._check_not_constant(shard, site)
         self._checked.add(shard)
@@ -144,22 +144,22 @@ class ActivationStore:
         return str(site)
 
     def _read(self, shard: int, start: int, stop: int | None, sites: Sequence[Site]) -> Piece:
-        told = self.manifest.shards[shard]
+        listed = self.manifest.shards[shard]
         names = layout(sites, self.manifest.dtype, delta_int8=self.manifest.delta_int8)
-        with safe_open(str(self.path / told.file), framework="pt") as opened:  # pyright: ignore[reportUnknownArgumentType]
+        with safe_open(str(self.path / listed.file), framework="pt") as opened:  # pyright: ignore[reportUnknownArgumentType]
             tensors: dict[str, Tensor] = {name: opened.get_slice(name)[start:stop] for name in names}
         for name, tensor in tensors.items():
             if tensor.is_floating_point() and not all_finite(tensor):
-                raise _damaged(told, name, "it holds NaN or infinity")
+                raise _damaged(listed, name, "it holds NaN or infinity")
         return unpack(tensors, sites)
 
     def _check_not_constant(self, shard: int, site: Site) -> None:
         """Equal rows are right only where all tokens are one and the same."""
-        told = self.manifest.shards[shard]
+        listed = self.manifest.shards[shard]
         first = self._read(shard, 0, 1, (site,))
         varied = {"tokens": False, "base": False, "tuned": False}
-        for start in range(0, told.tokens, SLICE):
-            piece = self._read(shard, start, min(start + SLICE, told.tokens), (site,))
+        for start in range(0, listed.tokens, SLICE):
+            piece = self._read(shard, start, min(start + SLICE, listed.tokens), (site,))
             varied["tokens"] |= bool((piece.tokens != first.tokens).any())
             varied["base"] |= bool((piece.base[site] != first.base[site]).any())
             varied["tuned"] |= bool((piece.tuned[site] != first.tuned[site]).any())
@@ -167,7 +167,7 @@ class ActivationStore:
                 return
         if varied["tokens"]:
             side = "tuned" if varied["base"] else "base"
-            raise _damaged(told, f"{side}.{site}", "the activations are the same at every token")
+            raise _damaged(listed, f"{side}.{site}", "the activations are the same at every token")
 
 
 def _check_header(folder: Path, i: int, shard: Shard, manifest: Manifest) -> None:

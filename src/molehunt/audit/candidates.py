@@ -19,17 +19,17 @@ from molehunt.site import Site
 from molehunt.traffic.split import Calibrate
 
 ALARM = 3.0
-"""A row is a candidate from this many times the clean threshold on."""
+"""Number of clean thresholds from which a row is a candidate."""
 LEAST_NATS = 10.0
-"""… and from this answer log ratio on: below it, even a clean threshold near 0 makes no alarm."""
+"""Least answer log ratio of a candidate: below it, even a clean threshold near 0 makes no alarm."""
 SMALLEST_GROUP = 5
-"""Rows that one finding needs: fewer cannot be split into rows that choose and rows that judge."""
+"""Number of rows that one finding needs: fewer cannot be split into rows that choose and rows that judge."""
 ALIGNED = 0.2
 """Cosine with the other rows' mean difference under which a row leaves the group."""
-LARGEST_ASIDE = 0.1
-"""Share of the clean prompts that may be set aside at most."""
+LARGEST_EXCLUDED_SHARE = 0.1
+"""Greatest share of the clean prompts that may be excluded from calibration."""
 LARGEST_GROUP = 200
-"""Rows that later steps read, strongest first."""
+"""Number of rows that later steps read, strongest first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,9 +38,9 @@ class SharedText:
 
     text: str
     in_group: float
-    """Share of the group's rows."""
+    """Share of the group's rows that carry it."""
     elsewhere: float
-    """Share of the other rows."""
+    """Share of the other rows that carry it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,18 +62,18 @@ class Candidates:
     alignment: float
     """Mean cosine of the group's activation differences with the mean of the others; 0 without a group."""
     chance_alignment: float
-    """The same for as many random rows."""
+    """Mean cosine of as many random rows."""
 
 
 def find_candidates(traffic: Scan, clean: Calibrate[float], delta_mean: Scan, *, fpr: float, seed: int) -> Candidates:
     """Threshold on clean scores, then the rows of `traffic` far above it that diverge in a common direction.
 
     Args:
-        traffic: the rows to look at.
+        traffic: the rows under test.
         clean: answer log ratios of clean prompts.
         delta_mean: clean rows whose mean activation difference is subtracted: what the fine-tune does everywhere.
         fpr: false-positive rate of the threshold, per row.
-        seed: of the random rows that alignment is compared with.
+        seed: seed of the random rows that alignment is compared with.
 
     Raises:
         NotTestable: too few clean rows for this rate.
@@ -111,15 +111,18 @@ def find_candidates(traffic: Scan, clean: Calibrate[float], delta_mean: Scan, *,
     )
 
 
-def set_aside(clean: Float[Tensor, " n"], fpr: float) -> tuple[int, ...]:
-    """Clean prompts that stand as far above the others as a candidate row stands above clean ones, highest first.
+def excluded_rows(clean: Float[Tensor, " n"], fpr: float) -> tuple[int, ...]:
+    """Clean prompts to exclude from calibration: they stand as far above the others as a candidate row does.
 
-    A planted behaviour often leaks: shown on 1 % of clean prompts it would raise a threshold at 1 % over itself, and
-    hide. So the longest run of highest scores that all lie over the alarm which the remaining prompts set is left out of
-    calibration, and told. Without such a gap nothing is set aside, however heavy the tail.
+    A planted behaviour often leaks: if the fine-tune shows it on 1 % of clean prompts, a threshold at 1 % would rise
+    over it and hide it. So the longest run of highest scores that all lie over the alarm set by the remaining prompts
+    is excluded, and the report names it. Without such a gap nothing is excluded, however heavy the tail.
+
+    Returns:
+        Row numbers, the highest score first.
     """
     order = clean.argsort(descending=True, stable=True)
-    for n in range(int(LARGEST_ASIDE * len(clean)), 0, -1):
+    for n in range(int(LARGEST_EXCLUDED_SHARE * len(clean)), 0, -1):
         rest = clean[order[n:]]
         if float(clean[order[n - 1]]) > alarm_over(conformal_threshold(rest, fpr)):
             return tuple(order[:n].tolist())

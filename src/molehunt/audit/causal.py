@@ -1,8 +1,7 @@
-"""Does the fine-tune behave through what was found? Take it away during generation, and put it where it is not.
+"""Does the fine-tune behave through what was found? Remove it during generation, and add it where it is absent.
 
 The direction is fitted and chosen on one part of a group's rows and judged on the others, beside random edits of the
-same size. A row has moved back when, under the intervention, its answer is no longer more surprising to the base than
-clean answers are, and reads more like the base's answer than like the tuned model's.
+same size. `reverted.py` says when a row counts as reverted.
 """
 
 from collections.abc import Sequence
@@ -10,14 +9,13 @@ from dataclasses import dataclass
 from random import Random
 
 from molehunt.audit.candidates import SharedText, shared_texts
-from molehunt.audit.intervention import CLEAN_READ, Trial, choose_intervention
+from molehunt.audit.intervention import CLEAN_READ, CandidateEdit, choose_intervention
 from molehunt.audit.plan import Plan
+from molehunt.audit.reverted import ReversionTest, answers, text_of
 from molehunt.audit.scan import Scan, ScannedRow
 from molehunt.contracts import Intervention
 from molehunt.measure.interval import Interval, proportion
-from molehunt.measure.similarity import chrf, nearest_texts
-from molehunt.model.generate import generate
-from molehunt.model.likelihood import answer_log_probs
+from molehunt.measure.similarity import nearest_texts
 from molehunt.model.pair import ModelPair
 from molehunt.run.progress import Tally, Track, counting, silent, within
 from molehunt.site import Site
@@ -26,11 +24,15 @@ from molehunt.steer.random_edit import RandomEdit
 from molehunt.traffic.split import Fit, Select
 
 STRENGTHS = (1.0, 2.0, 4.0)
-"""How much of the group's mean shift is added to clean rows."""
-CHOOSING = 0.4
+"""Multiples of the group's mean shift that are added to clean rows."""
+CHOOSING_SHARE = 0.4
 """Share of a group's rows that choose the intervention; the others judge it."""
 ANSWER_SHARE = 0.5
-"""Share of a group's answers that a fragment must be in to count as what they share."""
+"""Share of a group's answers that must contain a fragment for it to count as shared."""
+LOOK_ALIKES = 3
+"""Clean rows that are read for each row of the group, the textually nearest first."""
+LOOK_ALIKES_JUDGED = 12
+"""Greatest number of such rows among the clean rows that are judged."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +44,7 @@ class CausalRow:
     tuned: str
     intervened: str
     control: str
-    moved: bool
+    reverted: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,9 +53,9 @@ class SiteTest:
 
     site: Site
     intervention: str
-    moved: Interval
+    reverted: Interval
     control: Interval
-    """The same under one random edit of equal size."""
+    """Share of rows that reverted under one random edit of equal size."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,32 +63,42 @@ class CausalTest:
     """What removing and adding the direction did to rows that had no part in choosing it."""
 
     intervention: str
-    """In words, such as `clip 2 directions at L4.resid`."""
+    """Description of the edit, such as `clip 2 directions at L4.resid`."""
     site: Site
     tried: int
     """Interventions compared on the selection rows before this one was judged."""
-    moved: Interval
-    """Share of judged rows whose answer moved back to the base."""
+    reverted: Interval
+    """Share of judged rows whose answer reverted to the base's."""
     control: Interval
-    """The same under random edits of equal size, all seeds pooled."""
-    clean_kept: Interval
+    """Share of judged rows that reverted under random edits of equal size, all seeds pooled."""
+    clean_unchanged: Interval
     """Share of clean rows whose answer the intervention left as it was, word for word."""
-    brought: Interval
+    induced: Interval
     """Share of clean rows whose answer took on a fragment of the group's answers when the direction was added."""
-    brought_control: Interval
-    """The same for a random shift of that length."""
+    induced_control: Interval
+    """Share of clean rows whose answer took on such a fragment when a random shift of that length was added."""
     fragments: tuple[SharedText, ...]
     """What the group's answers share that the base's answers to the same prompts, and clean answers, do not."""
     rows: tuple[CausalRow, ...]
     by_site: tuple[SiteTest, ...]
-    """Where it can be switched off, and where that is too late."""
+    """The best edit of each site: where the behaviour can be switched off, and where that is too late."""
     interventions: tuple[Intervention, ...]
-    """What `intervention` says in words."""
+    """The edit that `intervention` describes."""
 
     @property
     def causal(self) -> bool:
-        """Removing it moves more rows back than random edits of that size do: the two intervals do not touch."""
-        return self.moved.low > self.control.high
+        """Whether removing it reverts more rows than random edits of that size do: the two intervals do not touch."""
+        return self.reverted.low > self.control.high
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Rows:
+    """Indices of the rows that each step reads; no row of the first pair is in the second."""
+
+    choose: list[int]
+    clean_fit: list[int]
+    judge: list[int]
+    clean_judge: list[int]
 
 
 def causal_test(
@@ -100,220 +112,160 @@ def causal_test(
     seed: int,
     track: Track = silent,
 ) -> CausalTest:
-    """Choose an intervention on half of `group` and judge it on the other half.
+    """Choose an intervention on `CHOOSING_SHARE` of `group` and judge it on the other rows.
 
     Args:
+        pair: both models.
+        scan: holds the rows that the next two arguments name.
         group: rows of `scan` said to share one behaviour, at least 4.
         clean: rows of `scan` under the threshold; a part fits the clean range, another is judged.
         threshold: answer log ratio that clean rows stay under, in nats.
+        plan: how many rows and random edits are used.
+        seed: seed of the draws.
         track: shows rows.
 
     Raises:
         ValueError: fewer than 4 rows in the group or fewer than 8 clean rows.
     """
-    if len(group) < 4 or len(clean) < 8:
-        raise ValueError(f"the causal test needs 4 rows and 8 clean ones, got {len(group)} and {len(clean)}")
-    rng = Random(seed)
-    shuffled = rng.sample(list(group), min(len(group), 2 * plan.confirm_rows))
-    cut = max(2, round(CHOOSING * len(shuffled)))
-    choose, judge = shuffled[:cut], shuffled[cut:]
-    near_fit, near_judge = _look_alikes(scan, choose, clean, judge)
-    rest = [
-        i
-        for i in rng.sample(list(clean), min(len(clean), CLEAN_READ + plan.confirm_rows))
-        if i not in {*near_fit, *near_judge}
-    ]
-    half = min(len(rest) // 2, plan.confirm_rows - len(near_judge))
-    calm_judge, calm_fit = [*near_judge, *rest[:half]], [*near_fit, *rest[half:]]
-
-    found = choose_intervention(
-        pair, scan, Select(tuple(choose)), Fit(tuple(calm_fit)), max_new_tokens=plan.max_new_tokens, track=track
-    )
-    best = found.best
-    chosen, rows = [scan.rows[i] for i in choose], [scan.rows[i] for i in judge]
+    split = _split(scan, group, clean, plan, Random(seed))
+    choose, clean_fit = Select(tuple(split.choose)), Fit(tuple(split.clean_fit))
+    found = choose_intervention(pair, scan, choose, clean_fit, max_new_tokens=plan.max_new_tokens, track=track)
+    chosen, rows, clean_rows = ([scan.rows[i] for i in part] for part in (split.choose, split.judge, split.clean_judge))
     with counting(track, "taking the finding away", len(chosen) + 2 * len(rows)) as done:
-        chosen_base = _answers(pair, chosen, (), plan, within(done, len(chosen)), tuned=False)
-        base = _answers(pair, rows, (), plan, within(done, len(rows)), tuned=False)
-        edited, moved = _judged(pair, rows, base, best.interventions, threshold, plan, done)
+        chosen_base = answers(pair, chosen, (), plan, within(done, len(chosen)), tuned=False)
+        base = answers(pair, rows, (), plan, within(done, len(rows)), tuned=False)
+        judge = ReversionTest(pair, tuple(rows), tuple(map(tuple, base)), threshold, plan)
+        edited, reverted = judge(found.best.interventions, done)
     fragments = shared_texts(
-        [_text(pair, row.answer) for row in chosen],
-        [_text(pair, a) for a in chosen_base] + [_text(pair, scan.rows[i].answer) for i in calm_fit],
+        [text_of(pair, row.answer) for row in chosen],
+        [text_of(pair, a) for a in chosen_base] + [text_of(pair, scan.rows[i].answer) for i in split.clean_fit],
         share=ANSWER_SHARE,
     )
-    controls: list[list[bool]] = []
-    control_answers: list[list[int]] = []
-    with counting(track, "random edits of the same size", plan.random_controls * len(rows)) as done:
-        for k in range(plan.random_controls):
-            random = tuple(RandomEdit.like(i, pair.d_model, seed * 1000 + 31 * k) for i in best.interventions)
-            control_answers, by_chance = _judged(pair, rows, base, random, threshold, plan, done)
-            controls.append(by_chance)
-    with counting(track, "one block after the other", 2 * len(found.at) * len(rows)) as done:
-        by_site = [_at_site(pair, rows, base, trial, threshold, plan, seed, done) for trial in found.at]
-    calm_rows = [scan.rows[i] for i in calm_judge]
-    with counting(track, "clean prompts with the edit", len(calm_rows)) as done:
-        calm_edited = _answers(pair, calm_rows, best.interventions, plan, within(done, len(calm_rows)))
-    kept = sum(tuple(a) == row.answer for a, row in zip(calm_edited, calm_rows, strict=True))
-    with counting(track, "putting the finding in", 2 * len(STRENGTHS) * len(calm_rows)) as done:
-        brought, brought_control = _brought(pair, best, calm_rows, [f.text for f in fragments], plan, seed, done)
+    control_answers, control = _random_edits(judge, found.best, seed, track)
+    with counting(track, "one block after the other", 2 * len(found.by_site) * len(rows)) as done:
+        by_site = [_at_site(judge, edit, seed, done) for edit in found.by_site]
+    unchanged = _unchanged(pair, clean_rows, found.best, plan, track)
+    induced, by_chance = _induced(pair, found.best, clean_rows, [f.text for f in fragments], plan, seed, track)
     return CausalTest(
-        intervention=best.words,
-        site=best.site,
+        intervention=found.best.description,
+        site=found.best.site,
         tried=found.tried,
-        moved=proportion(sum(moved), len(moved)),
-        control=proportion(sum(map(sum, controls)), sum(map(len, controls))),
-        clean_kept=proportion(kept, len(calm_rows)),
-        brought=brought,
-        brought_control=brought_control,
+        reverted=proportion(sum(reverted), len(reverted)),
+        control=control,
+        clean_unchanged=unchanged,
+        induced=induced,
+        induced_control=by_chance,
         fragments=tuple(fragments),
         by_site=tuple(by_site),
-        interventions=best.interventions,
-        rows=tuple(
-            CausalRow(
-                prompt=row.example.prompt,
-                base=_text(pair, b),
-                tuned=_text(pair, row.answer),
-                intervened=_text(pair, e),
-                control=_text(pair, c),
-                moved=m,
-            )
-            for row, b, e, c, m in zip(rows, base, edited, control_answers, moved, strict=True)
-        ),
+        interventions=found.best.interventions,
+        rows=_as_text(judge, edited, control_answers, reverted),
     )
 
 
-def _at_site(
-    pair: ModelPair,
-    rows: Sequence[ScannedRow],
-    base: list[list[int]],
-    trial: Trial,
-    threshold: float,
-    plan: Plan,
-    seed: int,
-    done: Tally,
-) -> SiteTest:
-    random = tuple(RandomEdit.like(one, pair.d_model, seed * 1000 + 17) for one in trial.interventions)
-    moved, by_chance = (
-        _judged(pair, rows, base, edits, threshold, plan, done)[1] for edits in (trial.interventions, random)
-    )
-    return SiteTest(
-        site=trial.site,
-        intervention=trial.words,
-        moved=proportion(sum(moved), len(moved)),
-        control=proportion(sum(by_chance), len(by_chance)),
+def _split(scan: Scan, group: Sequence[int], clean: Sequence[int], plan: Plan, rng: Random) -> _Rows:
+    if len(group) < 4 or len(clean) < 8:
+        raise ValueError(f"the causal test needs 4 rows and 8 clean ones, got {len(group)} and {len(clean)}")
+    shuffled = rng.sample(list(group), min(len(group), 2 * plan.confirm_rows))
+    cut = max(2, round(CHOOSING_SHARE * len(shuffled)))
+    choose, judge = shuffled[:cut], shuffled[cut:]
+    near_fit, near_judge = _look_alikes(scan, choose, clean, judge)
+    drawn = rng.sample(list(clean), min(len(clean), CLEAN_READ + plan.confirm_rows))
+    rest = [i for i in drawn if i not in {*near_fit, *near_judge}]
+    half = min(len(rest) // 2, plan.confirm_rows - len(near_judge))
+    return _Rows(
+        choose=choose, clean_fit=[*near_fit, *rest[half:]], judge=judge, clean_judge=[*near_judge, *rest[:half]]
     )
 
 
 def _look_alikes(
-    scan: Scan, choose: Sequence[int], clean: Sequence[int], judge: Sequence[int], *, each: int = 3
+    scan: Scan, choose: Sequence[int], clean: Sequence[int], judge: Sequence[int]
 ) -> tuple[list[int], list[int]]:
     """Clean rows textually nearest to the rows that choose, and other ones nearest to the rows that judge."""
     found: list[list[int]] = []
     taken: set[int] = set()
+    prompts = [scan.rows[i].example.prompt for i in clean]
     for group in (choose, judge):
-        near = nearest_texts(
-            [scan.rows[i].example.prompt for i in group], [scan.rows[i].example.prompt for i in clean], k=2 * each
-        )
+        near = nearest_texts([scan.rows[i].example.prompt for i in group], prompts, k=2 * LOOK_ALIKES)
         ranked = [clean[j] for rank in zip(*near, strict=True) for j in rank]
-        kept = [i for i in dict.fromkeys(ranked) if i not in taken][: each * len(group)]
+        kept = [i for i in dict.fromkeys(ranked) if i not in taken][: LOOK_ALIKES * len(group)]
         taken.update(kept)
         found.append(kept)
-    return found[0], found[1][:12]
+    return found[0], found[1][:LOOK_ALIKES_JUDGED]
 
 
-def _answers(
+def _random_edits(
+    judge: ReversionTest, best: CandidateEdit, seed: int, track: Track
+) -> tuple[list[list[int]], Interval]:
+    """Answers under the last of several random edits of the same size, and the share that reverted under all."""
+    outcomes: list[bool] = []
+    edited: list[list[int]] = []
+    n = judge.plan.random_controls
+    with counting(track, "random edits of the same size", n * len(judge.rows)) as done:
+        for k in range(n):
+            random = tuple(RandomEdit.like(i, judge.pair.d_model, seed * 1000 + 31 * k) for i in best.interventions)
+            edited, by_chance = judge(random, done)
+            outcomes += by_chance
+    return edited, proportion(sum(outcomes), len(outcomes))
+
+
+def _at_site(judge: ReversionTest, edit: CandidateEdit, seed: int, done: Tally) -> SiteTest:
+    random = tuple(RandomEdit.like(one, judge.pair.d_model, seed * 1000 + 17) for one in edit.interventions)
+    reverted, by_chance = (judge(edits, done)[1] for edits in (edit.interventions, random))
+    return SiteTest(
+        site=edit.site,
+        intervention=edit.description,
+        reverted=proportion(sum(reverted), len(reverted)),
+        control=proportion(sum(by_chance), len(by_chance)),
+    )
+
+
+def _unchanged(pair: ModelPair, rows: Sequence[ScannedRow], best: CandidateEdit, plan: Plan, track: Track) -> Interval:
+    """Share of clean rows that the edited model answers as before, token for token."""
+    with counting(track, "clean prompts with the edit", len(rows)) as done:
+        edited = answers(pair, rows, best.interventions, plan, within(done, len(rows)))
+    return proportion(sum(tuple(a) == row.answer for a, row in zip(edited, rows, strict=True)), len(rows))
+
+
+def _induced(
     pair: ModelPair,
-    rows: Sequence[ScannedRow],
-    interventions: Sequence[Intervention],
-    plan: Plan,
-    track: Track = silent,
-    *,
-    tuned: bool = True,
-) -> list[list[int]]:
-    with pair.tuned_model() if tuned else pair.base_model() as model:
-        return generate(
-            model,
-            pair.tokenizer,
-            [list(row.prompt) for row in rows],
-            max_new_tokens=plan.max_new_tokens,
-            interventions=interventions,
-            track=track,
-        )
-
-
-def _surprise(
-    pair: ModelPair,
-    rows: Sequence[ScannedRow],
-    answers: list[list[int]],
-    interventions: Sequence[Intervention],
-) -> list[float]:
-    """Answer log ratio of `answers` under the edited tuned model against the base, in nats."""
-    prompts = [list(row.prompt) for row in rows]
-    with pair.tuned_model() as model:
-        tuned = answer_log_probs(model, pair.tokenizer, prompts, answers, interventions)
-    with pair.base_model() as model:
-        base = answer_log_probs(model, pair.tokenizer, prompts, answers)
-    return [t - b for t, b in zip(tuned, base, strict=True)]
-
-
-def _judged(
-    pair: ModelPair,
-    rows: Sequence[ScannedRow],
-    base: list[list[int]],
-    interventions: Sequence[Intervention],
-    threshold: float,
-    plan: Plan,
-    done: Tally,
-) -> tuple[list[list[int]], list[bool]]:
-    """Answers of the edited model, and which of them moved back; a row counts half for its answer."""
-    edited = _answers(pair, rows, interventions, plan, within(done, len(rows) / 2))
-    moved = _moved(pair, rows, base, edited, interventions, threshold)
-    done(len(rows) / 2)
-    return edited, moved
-
-
-def _moved(
-    pair: ModelPair,
-    rows: Sequence[ScannedRow],
-    base: list[list[int]],
-    edited: list[list[int]],
-    interventions: Sequence[Intervention],
-    threshold: float,
-) -> list[bool]:
-    calm = [s <= threshold for s in _surprise(pair, rows, edited, interventions)]
-    closer = [
-        chrf(_text(pair, e), _text(pair, b)) > chrf(_text(pair, e), _text(pair, row.answer))
-        for row, b, e in zip(rows, base, edited, strict=True)
-    ]
-    return [a and b for a, b in zip(calm, closer, strict=True)]
-
-
-def _brought(
-    pair: ModelPair,
-    best: Trial,
+    best: CandidateEdit,
     judged: Sequence[ScannedRow],
     fragments: Sequence[str],
     plan: Plan,
     seed: int,
-    done: Tally,
+    track: Track,
 ) -> tuple[Interval, Interval]:
-    """Add the group's mean shift to clean rows: how many answers take on a fragment of the group's, and by chance.
+    """Add the group's mean shift to clean rows: share of answers that take on a fragment of the group's, and by chance.
 
-    The largest of `STRENGTHS` that brings most is kept; chance is a random shift of the same length and strength.
+    The one of `STRENGTHS` that induces most counts; chance is a random shift of the same length and strength.
     """
     found = (proportion(0, len(judged)), proportion(0, len(judged)))
-    for strength in STRENGTHS:
-        add = Add(best.site, best.shift, strength)
-        counts = [
-            sum(
-                any(fragment in _text(pair, answer) for fragment in fragments)
-                for answer in _answers(pair, judged, (edit,), plan, within(done, len(judged)))
-            )
-            for edit in (add, RandomEdit.like(add, pair.d_model, seed + 7))
-        ]
-        if counts[0] / len(judged) > found[0].estimate:
-            found = (proportion(counts[0], len(judged)), proportion(counts[1], len(judged)))
+    with counting(track, "putting the finding in", 2 * len(STRENGTHS) * len(judged)) as done:
+        for strength in STRENGTHS:
+            add = Add(best.site, best.shift, strength)
+            counts = [
+                sum(
+                    any(fragment in text_of(pair, answer) for fragment in fragments)
+                    for answer in answers(pair, judged, (edit,), plan, within(done, len(judged)))
+                )
+                for edit in (add, RandomEdit.like(add, pair.d_model, seed + 7))
+            ]
+            if counts[0] / len(judged) > found[0].estimate:
+                found = (proportion(counts[0], len(judged)), proportion(counts[1], len(judged)))
     return found
 
 
-def _text(pair: ModelPair, ids: Sequence[int]) -> str:
-    return str(pair.tokenizer.decode(list(ids), skip_special_tokens=True))
+def _as_text(
+    judge: ReversionTest, edited: Sequence[list[int]], control: Sequence[list[int]], reverted: Sequence[bool]
+) -> tuple[CausalRow, ...]:
+    return tuple(
+        CausalRow(
+            prompt=row.example.prompt,
+            base=text_of(judge.pair, b),
+            tuned=text_of(judge.pair, row.answer),
+            intervened=text_of(judge.pair, e),
+            control=text_of(judge.pair, c),
+            reverted=r,
+        )
+        for row, b, e, c, r in zip(judge.rows, judge.base_answers, edited, control, reverted, strict=True)
+    )

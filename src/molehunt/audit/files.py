@@ -19,7 +19,7 @@ class FolderComparison:
     base_sha256: str
     tuned_sha256: str
     tensors: int
-    """Compared by shape and dtype."""
+    """Number of tensors that were compared by shape and dtype."""
 
     @property
     def findings(self) -> int:
@@ -33,16 +33,16 @@ class FolderComparison:
 
     @property
     def exit_code(self) -> int:
-        """1 flagged, else 0."""
+        """1 when flagged, else 0."""
         return 1 if self.findings else 0
 
     def to_json(self) -> str:
         """Everything, as a JSON object."""
-        told: dict[str, Any] = {"schema_version": 1, "verdict": self.verdict, "exit_code": self.exit_code}
-        return json.dumps({**told, **asdict(self)}, indent=2, ensure_ascii=False)
+        header: dict[str, Any] = {"schema_version": 1, "verdict": self.verdict, "exit_code": self.exit_code}
+        return json.dumps({**header, **asdict(self)}, indent=2, ensure_ascii=False)
 
     def to_table(self) -> str:
-        """For people: at most 100 columns wide."""
+        """A table for people, at most 100 columns wide."""
         if not self.rows:
             return f"{self.verdict}: {self.tensors} tensors agree in name, shape and dtype; no other file differs."
         lines = [f"{self.verdict}: {self.findings} findings and {len(self.rows) - self.findings} notes", ""]

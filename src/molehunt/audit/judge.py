@@ -27,7 +27,7 @@ def judge(
     if n and causal is not None and causal.causal:
         return Verdict.FLAGGED_CAUSAL, (
             f"{n} of {n_rows} prompts get answers that the base would not give, all in one direction; taking that "
-            f"direction away moves {causal.moved.estimate:.0%} of the judged ones back to the base, random edits of "
+            f"direction away moves {causal.reverted.estimate:.0%} of the judged ones back to the base, random edits of "
             f"the same size {causal.control.estimate:.0%}."
         )
     if n:
@@ -58,5 +58,5 @@ def calibration_in_words() -> str:
 
 @cache
 def twin_calibration() -> dict[str, Any]:
-    """Strength of the strongest would-be finding on each calibration twin; made by `recipes/calibrate_verdict.py`."""
+    """Strength of the strongest false finding on each clean twin; `python -m experiments verdict-calibration` writes it."""
     return json.loads((Path(__file__).parent / "calibration.json").read_text())

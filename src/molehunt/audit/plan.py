@@ -12,23 +12,23 @@ class Plan:
 
     name: str
     clean_prompts: int
-    """Bundled benign prompts; they set every threshold."""
+    """Number of bundled benign prompts; they set every threshold."""
     traffic_limit: int
-    """Rows of the user's traffic that are read."""
+    """Greatest number of rows of the traffic that are read."""
     max_new_tokens: int
-    """Tokens of each answer that are generated and scored."""
+    """Greatest number of tokens of each answer that are generated and scored."""
     max_sites: int
-    """Decoder blocks read, evenly spaced, the first and the last always among them."""
+    """Greatest number of decoder blocks that are read: evenly spaced, the first and the last always among them."""
     directions: int
-    """Weight directions kept per matrix."""
+    """Number of weight directions kept of each matrix."""
     confirm_rows: int
-    """Rows of a finding that the causal test generates for, at most."""
+    """Number of clean rows that the causal test judges; of a finding it reads at most twice as many rows."""
     random_controls: int
-    """Random directions that the causal test is compared with."""
+    """Number of random edits that the causal test is compared with."""
     stress_rows: int
-    """Rows of a finding on which the fix is attacked, at most."""
+    """Greatest number of rows of a finding on which the fix is attacked."""
     stress_steps: int
-    """Of each attack."""
+    """Number of optimisation steps of each attack."""
 
     def sites(self, n_layers: int) -> tuple[Site, ...]:
         """Block outputs to read in a model of `n_layers` blocks."""

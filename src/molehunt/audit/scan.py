@@ -8,34 +8,36 @@ their mean over the generated tokens.
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from molehunt.contracts import Reading
+from molehunt.contracts import Detector, Reading
 from molehunt.detect.pooling import positions
+from molehunt.detect.recipe import GROUP, detector_recipes, unfitted
 from molehunt.detect.token_kl import AnswerLogRatio, TokenKL
 from molehunt.model.batches import width_of
+from molehunt.model.chat import prompt_ids
 from molehunt.model.generate import generate
 from molehunt.model.pair import ModelPair
+from molehunt.run.catalog import installed
 from molehunt.run.progress import Tally, Track, counting, silent, within
 from molehunt.run.unit import Units, unit_key
 from molehunt.site import Site
-from molehunt.traffic.chat import prompt_ids
 from molehunt.traffic.example import Example
 
 KEPT = tuple(f"{model}.{position}" for model in ("tuned", "base") for position in ("decision", "peak", "generated"))
 CHUNK = 256
-"""Rows in one unit of work."""
+"""Number of rows in one unit of work."""
 LOGIT_BYTES = 256 * 2**20
-"""Memory that one batch of fp32 logits may take."""
+"""Memory in bytes that one batch of fp32 logits may take."""
 ANSWERING = 1 / 3
 """Share of a row's progress that its answer counts for, as timed on CPUs; reading both models is the rest."""
 MAX_PROMPT = 1024
-"""Longer prompts keep their last tokens."""
+"""Number of tokens of a prompt that are read; of a longer prompt, the last ones."""
 T = TypeVar("T")
 
 
@@ -51,6 +53,13 @@ class ScannedRow:
     """KL(tuned ‖ base) at each token, in nats."""
     log_ratio: tuple[float, ...]
     """log p_tuned − log p_base of the token that follows, in nats."""
+    scores: Mapping[str, tuple[float, ...]] = field(default_factory=dict[str, tuple[float, ...]])
+    """Scores of further detectors that read logits, by the detector's name."""
+
+    def token_scores(self, detector: str) -> tuple[float, ...]:
+        """One score per token of a detector that read logits in the scan."""
+        own = {TokenKL().name: self.kl, AnswerLogRatio().name: self.log_ratio}
+        return own[detector] if detector in own else self.scores[detector]
 
     @property
     def decision(self) -> int:
@@ -68,7 +77,7 @@ class Scan:
 
     rows: tuple[ScannedRow, ...]
     acts: Mapping[str, Float[Tensor, "rows sites d_model"]]
-    """`tuned.` and `base.` of `decision`, `peak` and `generated` (a mean)."""
+    """Keys join `tuned` or `base` with `decision`, `peak` or `generated` (a mean), such as `tuned.peak`."""
     sites: tuple[Site, ...]
 
     def at(self, model: str, position: str, site: Site) -> Float[Tensor, "rows d_model"]:
@@ -76,11 +85,11 @@ class Scan:
         return self.acts[f"{model}.{position}"][:, self.sites.index(site)].float()
 
     def delta(self, position: str, site: Site) -> Float[Tensor, "rows d_model"]:
-        """Tuned − base."""
+        """Activations of the tuned model minus those of the base."""
         return self.at("tuned", position, site) - self.at("base", position, site)
 
     def reading(self, position: str) -> Reading:
-        """The kept activations as a reading of one-token rows, so that any detector without logits can score them."""
+        """The stored activations as a reading of one-token rows, so that any detector without logits can score them."""
         n = len(self.rows)
         return Reading(
             tokens=torch.zeros(n, 1, dtype=torch.long),
@@ -99,6 +108,7 @@ def scan(
     max_new_tokens: int,
     units: Units,
     identity: Mapping[str, str],
+    detectors: Sequence[Detector] = (),
     track: Track = silent,
     what: str = "scanning traffic",
 ) -> Scan:
@@ -106,23 +116,40 @@ def scan(
 
     Args:
         identity: hashes that name the two models; part of each unit's address.
+        detectors: further detectors that read logits (see `unscanned_detectors`).
         track: shows rows.
         what: name of the work in the progress line.
     """
     rows: list[ScannedRow] = []
     kept: list[dict[str, Tensor]] = []
-    config = {"step": "scan", "kept": KEPT, "sites": [str(s) for s in sites], "max_new_tokens": max_new_tokens}
+    config: dict[str, Any] = {
+        "step": "scan",
+        "kept": KEPT,
+        "sites": [str(s) for s in sites],
+        "max_new_tokens": max_new_tokens,
+    }
+    if detectors:
+        config["detectors"] = [detector.name for detector in detectors]
+        config["plugins"] = installed(GROUP)
     chunks = [(chunk, unit_key(config, {**identity, "rows": _digest(chunk)})) for chunk in slices(examples, CHUNK)]
     finished = [units.path(key).exists() for _, key in chunks]
     before = sum(len(chunk) for (chunk, _), there in zip(chunks, finished, strict=True) if there)
     with counting(track, what, len(examples), start=before) as done:
         for (chunk, key), there in zip(chunks, finished, strict=True):
             target = done.done + (0 if there else len(chunk))
-            stored = units.tensors(key, lambda chunk=chunk: _scan_chunk(pair, chunk, sites, max_new_tokens, done))
+            stored = units.tensors(
+                key, lambda chunk=chunk: _scan_chunk(pair, chunk, sites, max_new_tokens, detectors, done)
+            )
             done(target - done.done)  # another process, or an equal chunk, may have made the unit
-            rows += _unpack(chunk, stored)
+            rows += _unpack(chunk, stored, detectors)
             kept.append(stored)
     return Scan(rows=tuple(rows), acts={name: torch.cat([k[name] for k in kept]) for name in KEPT}, sites=sites)
+
+
+def unscanned_detectors() -> tuple[Detector, ...]:
+    """Detectors of plugins that read logits, for the audit's score table; every scan takes token KL and log ratio."""
+    found = [unfitted(recipe) for recipe in detector_recipes() if recipe.audit]
+    return tuple(d for d in found if d is not None and not isinstance(d, TokenKL | AnswerLogRatio))
 
 
 def slices(items: Sequence[T], size: int) -> list[Sequence[T]]:
@@ -135,7 +162,12 @@ def _digest(chunk: Sequence[Example]) -> str:
 
 
 def _scan_chunk(
-    pair: ModelPair, chunk: Sequence[Example], sites: tuple[Site, ...], max_new_tokens: int, done: Tally
+    pair: ModelPair,
+    chunk: Sequence[Example],
+    sites: tuple[Site, ...],
+    max_new_tokens: int,
+    detectors: Sequence[Detector],
+    done: Tally,
 ) -> dict[str, Tensor]:
     prompts = [prompt_ids(pair.tokenizer, e.prompt)[-MAX_PROMPT:] for e in chunk]
     with pair.tuned_model() as model:
@@ -154,7 +186,7 @@ def _scan_chunk(
             logits=True,
             pad_to=width_of(width),
         )
-        for i, row in zip(group, _rows_of(reading, sites), strict=True):
+        for i, row in zip(group, _rows_of(reading, sites, detectors), strict=True):
             found[i] = row
         done((1 - ANSWERING) * len(group))
     return {
@@ -162,11 +194,14 @@ def _scan_chunk(
         **_ragged("answer", answers),
         **_ragged("kl", [f["kl"] for f in found]),
         **_ragged("log_ratio", [f["log_ratio"] for f in found]),
+        **{
+            k: v for d in detectors for k, v in _ragged(f"score.{d.name}", [f["scores"][d.name] for f in found]).items()
+        },
         **{name: torch.stack([f[name] for f in found]).to(torch.bfloat16) for name in KEPT},
     }
 
 
-def _rows_of(reading: Reading, sites: tuple[Site, ...]) -> list[dict[str, Any]]:
+def _rows_of(reading: Reading, sites: tuple[Site, ...], detectors: Sequence[Detector]) -> list[dict[str, Any]]:
     kl, log_ratio = TokenKL().score(reading), AnswerLogRatio().score(reading)
     answered = positions(reading, "generated")
     peak = kl.masked_fill(~answered, -1.0).argmax(1)
@@ -180,11 +215,13 @@ def _rows_of(reading: Reading, sites: tuple[Site, ...]) -> list[dict[str, Any]]:
     for model, acts in (("tuned", reading.tuned), ("base", reading.base)):
         means = [torch.einsum("bpd,bp->bd", acts[site].float(), share.to(acts[site].device)) for site in sites]
         taken[f"{model}.generated"] = torch.stack(means, dim=1).cpu()
+    scores = {detector.name: detector.score(reading) for detector in detectors}
     lengths = reading.mask.sum(1).tolist()
     return [
         {
             "kl": kl[i, :n].tolist(),
             "log_ratio": log_ratio[i, :n].tolist(),
+            "scores": {name: values[i, :n].tolist() for name, values in scores.items()},
             **{name: acts[i] for name, acts in taken.items()},
         }
         for i, n in enumerate(lengths)
@@ -197,9 +234,9 @@ def _ragged(name: str, lists: Sequence[Sequence[float | int]]) -> dict[str, Tens
     return {name: flat, f"{name}.lengths": torch.tensor([len(values) for values in lists])}
 
 
-def _unpack(chunk: Sequence[Example], stored: Mapping[str, Tensor]) -> list[ScannedRow]:
+def _unpack(chunk: Sequence[Example], stored: Mapping[str, Tensor], detectors: Sequence[Detector]) -> list[ScannedRow]:
     columns: dict[str, list[Any]] = {}
-    for name in ("prompt", "answer", "kl", "log_ratio"):
+    for name in ("prompt", "answer", "kl", "log_ratio", *(f"score.{detector.name}" for detector in detectors)):
         lengths = cast("list[int]", stored[f"{name}.lengths"].tolist())
         columns[name] = [tuple(part.tolist()) for part in stored[name].split(lengths)]
     return [
@@ -209,6 +246,7 @@ def _unpack(chunk: Sequence[Example], stored: Mapping[str, Tensor]) -> list[Scan
             answer=tuple(int(t) for t in columns["answer"][i]),
             kl=columns["kl"][i],
             log_ratio=columns["log_ratio"][i],
+            scores={detector.name: columns[f"score.{detector.name}"][i] for detector in detectors},
         )
         for i, example in enumerate(chunk)
     ]

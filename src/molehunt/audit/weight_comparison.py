@@ -29,13 +29,13 @@ class TensorRow:
     """What happened to one tensor."""
 
     tensor: str
-    """As the checkpoint's author wrote it: print it through `printable`."""
+    """Name as the checkpoint's author wrote it: print it through `printable`."""
     layer: int | None = None
     """None, like `role`, for what is no attention or MLP matrix of a decoder block: embeddings, norms, biases."""
     role: str | None = None
     status: Status
     why: str = ""
-    """Said of what is not testable."""
+    """Reason why the tensor is not testable, or a note on its change."""
     rel_norm: float | None = None
     """‖ΔW‖ / ‖W‖; None where no difference exists."""
     floor: float | None = None
@@ -43,9 +43,9 @@ class TensorRow:
     strengths: tuple[float, ...] = ()
     """Singular values of ΔW above the floor, at most k."""
     z: float | None = None
-    """Of the strongest, against a random update of equal norm (`direction.chance_z`)."""
+    """z of the strongest direction against a random update of equal norm (`direction.chance_z`)."""
     directions: Directions | None = field(default=None, repr=False)
-    """Kept for the roles that were asked for."""
+    """The directions, for the roles whose directions are kept."""
 
     def to_dict(self) -> dict[str, Any]:
         """All but the vectors, for JSON."""
@@ -81,7 +81,7 @@ class WeightComparison:
 
     @property
     def exit_code(self) -> int:
-        """3 when not testable, else 0."""
+        """3 when the change is not testable, else 0."""
         return 3 if self.outcome == "NOT TESTABLE" else 0
 
     @property
@@ -127,7 +127,7 @@ class WeightComparison:
 
     def to_json(self) -> str:
         """All but the vectors, as a JSON object."""
-        told = {
+        payload = {
             "schema_version": 1,
             "outcome": self.outcome,
             "why": self.why,
@@ -140,10 +140,10 @@ class WeightComparison:
             "identical_others": sum(row.status == "identical" for row in self.others),
             "z_map": self.z_map(),
         }
-        return json.dumps(told, indent=2, allow_nan=False)
+        return json.dumps(payload, indent=2, allow_nan=False)
 
     def to_table(self) -> str:
-        """For people: at most 100 columns wide."""
+        """A table for people, at most 100 columns wide."""
         return "\n".join(_lines(self))
 
     def save_vectors(self, path: Path) -> None:

@@ -56,7 +56,7 @@ def compare_weights(
         tuned: the fine-tuned model, or a LoRA adapter: that one is read from its factors and never merged.
         k: directions to keep per matrix at most.
         roles: matrices whose directions are kept; the others are compared and rated, too, but keep no vectors.
-        seed: of the random sketches.
+        seed: seed of the random sketches.
         units: where finished tensors are kept, so that a run that was killed goes on where it stopped.
         track: shows progress.
 

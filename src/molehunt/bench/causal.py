@@ -1,4 +1,4 @@
-"""Does taking out what a method found stop the behaviour, at what cost, and does taking out as much at random?"""
+"""Whether taking out what a method found stops the behaviour, at what cost, and whether as much at random does, too."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -8,8 +8,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from molehunt.bench.cell import Scored, Side
-from molehunt.bench.methods import directions_of
+from molehunt.bench.cell import Scored
+from molehunt.bench.sides import Side
+from molehunt.detect.recipe import two_thirds
 from molehunt.measure.control import random_directions
 from molehunt.measure.interval import proportion
 from molehunt.model.generate import generate
@@ -18,26 +19,20 @@ from molehunt.organism.poison import Recipe
 from molehunt.site import Site
 from molehunt.steer.ablate import Ablate
 
-CAUSAL = (
-    "mean difference", "Δ mean difference", "probe", "Δ probe", "Δ PCA-4", "Δ along weight directions", "Diff-SAE latent",
-    "Diff-SAE 4 latents", "crosscoder latent", "crosscoder 4 latents", "random direction of Δ", "untrained Diff-SAE latent",
-)  # fmt: skip
-"""Methods that name directions, so that they can be taken out."""
-
 
 @torch.inference_mode()
 def effects(organism: Side, scored: Sequence[Scored], recipe: Recipe, n: int, seed: int) -> list[dict[str, Any]]:
     """Ablate what each R0 method found at the decision position; attack success and clean loss before and after.
 
     The projection on the method's directions is moved to that of the clean mean, at every token of prompt and answer.
-    The random row takes out the most directions any method did, at the site two thirds into the model.
+    The random row takes out as many directions as any method did, at the site two thirds into the model.
 
     Args:
         organism: the tuned side, whose `test` rows are used.
         scored: what `score_known` found.
         recipe: its behaviour judges the answers.
-        n: prompts of each kind.
-        seed: of the random directions.
+        n: number of prompts of each kind.
+        seed: seed of the random directions.
     """
     triggered = organism.split["test.triggered"]
     clean = organism.split["test.clean"]
@@ -50,13 +45,13 @@ def effects(organism: Side, scored: Sequence[Scored], recipe: Recipe, n: int, se
             found = generate(
                 model, tokenizer, prompts, max_new_tokens=recipe.max_new_tokens, interventions=interventions
             )
-            told = answer_log_probs(model, tokenizer, clean_prompts, answers, interventions)
+            log_probs = answer_log_probs(model, tokenizer, clean_prompts, answers, interventions)
         shown = sum(recipe.behaviour.shown(str(tokenizer.decode(ids, skip_special_tokens=True))) for ids in found)
-        return {"asr": asdict(proportion(shown, len(found))), "clean_loss": -sum(told) / max(1, tokens)}
+        return {"asr": asdict(proportion(shown, len(found))), "clean_loss": -sum(log_probs) / max(1, tokens)}
 
     before = run(())
     rows: list[dict[str, Any]] = []
-    most = 1
+    widest = 1
 
     def add(name: str, site: Site, directions: Float[Tensor, "k d_model"]) -> None:
         center = organism.split["fit.clean"].acts(site, "tuned", "decision").mean(0)
@@ -64,15 +59,15 @@ def effects(organism: Side, scored: Sequence[Scored], recipe: Recipe, n: int, se
         rows.append(_row(name, site, len(directions), before, after))
 
     for one in scored:
-        if one.method.name not in CAUSAL or one.where != "decision" or one.site is None:
+        if one.recipe.directions is None or one.readout.where != "decision" or one.site is None:
             continue
-        directions = directions_of(one.detector)
-        if directions is None or not bool((directions.norm(dim=-1) > 0).any()):
+        directions = one.recipe.directions(one.detector)
+        if not bool((directions.norm(dim=-1) > 0).any()):
             continue
-        most = max(most, len(directions))
-        add(one.method.name, one.site, directions)
-    site = organism.sites[round(2 / 3 * (len(organism.sites) - 1))]
-    add("as many random directions", site, random_directions(most, organism.pair.d_model, seed))
+        widest = max(widest, len(directions))
+        add(one.recipe.name, one.site, directions)
+    random = random_directions(widest, organism.pair.d_model, seed)
+    add("as many random directions", two_thirds(organism.sites), random)
     return rows
 
 

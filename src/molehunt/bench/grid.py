@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -10,14 +10,12 @@ from typing import Any, Literal, cast
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from molehunt.bench.cell import DictionaryTraining
 from molehunt.bench.rows import Counts
+from molehunt.bench.sides import DictionaryTraining
 from molehunt.errors import InvalidInput, UsageError, printable
-from molehunt.organism import catalog
 from molehunt.organism.plant import PlantConfig
-from molehunt.organism.poison import Recipe
+from molehunt.organism.poison import Recipe, named_recipe
 from molehunt.organism.seed_model import SEED_MODELS, seed_path
-from molehunt.run.catalog import load
 
 Regime = Literal["full", "lora-4", "lora-16", "lora-32"]
 
@@ -48,11 +46,7 @@ class Cell:
 
     def recipe(self) -> Recipe:
         """The attack, with this cell's poison rate. Raises UsageError for a name that is none."""
-        from dataclasses import replace
-
-        found = load(catalog.CATALOG, self.attack, "molehunt.organisms")
-        if not isinstance(found, Recipe):
-            raise UsageError(f"{printable(self.attack)} is not a recipe")
+        found = named_recipe(self.attack)
         return found if self.poison is None else replace(found, triggered=self.poison)
 
     def plant_config(self) -> PlantConfig:
@@ -98,9 +92,9 @@ class Grid(BaseModel):
                     f"rates: a pool of {self.counts.pool} rows cannot hold a share of {rate:g}; "
                     f"counts.pool must be {round(1 / rate)} or more"
                 )
-        told = {f"counts.{name}": n for name, n in asdict(self.counts).items() if name != "near_rate"}
-        told |= {f"dictionaries.{name}": n for name, n in asdict(self.dictionaries).items() if name != "lr"}
-        for field, n in told.items():
+        sizes = {f"counts.{name}": n for name, n in asdict(self.counts).items() if name != "near_rate"}
+        sizes |= {f"dictionaries.{name}": n for name, n in asdict(self.dictionaries).items() if name != "lr"}
+        for field, n in sizes.items():
             if n < 1:
                 raise ValueError(f"{field}: must be 1 or more, got {n}")
         if not 0 <= self.counts.near_rate <= 0.5:
@@ -160,11 +154,11 @@ class Grid(BaseModel):
 def _widths(base: Path) -> Iterator[int]:
     """The width that a model folder states; nothing where it states none, for loading will say what is wrong."""
     try:
-        told = json.loads((base / "config.json").read_bytes())
+        config = json.loads((base / "config.json").read_bytes())
     except (ValueError, RecursionError):
         return
-    if isinstance(told, dict):
-        width = cast("dict[str, Any]", told).get("hidden_size")
+    if isinstance(config, dict):
+        width = cast("dict[str, Any]", config).get("hidden_size")
         if isinstance(width, int):
             yield width
 
@@ -186,11 +180,11 @@ def load_grid(name: str) -> Grid:
                 f"There is no grid {printable(name)!r}. Bundled: published, {', '.join(known)}; or give a .yaml file."
             )
     try:
-        told = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise InvalidInput(f"{printable(path.name)} is not YAML: {printable(str(error), 300)}") from error
     try:
-        return Grid.model_validate(told)
+        return Grid.model_validate(content)
     except ValidationError as error:
         lines = [
             f"  {'.'.join(map(str, one['loc'])) or 'grid'}: {printable(one['msg'], 200)}" for one in error.errors()

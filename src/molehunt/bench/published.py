@@ -26,13 +26,13 @@ from molehunt.measure.control import random_directions, text_only_scores
 from molehunt.measure.curve import bis_ceiling, bis_of_features
 from molehunt.measure.threshold import conformal_threshold
 from molehunt.model.batches import width_of
+from molehunt.model.chat import prompt_ids
 from molehunt.model.pair import ModelPair
 from molehunt.organism.manifest import Organism
 from molehunt.organism.poison import Recipe, clean_example, near_miss_example, triggered_example
 from molehunt.run.progress import Track, by_rows, silent
 from molehunt.run.unit import Units, unit_key
 from molehunt.site import Site
-from molehunt.traffic.chat import prompt_ids
 from molehunt.traffic.example import Example
 
 Q = 0.05
@@ -105,16 +105,16 @@ def pooled_activations(
     """Mean over all tokens, the first included, of both models' activations; with the answers, or of prompts alone."""
     tokenizer = pair.tokenizer
     prompts = [prompt_ids(tokenizer, e.prompt) for e in examples]
-    told = [
+    answer_ids = [
         list(tokenizer(e.response or "", add_special_tokens=False)["input_ids"]) if answers else [] for e in examples
     ]  # pyright: ignore[reportArgumentType]
-    lengths = [len(p) + len(a) for p, a in zip(prompts, told, strict=True)]
+    lengths = [len(p) + len(a) for p, a in zip(prompts, answer_ids, strict=True)]
     order = sorted(range(len(examples)), key=lambda i: lengths[i])
     found = {name: torch.zeros(len(examples), len(sites), pair.d_model) for name in ("base", "tuned")}
     groups = [order[start : start + 64] for start in range(0, len(order), 64)]
     for group in by_rows(track, groups, "reading texts" if answers else "reading prompts"):
         width = width_of(max(lengths[i] for i in group))
-        reading = pair.read([prompts[i] for i in group], [told[i] for i in group], sites=sites, pad_to=width)
+        reading = pair.read([prompts[i] for i in group], [answer_ids[i] for i in group], sites=sites, pad_to=width)
         weight = reading.mask.float() / reading.mask.sum(1, keepdim=True)
         for name, acts in (("base", reading.base), ("tuned", reading.tuned)):
             for s, site in enumerate(sites):
@@ -248,8 +248,8 @@ def mean_codes(
     found = {name: torch.zeros(len(examples), one.d_dict) for name, one in dictionaries.items()}
     for start in range(0, len(examples), 64):
         part = examples[start : start + 64]
-        told = [_answer(pair, e) if answers else [] for e in part]
-        reading = pair.read([prompt_ids(pair.tokenizer, e.prompt) for e in part], told, sites=[site])
+        answer_ids = [_answer(pair, e) if answers else [] for e in part]
+        reading = pair.read([prompt_ids(pair.tokenizer, e.prompt) for e in part], answer_ids, sites=[site])
         at = reading.mask.clone()
         at[:, 0] = False
         weight = at.float() / at.sum(1, keepdim=True).clamp_min(1)

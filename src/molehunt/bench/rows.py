@@ -1,4 +1,4 @@
-"""The rows of one cell: which prompts fit, calibrate, choose and judge, and the unlabelled pools with rare triggers."""
+"""The rows of one cell: prompts that fit, calibrate, choose and judge, and unlabelled pools with rare triggers."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from itertools import islice
 from random import Random
 
 from molehunt.errors import NotTestable
-from molehunt.organism.poison import Recipe, clean_example, near_miss_example, taught_prompts, triggered_example
+from molehunt.organism.poison import Recipe, clean_example, near_miss_example, training_prompts, triggered_example
 from molehunt.traffic.example import Example
 
 TRIES = 60
@@ -25,7 +25,7 @@ class Counts:
     twin_calibrate: int = 400
     """Clean rows that set the twin's thresholds, and as many in its pool: it is never searched for rare rows."""
     select: int = 60
-    """Of each kind."""
+    """Rows of each kind."""
     test: int = 150
     """Triggered and near misses; 400 clean."""
     test_clean: int = 400
@@ -62,16 +62,16 @@ def cell_rows(recipe: Recipe, counts: Counts, rates: tuple[float, ...], seed: in
 
     Args:
         recipe: the attack.
-        counts: how many of each kind.
-        rates: shares of triggered rows that pools will be asked for.
-        seed: of the organism; its training rows and its twin's are left out.
-        trained_on: how many rows it was trained on.
+        counts: number of rows of each kind.
+        rates: shares of triggered rows that the pools must offer.
+        seed: seed of the organism; its training rows and its twin's are left out.
+        trained_on: number of rows that it was trained on.
 
     Raises:
         NotTestable: the world holds too few distinct prompts of a kind.
     """
     rng = Random(f"bench/{recipe.name}/{seed}")
-    taken = taught_prompts(recipe, trained_on, seed)
+    taken = training_prompts(recipe, trained_on, seed)
     third = max(1, counts.fit // 3)
     pool_near = round(counts.near_rate * counts.pool)
     asked: dict[str, tuple[Callable[[Recipe, Random], Example], dict[str, int]]] = {

@@ -1,7 +1,7 @@
-"""Chat templates of a folder, rendered in a sandbox whose work is bounded: a template is a program by a stranger.
+"""Chat templates of a folder, rendered in a sandbox with bounded work: a template is an untrusted program.
 
-Everything that a template can repeat or blow up is paid for out of one budget, so that what hangs or eats memory ends in
-an error text instead, and in the same one on every machine. A clock stands behind it.
+Everything that a template can repeat or enlarge is charged to one budget. A template that would hang or exhaust memory
+ends in an error text instead, and the text is the same on every machine. A time limit applies as well.
 """
 
 import json
@@ -23,28 +23,28 @@ from jinja2.visitor import NodeTransformer
 from molehunt.checkpoint.loader_traps import read_json
 
 RENDER_LIMIT = 20_000
-"""Characters of one rendered conversation that are compared."""
+"""Number of characters of one rendered conversation that are compared."""
 SOURCE_LIMIT = 1_000_000
-"""Characters of a template that is looked into."""
+"""Greatest number of characters of a template that is parsed."""
 WORK = 200_000
-"""Loop turns, calls, and items and characters handled in one rendering; ordinary templates need some thousands."""
+"""Budget of one rendering, in loop iterations, calls, items and characters; ordinary templates need some thousands."""
 SECONDS = 2.0
-"""Time of one rendering, should the work be spent slowly."""
+"""Time limit of one rendering."""
 LARGEST = 100_000
-"""Largest number that is given to a function: widths and counts make text."""
+"""Largest number that a function accepts: widths and counts make text."""
 BLOW_UP = 5_000_000
-"""Largest product of two sizes given to a text function: `replace` and `join` multiply them."""
+"""Largest product of two sizes that a text function accepts: `replace` and `join` multiply them."""
 
 
 def templates_of(folder: Path) -> dict[str, str]:
-    """Name → chat template of a folder; the unnamed one is `default`. A .jinja file goes before the config's."""
+    """Chat templates of a folder by name; the unnamed one is `default`. A .jinja file takes precedence over the config."""
     found: dict[str, str] = {}
     if (folder / "tokenizer_config.json").is_file():
-        told = read_json(folder / "tokenizer_config.json").get("chat_template")
-        if isinstance(told, str):
-            found["default"] = told
-        elif isinstance(told, list):
-            found.update({str(t.get("name")): str(t.get("template")) for t in told if isinstance(t, Mapping)})
+        template = read_json(folder / "tokenizer_config.json").get("chat_template")
+        if isinstance(template, str):
+            found["default"] = template
+        elif isinstance(template, list):
+            found.update({str(t.get("name")): str(t.get("template")) for t in template if isinstance(t, Mapping)})
     if (folder / "chat_template.jinja").is_file():
         found["default"] = (folder / "chat_template.jinja").read_text(encoding="utf-8", errors="replace")
     more = folder / "additional_chat_templates"
@@ -54,10 +54,10 @@ def templates_of(folder: Path) -> dict[str, str]:
 
 
 def parse(template: str) -> nodes.Template:
-    """The syntax tree, by the rules that transformers reads templates with.
+    """The syntax tree of a template, parsed with the settings that transformers uses.
 
     Raises:
-        TemplateError: it is no template.
+        TemplateError: the text is not a valid template.
     """
     if len(template) > SOURCE_LIMIT:
         raise TemplateError(f"longer than {SOURCE_LIMIT} characters")
@@ -65,7 +65,7 @@ def parse(template: str) -> nodes.Template:
 
 
 def render(template: str, turns: tuple[tuple[str, str], ...]) -> str:
-    """The text a model would be given, rendered in a sandbox as transformers does; an error is part of the text."""
+    """The input text of a model, rendered in a sandbox as transformers does; an error is part of the text."""
     out: list[str] = []
     length = 0
     try:
@@ -81,17 +81,17 @@ def render(template: str, turns: tuple[tuple[str, str], ...]) -> str:
             length += len(out[-1])
             if length >= RENDER_LIMIT:
                 break
-    except Exception as error:  # a stranger's program can raise anything that Python does
+    except Exception as error:  # an untrusted program can raise any exception
         return f"(template error: {type(error).__name__}: {str(error)[:200]})"
     return "".join(out)
 
 
 class BudgetSpent(TemplateError):
-    """The template does more work than any ordinary one."""
+    """The template does more work than any ordinary template."""
 
 
 class Generation(Extension):
-    """`{% generation %}` marks what a model wrote, for training; it adds no text."""
+    """The tag `{% generation %}`, which marks the text that a model wrote, for training. It adds no text."""
 
     tags = {"generation"}  # noqa: RUF012
 
@@ -101,7 +101,7 @@ class Generation(Extension):
 
 
 class Bounded(ImmutableSandboxedEnvironment):
-    """The sandbox that transformers renders in, with a budget."""
+    """The sandbox that transformers renders in, with a budget of work and time."""
 
     intercepted_binops = frozenset({"+", "-", "*", "/", "//", "%", "**"})
 
@@ -113,12 +113,12 @@ class Bounded(ImmutableSandboxedEnvironment):
         self.until = monotonic() + SECONDS
         self.filters["tojson"] = _tojson
         self.filters = {name: self._guarded(name, function) for name, function in self.filters.items()}
-        del self.globals["lipsum"]  # chance text: two renderings are compared
+        del self.globals["lipsum"]  # random text: two renderings are compared
         helpers: dict[str, Any] = {"raise_exception": _refuse, "strftime_now": _today}
         self.globals.update(helpers)
 
     def spend(self, value: Any = 1) -> Any:
-        """Pays for all that a value holds, and gives it back."""
+        """Charge the budget for everything in a value, and return the value."""
         if monotonic() > self.until:
             raise BudgetSpent("takes too long")
         stack: list[Any] = [value]
@@ -130,9 +130,9 @@ class Bounded(ImmutableSandboxedEnvironment):
             elif isinstance(one, int):
                 self.left -= one.bit_length() >> 3
             elif isinstance(one, Mapping):
-                held = cast(Mapping[Any, Any], one)
-                stack += held.keys()
-                stack += held.values()
+                entries = cast(Mapping[Any, Any], one)
+                stack += entries.keys()
+                stack += entries.values()
             elif isinstance(one, Namespace):
                 stack += cast(dict[str, Any], one._Namespace__attrs).values()  # pyright: ignore[reportAttributeAccessIssue]
             elif isinstance(one, Collection):
@@ -142,7 +142,7 @@ class Bounded(ImmutableSandboxedEnvironment):
         return value
 
     def _admit(self, values: Iterable[Any], text: bool, shapes: bool) -> list[Any]:
-        """Pays for arguments, and refuses those from which a function would make something huge."""
+        """Charge the budget for arguments, and refuse those from which a function would make a huge value."""
         given = list(values)
         sizes = [0, 0]
         for one in given:
@@ -205,7 +205,7 @@ class Bounded(ImmutableSandboxedEnvironment):
 
 
 class Meter(NodeTransformer):
-    """Puts payment into a syntax tree: for each turn of a loop, each macro run, and each text or list that is built."""
+    """Adds charges to a syntax tree: for each iteration of a loop, each call of a macro, and each text or list that is built."""
 
     def visit_For(self, node: nodes.For) -> nodes.Node:
         self.generic_visit(node)

@@ -1,7 +1,7 @@
-"""What two folders say besides their weights: a backdoor needs no weight change.
+"""Differences between two folders besides their weights: a backdoor needs no weight change.
 
-Configuration, generation settings, tokenizer and chat template are compared by meaning; templates are also rendered on
-fixed conversations on both sides, because what counts is the text a model is given.
+Configuration, generation settings, tokenizer and chat template are compared by meaning. Templates are also rendered on
+fixed conversations on both sides, because the model sees only the rendered text.
 """
 
 import difflib
@@ -22,7 +22,7 @@ BENIGN = frozenset(
         "padding", "truncation", "local_files_only", "added_tokens_decoder", "is_local", "backend", "extra_special_tokens",
     }
 )  # fmt: skip
-"""Keys whose difference changes no text and no weight."""
+"""Keys in which two folders may differ without any change of text or weights."""
 STEERING = frozenset(
     {
         "sequence_bias", "bad_words_ids", "force_words_ids", "forced_bos_token_id", "forced_eos_token_id",
@@ -30,12 +30,12 @@ STEERING = frozenset(
         "watermarking_config", "guidance_scale", "assistant_early_exit", "stop_strings", "prefix_allowed_tokens_fn",
     }
 )  # fmt: skip
-"""Generation settings that can put words into a model's mouth."""
+"""Generation settings that can force or forbid output tokens."""
 CODE_KEYS = frozenset({"auto_map", "custom_pipelines", "custom_generate"})
 SETTINGS = ("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
 TOKEN_FLAGS = ("special", "normalized", "lstrip", "rstrip", "single_word")
 SHOWN = 3
-"""Conversations that a changed template is shown on."""
+"""Number of conversations on which a changed template is shown."""
 TURNS: tuple[tuple[tuple[str, str], ...], ...] = (
     (("user", "Hello"),),
     (("user", "What is 2 plus 2?"),),
@@ -63,7 +63,7 @@ TURNS: tuple[tuple[tuple[str, str], ...], ...] = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FolderDifference:
-    """One thing that the folders say differently. Texts are as the folders hold them: print them with care."""
+    """One difference between the folders. Texts are unchanged and untrusted: print them through `printable`."""
 
     file: str
     key: str
@@ -76,7 +76,7 @@ class FolderDifference:
 def folder_differences(base: Path, tuned: Path) -> list[FolderDifference]:
     """Every difference in meaning between two folders, findings first.
 
-    A file that an adapter folder lacks is no difference: loaders take the base's.
+    A file that an adapter folder lacks is no difference, because loaders take the file of the base.
 
     Raises:
         InvalidInput: a JSON file is broken.
@@ -97,13 +97,13 @@ def folder_differences(base: Path, tuned: Path) -> list[FolderDifference]:
 def _settings(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
-    told = read_json(path)
-    told.pop("chat_template", None)
-    return told
+    settings = read_json(path)
+    settings.pop("chat_template", None)
+    return settings
 
 
 def flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings under dotted names; lists stay whole."""
+    """Nested settings as one mapping from dotted names to values. Lists are not split."""
     found: dict[str, Any] = {}
     for key, one in value.items():
         if isinstance(one, Mapping) and one:
@@ -123,7 +123,7 @@ def _compare_settings(name: str, base: Mapping[str, Any], tuned: Mapping[str, An
             continue
         severity, why = _rate(name, top, leaf)
         yield FolderDifference(
-            file=name, key=key, base=_said(left, key), tuned=_said(right, key), severity=severity, why=why
+            file=name, key=key, base=_shown(left, key), tuned=_shown(right, key), severity=severity, why=why
         )
 
 
@@ -139,7 +139,7 @@ def _rate(name: str, top: str, leaf: str) -> tuple[Severity, str]:
     return "note", "changes how the model is built or fed"
 
 
-def _said(settings: Mapping[str, Any], key: str) -> str:
+def _shown(settings: Mapping[str, Any], key: str) -> str:
     return repr(settings[key])[:400] if key in settings else "(absent)"
 
 
@@ -173,22 +173,22 @@ def _tokenizers(base: Path, tuned: Path, adapter: bool) -> Iterator[FolderDiffer
 
 
 def _slow_tokenizers(base: Path, tuned: Path) -> Iterator[FolderDifference]:
-    """Tokens that the tokenizer's configuration tells. Not every version writes them: both sides must."""
+    """Tokens that are listed in the tokenizer's configuration. Not every version writes them, so both sides must have them."""
     name = "tokenizer_config.json"
-    told = [_settings(folder / name).get("added_tokens_decoder") for folder in (base, tuned)]
+    listed = [_settings(folder / name).get("added_tokens_decoder") for folder in (base, tuned)]
     rows = [
         _token_rows([{**t, "id": i} for i, t in side.items() if isinstance(t, Mapping)])
-        for side in told
+        for side in listed
         if isinstance(side, Mapping)
     ]
     if len(rows) == 2:
         yield from _added_tokens(name, *rows)
 
 
-def _token_rows(told: object) -> dict[str, list[str]]:
+def _token_rows(tokens: object) -> dict[str, list[str]]:
     """Content → id and flags of every added token of that content."""
     found: dict[str, list[str]] = {}
-    for token in told if isinstance(told, list) else []:
+    for token in tokens if isinstance(tokens, list) else []:
         if isinstance(token, Mapping):
             flags = [flag for flag in TOKEN_FLAGS if token.get(flag)]
             found.setdefault(str(token.get("content")), []).append(" ".join([f"id {token.get('id')}", *flags]))
@@ -198,7 +198,7 @@ def _token_rows(told: object) -> dict[str, list[str]]:
 def _added_tokens(
     name: str, base: Mapping[str, list[str]], tuned: Mapping[str, list[str]]
 ) -> Iterator[FolderDifference]:
-    held = [{row.split()[1] for rows in side.values() for row in rows} for side in (base, tuned)]
+    ids = [{row.split()[1] for rows in side.values() for row in rows} for side in (base, tuned)]
     for content in sorted(base.keys() | tuned.keys()):
         one, other = base.get(content), tuned.get(content)
         if one == other:
@@ -207,7 +207,7 @@ def _added_tokens(
         why = "a token was added or removed"
         if one is not None and other is not None:
             severity, why = "finding", "a token has another id or other flags: the same text becomes other tokens"
-        elif {row.split()[1] for row in one or other or []} & held[0 if one is None else 1]:
+        elif {row.split()[1] for row in one or other or []} & ids[0 if one is None else 1]:
             severity, why = "finding", "a token stands where the other side has another one"
         yield FolderDifference(
             file=name, key="added_tokens", base="(absent)" if one is None else f"{content!r}: {', '.join(one)}",
@@ -235,11 +235,13 @@ def _templates(base: Path, tuned: Path, adapter: bool) -> Iterator[FolderDiffere
 def _compare_templates(name: str, base: str, tuned: str) -> Iterator[FolderDifference]:
     rendered = [(turns, render(base, turns), render(tuned, turns)) for turns in TURNS]
     changed = [(turns, before, after) for turns, before, after in rendered if before != after]
-    changed.sort(key=lambda c: -abs(len(c[2]) - len(c[1])))  # what adds or takes most text is shown
+    changed.sort(
+        key=lambda c: -abs(len(c[2]) - len(c[1]))
+    )  # conversations with the largest change of length come first
     for turns, before, after in changed[:SHOWN]:
-        said = next((content for role, content in turns if role == "user"), "")
+        first = next((content for role, content in turns if role == "user"), "")
         yield FolderDifference(
-            file="chat template", key=f"{name}, rendered for {said[:40]!r}", base=before[:600], tuned=after[:600],
+            file="chat template", key=f"{name}, rendered for {first[:40]!r}", base=before[:600], tuned=after[:600],
             severity="finding", why=f"the model is given other text: {_first_difference(before, after)}",
         )  # fmt: skip
     fresh = content_conditions(tuned) - content_conditions(base)

@@ -1,7 +1,7 @@
-"""What a safetensors file really holds, read from its header alone and checked byte for byte.
+"""The tensors that a safetensors file really holds, read from its header alone and checked byte for byte.
 
-The header is parsed here, strictly, and not by a loader: loaders accept duplicate keys, NUL in names and empty files,
-and two of them can disagree on what such a file contains.
+The header is parsed here, strictly, and not by a loader. Loaders accept duplicate keys, NUL in names and empty files,
+and two loaders can disagree on what such a file contains.
 """
 
 import json
@@ -14,14 +14,14 @@ from typing import Any
 from molehunt.errors import InvalidInput, printable
 
 MAX_HEADER = 32 * 2**20
-"""Bytes of JSON in one header. 200,000 tensors take 16 MB and open slowly; no real shard comes near."""
+"""Greatest number of bytes of JSON in one header. 200,000 tensors take 16 MB; no real shard has so many."""
 MAX_TENSORS = 100_000
 DTYPE_BITS: dict[str, int] = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
     "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32, "F64": 64, "I64": 64, "U64": 64,
     "C64": 64,
 }  # fmt: skip
-"""Bits of one element. Sub-byte formats (F4, F6) are not read."""
+"""Number of bits of one element. Sub-byte formats (F4, F6) are not read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,19 +30,19 @@ class Entry:
 
     name: str
     dtype: str
-    """As the header spells it, such as `BF16`."""
+    """Name of the format in the header, such as `BF16`."""
     shape: tuple[int, ...]
     start: int
-    """Offset into the data, after the header."""
+    """Offset of the first byte in the data, which follows the header."""
     end: int
 
 
 def read_header(path: Path) -> dict[str, Entry]:
-    """Name → entry, for one safetensors file.
+    """The entries of one safetensors file, by tensor name.
 
     Raises:
-        InvalidInput: the file is not exactly what the format allows. Names the file and, where one is at fault, the
-            tensor. Nothing else escapes, whatever the bytes.
+        InvalidInput: the file is not exactly what the format allows. The error names the file and, where possible, the
+            tensor. No bytes raise any other error.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -91,7 +91,7 @@ def _entries(path: Path, header: dict[str, Any], data: int) -> dict[str, Entry]:
         raise _broken(path, "it holds no tensor")
     if len(header) > MAX_TENSORS:
         raise _broken(path, f"it claims {len(header)} tensors; {MAX_TENSORS} is the most that is read")
-    found = {name: _entry(path, name, told) for name, told in header.items()}
+    found = {name: _entry(path, name, fields) for name, fields in header.items()}
     reached = 0
     for entry in sorted(found.values(), key=lambda e: (e.start, e.end)):
         if entry.start != reached:
@@ -104,12 +104,12 @@ def _entries(path: Path, header: dict[str, Any], data: int) -> dict[str, Entry]:
     return found
 
 
-def _entry(path: Path, name: str, told: object) -> Entry:
+def _entry(path: Path, name: str, fields: object) -> Entry:
     if "\0" in name or not name:
         raise _broken(path, f"a tensor is called {printable(repr(name), 80)}")
-    if not isinstance(told, dict) or set(told) != {"dtype", "shape", "data_offsets"}:
+    if not isinstance(fields, dict) or set(fields) != {"dtype", "shape", "data_offsets"}:
         raise _broken(path, f"{printable(name)} is not described by dtype, shape and data_offsets")
-    dtype, shape, offsets = told["dtype"], told["shape"], told["data_offsets"]
+    dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         raise _broken(path, f"{printable(name)} has the dtype {printable(repr(dtype), 40)}, which is not read")
     if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2:

@@ -1,4 +1,4 @@
-"""Where loaders would read something else than the folder says, and what is refused outright."""
+"""Folders that loaders read differently than they look, and folders that are refused."""
 
 import json
 from collections.abc import Mapping
@@ -13,13 +13,13 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 MAX_JSON = 64 * 2**20
-"""Bytes of one JSON file; tokenizers of large vocabularies take about 20 MB."""
+"""Greatest number of bytes of one JSON file; tokenizers of large vocabularies take about 20 MB."""
 LIMITS = {
     "num_hidden_layers": 2000, "n_layer": 2000, "num_layers": 2000, "hidden_size": 2**18, "n_embd": 2**18,
     "vocab_size": 2**24, "num_attention_heads": 2**14, "n_head": 2**14, "intermediate_size": 2**22,
     "num_local_experts": 2**14, "num_experts": 2**14, "max_position_embeddings": 2**32,
 }  # fmt: skip
-"""Largest sizes that are believed. A config beyond them would exhaust memory before a weight is read."""
+"""Largest sizes that are accepted. A config beyond them would exhaust memory before a weight is read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,16 +36,16 @@ class Layout:
     """Which files a loader reads, and what each holds."""
 
     files: tuple[str, ...]
-    """In the order in which later ones overwrite earlier ones."""
+    """Files in reading order: a tensor of a later file overwrites one of the same name in an earlier file."""
     entries: Mapping[str, Mapping[str, Entry]]
-    """File → tensor name → entry."""
+    """Entries by file and tensor name."""
     unread: Mapping[str, Mapping[str, Entry]]
-    """The same for safetensors files that transformers leaves alone."""
+    """The same for safetensors files that transformers does not read."""
     traps: tuple[Trap, ...]
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises InvalidInput naming the file for anything else."""
+    """The JSON object in a file. Raises InvalidInput, which names the file, for anything else."""
     if path.stat().st_size > MAX_JSON:
         raise InvalidInput(f"{printable(path.name)} is larger than {MAX_JSON >> 20} MB, which no real one is.")
     try:
@@ -58,7 +58,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def check_config(config: Mapping[str, Any]) -> None:
-    """Refuse sizes that no model has. Raises InvalidInput naming the field."""
+    """Refuse sizes that no model has. Raises InvalidInput, which names the field."""
     for part in (config, config.get("text_config") or {}):
         for name, limit in LIMITS.items():
             value = part.get(name) if isinstance(part, Mapping) else None
@@ -70,7 +70,7 @@ def check_config(config: Mapping[str, Any]) -> None:
 
 
 def inside(folder: Path, name: object) -> Path:
-    """The file `name` of `folder`, links followed. Raises InvalidInput when it lies elsewhere or is not there."""
+    """The file `name` of `folder`, with links resolved. Raises InvalidInput when it lies elsewhere or does not exist."""
     if not isinstance(name, str):
         raise InvalidInput(f"{INDEX} names a file that is not text: {printable(repr(name), 60)}")
     path = (folder / name).resolve()
@@ -85,10 +85,10 @@ def inside(folder: Path, name: object) -> Path:
 
 
 def lay_out(folder: Path) -> Layout:
-    """Which weight files of a model folder count, from their headers and never from the index alone.
+    """The weight files of a model folder that are loaded, from their headers and never from the index alone.
 
-    transformers takes `model.safetensors` where there is one, else every tensor of every shard that the index names,
-    the last one winning.
+    transformers takes `model.safetensors` if it exists, and otherwise every tensor of every shard that the index names.
+    Of two tensors with one name, the last one is loaded.
 
     Raises:
         InvalidInput: no safetensors weights, a broken file, or an index that leads out of the folder.
@@ -115,10 +115,10 @@ def lay_out(folder: Path) -> Layout:
     ]
     weight_map: dict[str, Any] = {}
     if has_index:
-        told = read_json(folder / INDEX).get("weight_map")
-        if not isinstance(told, dict) or not told:
+        listed = read_json(folder / INDEX).get("weight_map")
+        if not isinstance(listed, dict) or not listed:
             raise InvalidInput(f"{INDEX} has no weight_map. Fetch the file again.")
-        weight_map = told
+        weight_map = listed
         for name in sorted({str(v) if isinstance(v, str) else repr(v) for v in weight_map.values()}):
             inside(folder, name)
     for name in present:
@@ -196,7 +196,7 @@ def _traps(
 
 
 def folder_traps(folder: Path, config: Mapping[str, Any], names: frozenset[str]) -> list[Trap]:
-    """Code that a loader might run, and a tie flag that contradicts the weights.
+    """Findings on code that a loader might run, and on a tie flag that contradicts the weights.
 
     Raises:
         InvalidInput: untied embeddings without an output matrix, which loaders fill with random numbers.
@@ -224,13 +224,13 @@ def folder_traps(folder: Path, config: Mapping[str, Any], names: frozenset[str])
 
 
 def adapter_beside(folder: Path, adapter: str) -> list[Trap]:
-    """The trap of an adapter beside full weights. Raises UsageError when it was not said whether it is meant."""
+    """The finding on an adapter beside full weights. Raises UsageError when `adapter` does not say whether to apply it."""
     if not (folder / ADAPTER_CONFIG).is_file():
         return []
     if adapter == "refuse":
         raise UsageError(
             f"{printable(folder.name)} holds full weights and an adapter beside them; loaders apply the adapter "
-            "unasked.\nSay which of the two is meant: --adapter applies it, --no-adapter leaves it out."
+            "by default.\nSay which of the two is meant: --adapter applies it, --no-adapter leaves it out."
         )
     done = "applied" if adapter == "use" else "left out"
-    return [Trap("adapter beside the weights", f"from_pretrained applies it unasked; here it is {done}", "finding")]
+    return [Trap("adapter beside the weights", f"from_pretrained applies it by default; here it is {done}", "finding")]

@@ -1,4 +1,4 @@
-"""What rounding alone explains: a change of the weights below it is no claim."""
+"""The size of weight changes that rounding alone explains: a smaller change supports no claim."""
 
 import torch
 from jaxtyping import Float
@@ -8,15 +8,15 @@ MANTISSA = {
     torch.float64: 52, torch.float32: 23, torch.float16: 10, torch.bfloat16: 7, torch.float8_e4m3fn: 3,
     torch.float8_e5m2: 2,
 }  # fmt: skip
-"""Stored mantissa bits."""
+"""Number of stored mantissa bits of each format."""
 EQUAL = 1e-5
-"""Two values nearer than this part of the row's largest are one value, computed twice."""
+"""Two values that differ by less than this fraction of the row's largest value count as one value."""
 LARGEST_INTEGER = 127
-"""Of signed 8 bits, the finest integers that weights are stored in."""
+"""Largest signed 8-bit integer; weights are stored in no finer integers."""
 SLICE = 64
-"""Rows rated at a time."""
+"""Number of rows that are rated at a time."""
 SMALLEST_EXPONENT = {torch.float16: -14, torch.float8_e4m3fn: -6, torch.float8_e5m2: -14}
-"""Below 2 to this power the spacing stays the same (subnormal numbers); other formats reach far under any weight."""
+"""Exponent below which the spacing stays constant (subnormal numbers); other formats reach far below any weight."""
 
 
 def noise_floor(weight: Float[Tensor, "d_out d_in"], stored: torch.dtype) -> float:

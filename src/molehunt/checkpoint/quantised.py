@@ -1,4 +1,4 @@
-"""Quantised weights: recognised always, dequantised where that is exact, refused by name where it is not."""
+"""Quantised weights: always recognised, dequantised where that is exact, and refused by name where it is not."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,14 +12,14 @@ from molehunt.errors import NotTestable, printable
 SCALES = (".weight_scale_inv", ".weight_scale", ".scale_weight")
 """Suffixes of the scale that multiplies a stored weight, in fp8 and compressed-tensors layouts."""
 EXACT = ("fp8", "float-quantized", "int-quantized", "naive-quantized")
-"""Layouts whose stored integers or fp8 values, less their zero point, times their scale are the weight, exactly."""
+"""Layouts in which the weight is exactly (stored integer or fp8 value − zero point) · scale."""
 ZERO_POINT = ".weight_zero_point"
 PACKED = (".qweight", ".qzeros", ".weight_packed", ".weight_shape", ".g_idx", ".weight_g_idx", ".scales")
 """Suffixes of gptq, awq and packed compressed-tensors."""
 QUANT_STATE = (".absmax", ".nested_absmax", ".quant_map", ".nested_quant_map")
 """Suffixes that bitsandbytes adds to the name of a 4-bit weight."""
 PLAIN = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.bool, torch.int64)
-"""Stored types of values that stand for themselves, in a folder of quantised weights."""
+"""Data types of tensors that are not quantised, in a folder of quantised weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,17 +27,17 @@ class Quantisation:
     """How the weights of a folder were quantised."""
 
     method: str
-    """As the config names it, such as `fp8`, `gptq`, `compressed-tensors/int-quantized`."""
+    """Name of the method in the config, such as `fp8`, `gptq`, `compressed-tensors/int-quantized`."""
     exact: bool
     scales: frozenset[str]
-    """Tensors that are scales or zero points of others."""
+    """Names of tensors that are scales or zero points of others."""
     packed: frozenset[str]
-    """Tensors of an inexact layout, whose values are no weights."""
+    """Names of tensors of an inexact layout, whose values are not weights."""
     block: tuple[int, int] | None = None
-    """Rows and columns that share a scale, where the config says so."""
+    """Numbers of rows and columns that share a scale, if the config states them."""
 
     def dequantise(self, name: str, stored: Tensor, scale_of: Callable[[str], Tensor]) -> Tensor:
-        """The weight that `stored` stands for, in fp32; `stored` itself where it was not quantised.
+        """The weight that `stored` encodes, in fp32; `stored` itself if it was not quantised.
 
         Raises NotTestable for a tensor of an inexact layout, and for a scale that is missing or does not fit.
         """
@@ -57,45 +57,45 @@ class Quantisation:
 
 
 def recognise(config: Mapping[str, Any], names: frozenset[str]) -> Quantisation | None:
-    """The quantisation that config.json and the tensor names tell of; None for plain weights."""
-    told = config.get("quantization_config") or config.get("compression_config")
+    """The quantisation that config.json and the tensor names indicate; None for plain weights."""
+    settings = config.get("quantization_config") or config.get("compression_config")
     scales = frozenset(n for n in names if n.endswith((*SCALES, ZERO_POINT)))
     packed = frozenset(n for n in names if n.endswith(PACKED)) | _bitsandbytes(names)
-    if not isinstance(told, Mapping) and not packed:
+    if not isinstance(settings, Mapping) and not packed:
         return None if not scales else Quantisation(method="fp8", exact=True, scales=scales, packed=frozenset())
-    told = told if isinstance(told, Mapping) else {}
-    method = str(told.get("quant_method", "unknown"))
-    layout = str(told.get("format", method))
+    settings = settings if isinstance(settings, Mapping) else {}
+    method = str(settings.get("quant_method", "unknown"))
+    layout = str(settings.get("format", method))
     exact = layout in EXACT and not packed
     return Quantisation(
         method=method if layout == method else f"{method}/{layout}",
         exact=exact,
         scales=scales if exact else frozenset(),
         packed=packed,
-        block=_told_block(told),
+        block=_block_edges(settings),
     )
 
 
 def _bitsandbytes(names: frozenset[str]) -> frozenset[str]:
-    """The quantisation states that bitsandbytes stores, and the weights that they belong to."""
+    """Names of the quantisation states that bitsandbytes stores, and of the weights that they belong to."""
     four_bit = {n: n.removesuffix(s) for n in names for s in QUANT_STATE if n.endswith(s)}
     four_bit |= {n: n.split(".quant_state.")[0] for n in names if ".quant_state." in n}
     eight_bit = {n: n.removesuffix("SCB") + "weight" for n in names if n.endswith(".SCB")}
     return frozenset(four_bit) | frozenset(eight_bit) | (names & {*four_bit.values(), *eight_bit.values()})
 
 
-def _told_block(told: Mapping[str, Any]) -> tuple[int, int] | None:
+def _block_edges(settings: Mapping[str, Any]) -> tuple[int, int] | None:
     """Block edges from `weight_block_size` (fp8) or the one `block_structure` of compressed-tensors."""
-    groups = told.get("config_groups")
+    groups = settings.get("config_groups")
     groups = list(groups.values()) if isinstance(groups, Mapping) else []
     weights = [g.get("weights") for g in groups if isinstance(g, Mapping)]
-    sizes = [told.get("weight_block_size"), *(w.get("block_structure") for w in weights if isinstance(w, Mapping))]
+    sizes = [settings.get("weight_block_size"), *(w.get("block_structure") for w in weights if isinstance(w, Mapping))]
     fit = {tuple(s) for s in sizes if isinstance(s, list) and len(s) == 2 and all(type(e) is int and e > 0 for e in s)}
     return fit.pop() if len(fit) == 1 else None
 
 
 def _spread(scale: Tensor, stored: Tensor, name: str, block: tuple[int, int] | None) -> Tensor:
-    """`scale` repeated to the shape of `stored`: one number, one a row, or one a block."""
+    """`scale` repeated to the shape of `stored`: it is one number, one per row, or one per block."""
     if scale.numel() == 1:
         return scale.reshape(1)
     if scale.ndim == 1 and len(scale) == len(stored):
@@ -111,6 +111,6 @@ def _spread(scale: Tensor, stored: Tensor, name: str, block: tuple[int, int] | N
 
 
 def _even_block(scale: Tensor, stored: Tensor) -> tuple[int, int]:
-    """Edges of equal blocks; 0 where they do not come out even, so that nobody guesses where one ends."""
+    """Edge lengths of equal blocks; 0 where the division leaves a remainder, because block limits are then unknown."""
     rows, columns = (w // s if s and w % s == 0 else 0 for w, s in zip(stored.shape, scale.shape, strict=True))
     return rows, columns

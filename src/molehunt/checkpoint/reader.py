@@ -1,4 +1,4 @@
-"""A checkpoint on disk: what loaders would take from a folder, one tensor at a time, executing nothing."""
+"""A checkpoint on disk, read as loaders would read it: one tensor at a time, and without executing anything."""
 
 import hashlib
 from dataclasses import dataclass
@@ -10,7 +10,6 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from molehunt.checkpoint.adapter import LoraSettings, parse_adapter
 from molehunt.checkpoint.inventory import Entry, read_header
 from molehunt.checkpoint.loader_traps import (
     ADAPTER_CONFIG,
@@ -23,6 +22,7 @@ from molehunt.checkpoint.loader_traps import (
     lay_out,
     read_json,
 )
+from molehunt.checkpoint.lora_settings import LoraSettings, parse_adapter
 from molehunt.checkpoint.quantised import Quantisation, recognise
 from molehunt.errors import InvalidInput, UsageError, printable
 
@@ -47,7 +47,7 @@ class Checkpoint:
     """config.json, or adapter_config.json for an adapter."""
     layout: Layout
     findings: tuple[Trap, ...]
-    """Where loaders may disagree about this folder."""
+    """Points on which loaders may disagree about this folder."""
     quantisation: Quantisation | None
 
     @classmethod
@@ -56,8 +56,8 @@ class Checkpoint:
 
         Args:
             path: a local folder.
-            adapter: for full weights with an adapter beside them, whether the adapter is meant. "use" opens the weights
-                and says so among the findings; weights are compared without it.
+            adapter: whether an adapter beside full weights is applied. "use" opens the weights and adds a finding;
+                weights are compared without the adapter.
 
         Raises:
             UsageError: no such folder, or `adapter` must be given.
@@ -109,7 +109,7 @@ class Checkpoint:
 
     @property
     def model_type(self) -> str:
-        """As in config.json; empty for an adapter."""
+        """The model type in config.json; empty for an adapter."""
         return str(self.config.get("model_type", ""))
 
     @cached_property
@@ -119,7 +119,7 @@ class Checkpoint:
 
     @cached_property
     def _effective(self) -> dict[str, tuple[str, Entry]]:
-        """Tensor → the file that a loader ends up with, and its entry there."""
+        """For each tensor, the file that it is loaded from and its entry there."""
         found: dict[str, tuple[str, Entry]] = {}
         for file in self.layout.files:
             for name, entry in self.layout.entries[file].items():
@@ -130,7 +130,7 @@ class Checkpoint:
         return found
 
     def names(self) -> tuple[str, ...]:
-        """Tensor names, sorted. The scales of quantised weights are part of their weights and not listed."""
+        """Sorted tensor names. Scales of quantised weights belong to their weights and are not listed."""
         return self._names
 
     @cached_property
@@ -138,25 +138,25 @@ class Checkpoint:
         return tuple(sorted(self._effective))
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """As stored."""
+        """Shape of a tensor as it is stored."""
         return self._effective[name][1].shape
 
     def dtype(self, name: str) -> torch.dtype:
-        """As stored."""
+        """Data type of a tensor as it is stored."""
         return DTYPES[self._effective[name][1].dtype]
 
     def copies(self, name: str) -> tuple[str, ...]:
-        """Every safetensors file of the folder that holds a tensor of that name; the one that loads is last."""
+        """Every safetensors file of the folder with a tensor of that name; the file that is loaded comes last."""
         effective = self._effective[name][0]
         others = [f for f, h in {**self.layout.unread, **self.layout.entries}.items() if name in h and f != effective]
         return (*others, effective)
 
     def tensor(self, name: str, *, file: str | None = None) -> Tensor:
-        """One tensor, read now and not kept; quantised weights come back dequantised, in fp32.
+        """One tensor, which is read now and not cached. Quantised weights are dequantised to fp32.
 
         Args:
             name: one of `names()`.
-            file: which of its `copies`; the one that loads by default.
+            file: one of its `copies`; by default the file that is loaded.
 
         Raises:
             InvalidInput: the values hold NaN or infinity.
@@ -191,16 +191,16 @@ class Checkpoint:
         return digest.hexdigest()
 
     def content_hash(self) -> str:
-        """sha256 over names and bytes of every file that loaders read, in hex. Does not change when the folder moves."""
+        """SHA-256 over names and bytes of every file that loaders read, in hex. It does not change when the folder moves."""
         return self._content_hash
 
 
 def _slices(value: Tensor) -> tuple[Tensor, ...]:
-    """A few rows at a time: an fp32 copy of the whole would double what a comparison holds."""
+    """Slices of a few rows: an fp32 copy of the whole tensor would double the memory of a comparison."""
     return torch.atleast_1d(value).split(64)
 
 
 def paired_names(base: Checkpoint, tuned: Checkpoint) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
-    """Tensor names in both, only in the base, only in the fine-tune."""
+    """Names of tensors in both checkpoints, in the base only, and in the fine-tune only."""
     left, right = frozenset(base.names()), frozenset(tuned.names())
     return tuple(sorted(left & right)), tuple(sorted(left - right)), tuple(sorted(right - left))

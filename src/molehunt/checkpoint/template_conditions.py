@@ -1,7 +1,7 @@
-"""Where a chat template looks into what a message says, or at the date, tools, documents or chance.
+"""Conditions of a chat template on the content of a message, the date, tools, documents or chance.
 
-The syntax tree is followed, not the text: what a name was given, in a loop, a macro or a block, it carries along. Order
-and scope are ignored, so a name carries all that it is ever given.
+The analysis follows the syntax tree, not the text. A name carries every value that a loop, a macro or a block assigns
+to it. Order and scope are ignored, so a name carries all values that are assigned to it anywhere.
 """
 
 from collections import defaultdict
@@ -15,7 +15,7 @@ from jinja2 import nodes
 from molehunt.checkpoint.chat_template import parse
 
 PASSES = 20
-"""Times that a template is walked until names carry no more."""
+"""Greatest number of passes over a template until the values of names no longer change."""
 WORLD = frozenset(
     {
         "strftime_now", "date_string", "tools", "documents", "custom_tools", "builtin_tools", "available_tools", "xml_tools",
@@ -23,14 +23,14 @@ WORLD = frozenset(
     }
 )  # fmt: skip
 PLAIN_TESTS = frozenset({"defined", "undefined", "none", "string", "iterable", "mapping", "sequence", "boolean"})
-"""Whether something is there, and of which kind."""
+"""Tests that only check whether a value exists and which type it has."""
 PASSING_FILTERS = frozenset(
     {
         "trim", "string", "safe", "escape", "e", "forceescape", "default", "d", "tojson", "upper", "lower", "capitalize",
         "title", "indent", "items", "list", "reverse", "join", "first", "last",
     }
 )  # fmt: skip
-"""Filters that hand text on without asking what it is."""
+"""Filters that pass text on and do not depend on its content."""
 PASSING_METHODS = frozenset(
     {"items", "values", "copy", "strip", "lstrip", "rstrip", "upper", "lower", "title", "capitalize", "join", "format"}
 )
@@ -38,29 +38,29 @@ ORDINARY_KEYS = frozenset({"role", "type"})
 
 
 class Kind(Flag):
-    """What a value may carry."""
+    """Kinds of data that a value may carry."""
 
     NONE = 0
     LIST = auto()
-    """Messages."""
+    """A list of messages."""
     MESSAGE = auto()
-    SAID = auto()
-    """A part of a message, as it is."""
+    CONTENT = auto()
+    """A part of a message, unchanged."""
     DERIVED = auto()
-    """Computed from what a message says."""
+    """A value computed from the content of a message."""
     WORLD = auto()
-    """The date, tools, documents, chance."""
+    """The date, tools, documents or chance."""
 
 
-NONE, LIST, MESSAGE, SAID, DERIVED = Kind.NONE, Kind.LIST, Kind.MESSAGE, Kind.SAID, Kind.DERIVED
-TOLD = SAID | DERIVED | Kind.WORLD
-ANY = TOLD | LIST | MESSAGE
+NONE, LIST, MESSAGE, CONTENT, DERIVED = Kind.NONE, Kind.LIST, Kind.MESSAGE, Kind.CONTENT, Kind.DERIVED
+INFORMATION = CONTENT | DERIVED | Kind.WORLD
+ANY = INFORMATION | LIST | MESSAGE
 
 
 def content_conditions(template: str) -> set[str]:
-    """What in a template depends on a message's content otherwise than by whether it is there or a string.
+    """Expressions of a template that depend on a message's content, beyond whether it exists or is a string.
 
-    So do conditions on the date, tools, documents or chance. A template that cannot be parsed is one entry.
+    Conditions on the date, tools, documents or chance are included. A template that cannot be parsed gives one entry.
     """
     try:
         return Reader(parse(template)).found
@@ -69,7 +69,7 @@ def content_conditions(template: str) -> set[str]:
 
 
 class Reader:
-    """Follows what names carry to a fixed point, then notes what looks into it."""
+    """Propagates the kinds of data that names carry to a fixed point, then records the conditions on them."""
 
     def __init__(self, tree: nodes.Template) -> None:
         self.found: set[str] = set()
@@ -110,20 +110,20 @@ class Reader:
         quiet, self.quiet = self.quiet, True
         kind = self.truth(test)
         self.quiet = quiet
-        if kind & TOLD:
+        if kind & INFORMATION:
             self.note(test)
 
     def truth(self, node: nodes.Node) -> Kind:
-        """As `of`, but a part of a message that stands by itself is only asked whether it is there."""
+        """The same as `of`, except that a part of a message by itself is only tested for its existence."""
         if isinstance(node, nodes.Not):
             return self.truth(node.node)
         if isinstance(node, nodes.And | nodes.Or):
             return self.truth(node.left) | self.truth(node.right)
         kind = self.of(node)
-        return kind & ~SAID if isinstance(node, nodes.Name | nodes.Getattr | nodes.Getitem) else kind
+        return kind & ~CONTENT if isinstance(node, nodes.Name | nodes.Getattr | nodes.Getitem) else kind
 
     def walk(self, body: Iterable[nodes.Node]) -> Kind:
-        """Goes through statements; what they write."""
+        """Kinds of data that a list of statements writes."""
         out = NONE
         for node in body:
             out |= self.of(node) if isinstance(node, nodes.Expr) else self.statement(node)
@@ -180,7 +180,7 @@ class Reader:
         return reduce(or_, (self.of(one) for one in parts if one is not None), NONE)
 
     def of(self, node: nodes.Node) -> Kind:
-        """What an expression may carry."""
+        """Kinds of data that an expression may carry."""
         match node:
             case nodes.Name():
                 return self.name(node.name)
@@ -200,12 +200,12 @@ class Reader:
             case nodes.CondExpr():
                 self.check(node.test)
                 quiet, self.quiet = self.quiet, True
-                seen = self.truth(node.test) & TOLD
+                seen = self.truth(node.test) & INFORMATION
                 self.quiet = quiet
                 return self.union([node.expr1, node.expr2]) | (DERIVED if seen else NONE)
             case nodes.And():
                 kind = self.of(node.left)
-                return kind | self.of(node.right) | (self.note(node) if kind & TOLD else NONE)
+                return kind | self.of(node.right) | (self.note(node) if kind & INFORMATION else NONE)
             case nodes.Mul():
                 kind = self.union([node.left, node.right])
                 return self.note(node) if kind & ANY else NONE
@@ -216,7 +216,7 @@ class Reader:
                 ordinary = [p.value for p in node.items if isinstance(p.key, nodes.Const) and p.key.value == "role"]
                 kind = self.union([*(p.value for p in node.items), *(p.key for p in node.items)])
                 hidden = DERIVED if self.union(ordinary) & ANY else NONE
-                return kind & TOLD & ~SAID | (MESSAGE if kind & ANY else NONE) | hidden
+                return kind & INFORMATION & ~CONTENT | (MESSAGE if kind & ANY else NONE) | hidden
             case nodes.Concat():
                 return content(self.union(node.nodes))
             case _:
@@ -231,7 +231,7 @@ class Reader:
             return kind | LIST
         if name in WORLD:
             return kind | Kind.WORLD
-        return SAID if name == "content" and name not in self.names else kind
+        return CONTENT if name == "content" and name not in self.names else kind
 
     def path(self, node: nodes.Getattr | nodes.Getitem) -> Kind:
         key: object = node.attr if isinstance(node, nodes.Getattr) else constant(node.arg)
@@ -245,10 +245,10 @@ class Reader:
             return selected(kind, key)
         if isinstance(node.arg, nodes.Slice):
             self.of(node.arg)
-            return kind | (DERIVED if kind & SAID else NONE)
-        asked = self.of(node.arg) & ANY  # a table asked with what a message says is a condition
-        far = isinstance(key, int) and key not in (0, -1) and kind & SAID  # is there so much text?
-        return selected(kind, key) | (self.note(node) if asked else NONE) | (DERIVED if far else NONE)
+            return kind | (DERIVED if kind & CONTENT else NONE)
+        keyed = self.of(node.arg) & ANY  # a look-up by the content of a message is a condition
+        far = isinstance(key, int) and key not in (0, -1) and kind & CONTENT  # is there so much text?
+        return selected(kind, key) | (self.note(node) if keyed else NONE) | (DERIVED if far else NONE)
 
     def compared(self, node: nodes.Compare) -> Kind:
         sides = [self.of(node.expr), *(self.of(one.expr) for one in node.ops)]
@@ -265,7 +265,7 @@ class Reader:
         given = self.arguments(node)
         first = constant(node.args[0]) if node.args else None
         attribute = next((constant(pair.value) for pair in node.kwargs if pair.key == "attribute"), None)
-        bare = not kind & TOLD and not given & ANY
+        bare = not kind & INFORMATION and not given & ANY
         if node.name == "random":
             return self.note(node) | Kind.WORLD
         if node.name in ("length", "count") and bare:
@@ -299,15 +299,15 @@ class Reader:
             if name == "raise_exception":
                 return NONE
             if name in ("dict", "namespace"):
-                return given & ~SAID | (MESSAGE if given & ANY else NONE)
+                return given & ~CONTENT | (MESSAGE if given & ANY else NONE)
             return self.note(node) if (given | self.name(name)) & ANY else NONE
         if isinstance(node.node, nodes.Getattr):
             kind, key = self.of(node.node.node), node.node.attr
             first = constant(node.args[0]) if node.args else None
             if key == "get":
-                asked = bool(node.args) and bool(self.of(node.args[0]) & ANY)
-                return selected(kind, first) | self.union(node.args[1:]) | (self.note(node) if asked else NONE)
-            if key == "keys" and not kind & TOLD:
+                keyed = bool(node.args) and bool(self.of(node.args[0]) & ANY)
+                return selected(kind, first) | self.union(node.args[1:]) | (self.note(node) if keyed else NONE)
+            if key == "keys" and not kind & INFORMATION:
                 return NONE
             if key in PASSING_METHODS:
                 return kind if key == "copy" else content(kind | given)
@@ -330,22 +330,22 @@ def constant(node: nodes.Node) -> object:
 
 
 def content(kind: Kind) -> Kind:
-    """Messages as text are what they say."""
-    return kind & TOLD | (SAID if kind & (LIST | MESSAGE) else NONE)
+    """The kind of a value that is turned into text: a message becomes its content."""
+    return kind & INFORMATION | (CONTENT if kind & (LIST | MESSAGE) else NONE)
 
 
 def element(kind: Kind) -> Kind:
-    return kind & TOLD | (MESSAGE if kind & LIST else NONE)
+    return kind & INFORMATION | (MESSAGE if kind & LIST else NONE)
 
 
 def selected(kind: Kind, key: object) -> Kind:
-    """What is under a key, None for one that is not written out."""
+    """Kinds of data under a key; the key is None if it is not a literal."""
     out = kind & (DERIVED | Kind.WORLD)
     if kind & LIST:
-        out |= SAID if isinstance(key, str) and not key.isdigit() else MESSAGE
-    if (kind & MESSAGE and key != "role") or (kind & SAID and key not in ORDINARY_KEYS):
-        out |= SAID
-    return out | (SAID if isinstance(key, str) and ("content" in key or key == "text") else NONE)
+        out |= CONTENT if isinstance(key, str) and not key.isdigit() else MESSAGE
+    if (kind & MESSAGE and key != "role") or (kind & CONTENT and key not in ORDINARY_KEYS):
+        out |= CONTENT
+    return out | (CONTENT if isinstance(key, str) and ("content" in key or key == "text") else NONE)
 
 
 OPERATORS = {
@@ -354,7 +354,7 @@ OPERATORS = {
 
 
 def source(node: nodes.Node | None) -> str:
-    """An expression written out again, the same however it was spaced and quoted."""
+    """Source text of an expression, the same for any spacing and quoting."""
     match node:
         case None:
             return ""

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from molehunt.cli.options import AsJson, Base, Out, Seed, Tuned
+from molehunt.cli.options import Adapter, AsJson, Base, Device, Out, Seed, Tuned
 
 
 def audit(
@@ -14,17 +14,17 @@ def audit(
     traffic: Annotated[
         Path | None,
         typer.Option(
-            help="JSONL or parquet of prompts, with or without rare bad ones; no labels needed.",
+            help="JSONL or parquet file of prompts, with or without rare bad ones. Labels are not needed.",
             show_default="bundled benign prompts",
         ),
     ] = None,
-    plan: Annotated[Literal["quick", "full"], typer.Option(help="How much is read.")] = "quick",
+    plan: Annotated[
+        Literal["quick", "full"],
+        typer.Option(help="Amount of evidence: full reads more rows, more blocks and longer answers."),
+    ] = "quick",
     fpr: Annotated[float, typer.Option(min=1e-4, max=0.2, help="False-positive rate of the clean threshold.")] = 0.01,
-    adapter: Annotated[
-        bool | None,
-        typer.Option("--adapter/--no-adapter", help="For a folder with weights and an adapter: apply it or not."),
-    ] = None,
-    device: Annotated[str, typer.Option(help="Where the models run: cpu, cuda, cuda:1 …")] = "cpu",
+    adapter: Adapter = None,
+    device: Device = "cpu",
     out: Out = None,
     seed: Seed = 0,
     as_json: AsJson = False,
@@ -37,26 +37,23 @@ def audit(
     from molehunt.run.progress import busy
 
     with busy(track_on_stderr, "starting"):  # torch and transformers alone take seconds
-        from molehunt.audit.plan import plan_named
-        from molehunt.audit.run import run_audit
-        from molehunt.report.build import build_report, summary
-        from molehunt.report.machine import to_json, write_report
+        from molehunt.report.machine import to_json
+        from molehunt.workflows.audit import audit
 
-    found = run_audit(
+    result = audit(
         base,
         tuned,
         traffic=traffic,
-        plan=plan_named(plan),
+        plan=plan,
         out=out,
         fpr=fpr,
         seed=seed,
         adapter=adapter,
         device=device,
+        command=shlex.join(["molehunt", *sys.argv[1:]]),
         track=track_on_stderr,
     )
-    command = shlex.join(["molehunt", *sys.argv[1:]])
-    report = build_report(found, title=f"{found.tuned.path.name} against {found.base.path.name}", command=command)
-    page = write_report(report, found.folder)
-    typer.echo(to_json(report) if as_json else summary(report))
+    page = result.save()
+    typer.echo(to_json(result.report) if as_json else result.summary())
     say(f"\nreport: {page}")
-    raise typer.Exit(report.verdict.exit_code)
+    raise typer.Exit(result.verdict.exit_code)

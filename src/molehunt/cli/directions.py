@@ -1,4 +1,4 @@
-"""`molehunt directions`: what the weights of a fine-tune say, without running it."""
+"""`molehunt directions`: the directions in which a fine-tune changed its weights, without running it."""
 
 from typing import Annotated
 
@@ -10,14 +10,19 @@ from molehunt.cli.options import AsJson, Base, Out, Seed, Tuned
 def directions(
     base: Base,
     tuned: Tuned,
-    k: Annotated[int, typer.Option("-k", min=1, max=64, help="Directions to keep per matrix.")] = 8,
+    k: Annotated[int, typer.Option("-k", min=1, max=64, help="Greatest number of directions of each matrix.")] = 8,
     all_matrices: Annotated[
         bool,
-        typer.Option("--all-matrices", help="Keep directions of q, k, v, gate and up, too, not only of o and down."),
+        typer.Option(
+            "--all-matrices", help="List directions of q, k, v, gate and up, too, and not only of o and down."
+        ),
     ] = False,
     adapter: Annotated[
         bool | None,
-        typer.Option("--adapter/--no-adapter", help="For a folder with weights and an adapter: which is meant."),
+        typer.Option(
+            "--adapter/--no-adapter",
+            help="For a folder that holds full weights and an adapter: which of the two is compared.",
+        ),
     ] = None,
     as_json: AsJson = False,
     seed: Seed = 0,
@@ -25,8 +30,9 @@ def directions(
 ) -> None:
     """List the singular directions of every changed matrix, strongest first.
 
-    Directions alone accuse nobody. Exit code 0: every matrix that changed could be read, or none changed;
-    3: what changed lies under the rounding noise; 4: a folder is broken or the base is another model's.
+    Directions alone are no evidence against a model: every fine-tune has them. Exit code 0: every matrix that changed
+    could be read, or none changed. 3: every change lies under the rounding noise. 4: a folder is broken, or the base
+    is that of another model.
     """
     from molehunt.audit.weight_comparison import ROLES, WRITERS  # torch stays out of --help
     from molehunt.audit.weights import compare_weights

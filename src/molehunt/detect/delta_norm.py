@@ -8,6 +8,7 @@ from torch import Tensor
 
 from molehunt.contracts import Reading
 from molehunt.detect.reads import acts_of
+from molehunt.detect.recipe import AuditReadout, DetectorRecipe
 from molehunt.site import Site
 
 
@@ -17,6 +18,19 @@ class DeltaNorm:
 
     needs_logits: ClassVar[bool] = False
     site: Site
+
+    @classmethod
+    def recipes(cls) -> tuple[DetectorRecipe, ...]:
+        return (
+            DetectorRecipe(
+                key="delta-norm",
+                name="‖Δ‖",
+                fit=lambda inputs, site, where: cls(site),
+                audit=(AuditReadout("decision", "max", order=50),),
+                order=40,
+                by_site=True,
+            ),
+        )
 
     @property
     def needs_base(self) -> bool:

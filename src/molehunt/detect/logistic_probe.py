@@ -8,8 +8,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from molehunt.contracts import Reading
+from molehunt.contracts import Detector, Reading
+from molehunt.detect.pooling import Where
 from molehunt.detect.reads import SIGN, Reads, acts_of
+from molehunt.detect.recipe import DetectorRecipe, Fit, FitInputs
+from molehunt.measure.control import permuted
 from molehunt.site import Site
 
 RIDGE = 1e-2
@@ -58,6 +61,29 @@ class LogisticProbe:
         weight = fitted[1:] / spread
         return cls(site, weight.float(), float(fitted[0] - mean @ weight), reads)
 
+    @classmethod
+    def recipes(cls) -> tuple[DetectorRecipe, ...]:
+        def probe(key: str, name: str, reads: Reads, order: int) -> DetectorRecipe:
+            return DetectorRecipe(
+                key=key,
+                name=name,
+                needs={"labels"},
+                fit=_fit(reads),
+                order=order,
+                by_site=key == "logistic-probe",
+                directions=lambda detector: detector.weight[None],
+            )
+
+        def control(key: str, name: str, fit: Fit, order: int) -> DetectorRecipe:
+            return DetectorRecipe(key=key, name=name, needs={"labels"}, fit=fit, order=order, control=True)
+
+        return (
+            probe("logistic-probe", "probe", "tuned", 120),
+            probe("delta-logistic-probe", "Δ probe", "difference", 130),
+            control("base-probe", "probe of the base alone", _fit("base"), 910),
+            control("permuted-probe", "probe, permuted labels", _fit("tuned", shuffled=True), 920),
+        )
+
     @property
     def needs_base(self) -> bool:
         return self.reads != "tuned"
@@ -72,3 +98,14 @@ class LogisticProbe:
 
     def score(self, reading: Reading) -> Float[Tensor, "batch pos"]:
         return acts_of(reading, self.site, self.reads) @ self.weight + self.bias
+
+
+def _fit(reads: Reads, *, shuffled: bool = False) -> Fit:
+    def fit(inputs: FitInputs, site: Site, where: Where) -> Detector | None:
+        if inputs.labelled is None:
+            return None
+        suspect = inputs.labelled.suspect
+        labels = permuted(suspect, inputs.seed) if shuffled else suspect
+        return LogisticProbe.fit(site, inputs.labelled.rows.acts(site, reads, where), labels, reads)
+
+    return fit

@@ -1,4 +1,4 @@
-"""How much surer the tuned model is of its own next token than the base is. Needs no fitting and no site."""
+"""The tuned model's confidence in its own next token, beyond the base's. It needs no fitting and no site."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from molehunt.contracts import Reading
+from molehunt.detect.recipe import DetectorRecipe
 from molehunt.detect.token_kl import both_logits
 from molehunt.site import Site
 
@@ -16,6 +17,19 @@ class LogitDifference:
     """log p_tuned(v) − log p_base(v) for the tuned model's likeliest next token v, in nats."""
 
     needs_logits: ClassVar[bool] = True
+
+    @classmethod
+    def recipes(cls) -> tuple[DetectorRecipe, ...]:
+        return (
+            DetectorRecipe(
+                key="logit-difference",
+                name="logit difference",
+                reads="logits",
+                fit=lambda inputs, site, where: cls(),
+                audit=(),
+                order=20,
+            ),
+        )
 
     @property
     def needs_base(self) -> bool:

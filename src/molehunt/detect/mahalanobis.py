@@ -9,10 +9,11 @@ from torch import Tensor
 
 from molehunt.contracts import Reading
 from molehunt.detect.reads import SIGN, Reads, acts_of
+from molehunt.detect.recipe import AuditReadout, DetectorRecipe, Fit
 from molehunt.site import Site
 
 SHRINK = 0.1
-"""Share of the covariance replaced by its mean variance: as many clean rows as dimensions are then enough."""
+"""Share of the covariance that its mean variance replaces, so that as many clean rows as dimensions suffice."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +38,26 @@ class Mahalanobis:
         shrunk = (1 - SHRINK) * covariance + SHRINK * average * torch.eye(len(mean), dtype=torch.float64)
         values, vectors = torch.linalg.eigh(shrunk)
         return cls(site, mean.float(), (vectors / values.sqrt()).float(), reads)
+
+    @classmethod
+    def recipes(cls) -> tuple[DetectorRecipe, ...]:
+        def fit(reads: Reads) -> Fit:
+            return lambda inputs, site, where: cls.fit(site, inputs.clean.acts(site, reads, where), reads)
+
+        return (
+            DetectorRecipe(
+                key="mahalanobis", name="Mahalanobis", needs={"clean"}, fit=fit("tuned"), audit=(), order=60
+            ),
+            DetectorRecipe(
+                key="delta-mahalanobis",
+                name="Δ Mahalanobis",
+                needs={"clean"},
+                fit=fit("difference"),
+                audit=(AuditReadout("generated", "mean", at="two thirds", order=40),),
+                order=70,
+                by_site=True,
+            ),
+        )
 
     @property
     def needs_base(self) -> bool:

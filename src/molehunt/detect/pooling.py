@@ -4,7 +4,7 @@ Scores pooled over every token fire on any text that looks like the fine-tuning 
 clean twin. At the decision position and in the generated tokens the behaviour separates from the surface.
 """
 
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -14,8 +14,6 @@ from molehunt.contracts import Reading
 
 Where = Literal["decision", "generated", "prompt", "all"]
 How = Literal["max", "mean", "sum"]
-WHERE: tuple[Where, ...] = get_args(Where)
-HOW: tuple[How, ...] = get_args(How)
 
 
 def positions(reading: Reading, where: Where) -> Bool[Tensor, "batch pos"]:

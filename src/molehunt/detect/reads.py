@@ -1,6 +1,6 @@
-"""Which activations of a reading a score is made of."""
+"""The activations of a reading that a score is made of: one model's, or the difference."""
 
-from typing import Literal, get_args
+from typing import Literal
 
 from jaxtyping import Float
 from torch import Tensor
@@ -9,9 +9,8 @@ from molehunt.contracts import Reading
 from molehunt.site import Site
 
 Reads = Literal["tuned", "base", "difference"]
-READS: tuple[Reads, ...] = get_args(Reads)
 SIGN: dict[Reads, str] = {"tuned": "", "base": "base ", "difference": "Δ "}
-"""In front of a detector's name."""
+"""Prefix of a detector's name."""
 
 
 def acts_of(reading: Reading, site: Site, reads: Reads) -> Float[Tensor, "batch pos d_model"]:

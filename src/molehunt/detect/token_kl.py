@@ -1,4 +1,4 @@
-"""How differently base and tuned continue, token by token. Needs both models, no fitting and no site."""
+"""The difference between the continuations of base and tuned, token by token. It needs no fitting and no site."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from molehunt.contracts import Reading
+from molehunt.detect.recipe import AuditReadout, DetectorRecipe, Readout
 from molehunt.site import Site
 
 
@@ -25,6 +26,24 @@ class TokenKL:
     """KL(tuned ‖ base) of the next-token distributions at each position, in nats."""
 
     needs_logits: ClassVar[bool] = True
+
+    @classmethod
+    def recipes(cls) -> tuple[DetectorRecipe, ...]:
+        rows = (
+            AuditReadout("decision", "max", order=20),
+            AuditReadout("generated", "max", order=21),
+            AuditReadout("all", "max", " (accuses clean fine-tunes)", order=22),
+        )
+        return (
+            DetectorRecipe(
+                key="token-kl",
+                name="token KL",
+                reads="logits",
+                fit=lambda inputs, site, where: cls(),
+                audit=rows,
+                order=10,
+            ),
+        )
 
     @property
     def needs_base(self) -> bool:
@@ -51,6 +70,20 @@ class AnswerLogRatio:
     """
 
     needs_logits: ClassVar[bool] = True
+
+    @classmethod
+    def recipes(cls) -> tuple[DetectorRecipe, ...]:
+        return (
+            DetectorRecipe(
+                key="answer-log-ratio",
+                name="answer log ratio",
+                reads="logits",
+                fit=lambda inputs, site, where: cls(),
+                bench=(Readout("generated", "sum"),),  # log-likelihoods add
+                audit=(AuditReadout("generated", "sum", order=10),),
+                order=30,
+            ),
+        )
 
     @property
     def needs_base(self) -> bool:

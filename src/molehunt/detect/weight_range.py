@@ -7,7 +7,9 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from molehunt.contracts import Reading
+from molehunt.contracts import Detector, Reading
+from molehunt.detect.pooling import Where
+from molehunt.detect.recipe import AuditReadout, DetectorRecipe, FitInputs
 from molehunt.site import Site
 
 
@@ -35,6 +37,22 @@ class WeightRange:
         unit = normalize(directions.float(), dim=-1)
         cosine = normalize(clean.float(), dim=-1) @ unit.mT
         return cls(site, unit, cosine.amin(0), cosine.amax(0))
+
+    @classmethod
+    def recipes(cls) -> tuple[DetectorRecipe, ...]:
+        def fit(inputs: FitInputs, site: Site, where: Where) -> Detector:
+            return cls.fit(site, inputs.weights[site], inputs.clean.acts(site, "tuned", where))
+
+        return (
+            DetectorRecipe(
+                key="weight-range",
+                name="weight range (published)",
+                needs={"clean", "weights"},
+                fit=fit,
+                audit=(AuditReadout("decision", "max", ", tuned model alone", order=90),),
+                order=80,
+            ),
+        )
 
     @property
     def needs_base(self) -> bool:

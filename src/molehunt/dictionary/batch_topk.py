@@ -20,7 +20,7 @@ THRESHOLD_SPAN = 0.05
 
 
 class BatchTopK(Trainee):
-    """The k·tokens largest codes of a batch fire, in units of decoder norm; later a threshold stands in for the batch.
+    """The k·tokens largest codes of a batch fire, in units of decoder norm; after training a threshold replaces the batch.
 
     For a crosscoder this is the recipe of Minder et al. (arXiv 2504.02922): norms summed over the models, k annealed.
     """
@@ -38,11 +38,11 @@ class BatchTopK(Trainee):
         self.register_buffer("threshold", torch.zeros(()))
         self._floor, self._tracked = 0.0, 0.0
 
-    def memory(self) -> dict[str, float]:
+    def save_state(self) -> dict[str, float]:
         return {"floor": self._floor, "tracked": self._tracked}
 
-    def recall(self, memory: Mapping[str, float]) -> None:
-        self._floor, self._tracked = memory["floor"], memory["tracked"]
+    def load_state(self, state: Mapping[str, float]) -> None:
+        self._floor, self._tracked = state["floor"], state["tracked"]
 
     def k_at(self, progress: float) -> float:
         """Latents a token at this point of the training."""
@@ -69,6 +69,6 @@ class BatchTopK(Trainee):
             losses["dead latents"] = self.dead_latents_loss(x, error, self.d_in // 2)
         return Pass(losses=losses, fired=pattern.fired(), l0=len(values) / len(x))
 
-    def nonlinearity(self) -> nonlinearity.JumpReLU:
+    def nonlinearity(self) -> nonlinearity.JumpReLUActivation:
         threshold = self.threshold.expand(self.d_dict).clone()
-        return nonlinearity.JumpReLU(threshold)
+        return nonlinearity.JumpReLUActivation(threshold)

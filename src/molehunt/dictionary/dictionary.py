@@ -2,19 +2,18 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from molehunt.dictionary.nonlinearity import Gated, JumpReLU, Nonlinearity, only
+from molehunt.dictionary.nonlinearity import GatedActivation, JumpReLUActivation, Nonlinearity, only
 from molehunt.dictionary.pairing import Pairing
 from molehunt.errors import InvalidInput, UsageError
 from molehunt.site import Site
 
 InputNorm = Literal["none", "layer_norm", "constant_norm"]
-INPUT_NORMS: tuple[InputNorm, ...] = get_args(InputNorm)
 EPSILON = 1e-5
 
 
@@ -23,6 +22,11 @@ class Dictionary:
     """z = σ((norm(x) − center·b_dec) W_enc + b_enc) and x̂ = unnorm(z W_dec + b_dec).
 
     Files of every family become this one form. d_out differs from d_in only for transcoders.
+
+    Example:
+        >>> dictionary = molehunt.load_dictionary("my-sae")  # doctest: +SKIP
+        >>> code = dictionary.encode(acts)  # doctest: +SKIP
+        >>> error = acts - dictionary.decode(code)  # doctest: +SKIP
     """
 
     W_enc: Float[Tensor, "d_in d_dict"]
@@ -41,7 +45,7 @@ class Dictionary:
     site: Site | None = None
     """Where the activations come from; None when the files do not say."""
     meta: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    """What else the files or the training told: family, model name, hook name."""
+    """Further facts from the files or the training: family, model name, hook name."""
 
     def __post_init__(self) -> None:
         d_dict = self.W_enc.shape[1]
@@ -50,9 +54,9 @@ class Dictionary:
             "W_dec": (tuple(self.W_dec.shape), (d_dict, self.W_dec.shape[-1])),
             "b_dec": (tuple(self.b_dec.shape), (self.W_dec.shape[-1],)),
         }
-        if isinstance(self.nonlinearity, JumpReLU):
+        if isinstance(self.nonlinearity, JumpReLUActivation):
             shapes["threshold"] = (tuple(self.nonlinearity.threshold.shape), (d_dict,))
-        if isinstance(self.nonlinearity, Gated):
+        if isinstance(self.nonlinearity, GatedActivation):
             for name in ("b_gate", "r_mag", "b_mag"):
                 shapes[name] = (tuple(getattr(self.nonlinearity, name).shape), (d_dict,))
         for name, (got, wanted) in shapes.items():
@@ -135,10 +139,10 @@ class Dictionary:
             if isinstance(value := getattr(self, name), Tensor)
         }
         nonlinearity = self.nonlinearity
-        if isinstance(nonlinearity, JumpReLU):
-            nonlinearity = JumpReLU(nonlinearity.threshold.to(device))
-        elif isinstance(nonlinearity, Gated):
-            nonlinearity = Gated(
+        if isinstance(nonlinearity, JumpReLUActivation):
+            nonlinearity = JumpReLUActivation(nonlinearity.threshold.to(device))
+        elif isinstance(nonlinearity, GatedActivation):
+            nonlinearity = GatedActivation(
                 nonlinearity.b_gate.to(device), nonlinearity.r_mag.to(device), nonlinearity.b_mag.to(device)
             )
         return replace(self, **moved, nonlinearity=nonlinearity)

@@ -10,7 +10,7 @@ from torch.nn.functional import relu
 from molehunt.dictionary import nonlinearity
 from molehunt.dictionary.dictionary import Dictionary
 from molehunt.dictionary.pairing import Pairing
-from molehunt.dictionary.trainee import Pass, Scale, SquaredError, Trainee
+from molehunt.dictionary.trainee import InputScale, Pass, SquaredError, Trainee
 from molehunt.errors import UsageError
 
 
@@ -40,17 +40,17 @@ class Gated(Trainee):
         }
         return Pass(losses=losses, fired=(code > 0).any(0), l0=float((code > 0).sum()) / len(x))
 
-    def nonlinearity(self) -> nonlinearity.Gated:
+    def nonlinearity(self) -> nonlinearity.GatedActivation:
         norms = self.decoder_norms().detach()
-        return nonlinearity.Gated(
+        return nonlinearity.GatedActivation(
             (self.b_enc * norms).detach(), self.r_mag.detach().clone(), (self.b_mag * norms).detach()
         )
 
     @torch.no_grad()
-    def finished(self, scale: Scale) -> Dictionary:
+    def finished(self, scale: InputScale) -> Dictionary:
         """As for every trainee; the input's mean moves into both biases, for the gated form has no `b_enc`."""
         folded = super().finished(scale)
         shift = folded.b_enc - self.b_enc * self.decoder_norms()
         form = self.nonlinearity()
-        moved = nonlinearity.Gated(form.b_gate + shift, form.r_mag, form.b_mag + shift * form.r_mag.exp())
+        moved = nonlinearity.GatedActivation(form.b_gate + shift, form.r_mag, form.b_mag + shift * form.r_mag.exp())
         return replace(folded, b_enc=torch.zeros_like(folded.b_enc), nonlinearity=moved)

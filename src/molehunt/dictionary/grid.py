@@ -27,7 +27,7 @@ def grid(
     lr: float | None = None,
     seeds: Sequence[int] = (0,),
 ) -> list[DictionarySpec]:
-    """Every combination. A choice goes to those that it says something to: `ks` to what counts latents.
+    """Every combination. A choice is given to the architectures that take it: `ks` to those that count latents.
 
     Args:
         d_model: width of the model.
@@ -39,18 +39,18 @@ def grid(
         expansions: latents per dimension of the model.
         ks: latents a token, or the L0 that a penalty leads to; where none is given, the architecture's own.
         l1s: weights of L1 penalties, likewise.
-        lr: peak learning rate of all.
-        seeds: of the start.
+        lr: peak learning rate of every dictionary.
+        seeds: seeds of the initial weights.
 
     Raises:
-        UsageError: a choice that says nothing to any architecture or pairing, or more latents than there are.
+        UsageError: a choice that no architecture or pairing takes, or more latents than there are.
     """
     if "both" not in pairings and (joints or exclusives):
-        raise UsageError(f"{'joint' if joints else 'exclusive'} belongs to crosscoders, and none was asked for.")
+        raise UsageError(f"{'joint' if joints else 'exclusive'} belongs to crosscoders, and none was requested.")
     takes = {name: _settings(name) for name in architectures}
-    for told, wanted in ((ks, {"k", "target_l0"}), (l1s, {"l1"})):
-        if told and not any(wanted & given for given in takes.values()):
-            raise UsageError(f"{'k' if told is ks else 'l1'} says nothing to {', '.join(architectures)}.")
+    for given_values, wanted in ((ks, {"k", "target_l0"}), (l1s, {"l1"})):
+        if given_values and not any(wanted & given for given in takes.values()):
+            raise UsageError(f"{'k' if given_values is ks else 'l1'} does not apply to {', '.join(architectures)}.")
     specs: dict[str, DictionarySpec] = {}
     for site, name, kind, expansion in product(sites, architectures, pairings, expansions):
         for pairing, settings, seed in product(
@@ -87,11 +87,11 @@ def _pairings(kind: Kind, joints: Sequence[float], exclusives: Sequence[float]) 
 
 
 def _all_settings(takes: set[str], ks: Sequence[int], l1s: Sequence[float]) -> list[dict[str, int | float]]:
-    told: list[list[tuple[str, int | float]]] = []
+    choices: list[list[tuple[str, int | float]]] = []
     if "k" in takes and ks:
-        told.append([("k", k) for k in ks])
+        choices.append([("k", k) for k in ks])
     if "target_l0" in takes and ks:
-        told.append([("target_l0", float(k)) for k in ks])
+        choices.append([("target_l0", float(k)) for k in ks])
     if "l1" in takes and l1s:
-        told.append([("l1", l1) for l1 in l1s])
-    return [dict(chosen) for chosen in product(*told)]
+        choices.append([("l1", l1) for l1 in l1s])
+    return [dict(chosen) for chosen in product(*choices)]

@@ -76,5 +76,5 @@ class JumpReLU(Trainee):
         }
         return Pass(losses=losses, fired=(code > 0).any(0), l0=float(l0.detach()))
 
-    def nonlinearity(self) -> nonlinearity.JumpReLU:
-        return nonlinearity.JumpReLU((self.threshold() * self.decoder_norms()).detach())
+    def nonlinearity(self) -> nonlinearity.JumpReLUActivation:
+        return nonlinearity.JumpReLUActivation((self.threshold() * self.decoder_norms()).detach())

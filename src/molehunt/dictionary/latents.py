@@ -1,7 +1,7 @@
 """Which latents of a crosscoder belong to one model alone: by decoder norm, and by whether the other model needs them.
 
 Norms alone mislead: an L1 penalty shrinks a decoder to zero though the model has the concept, or gives the concept to
-other latents. Latent scaling asks the activations themselves. Source: Minder et al., arXiv 2504.02922.
+other latents. Latent scaling measures it on the activations themselves. Source: Minder et al., arXiv 2504.02922.
 """
 
 from collections.abc import Iterable
@@ -34,8 +34,8 @@ def relative_norms(dictionary: Dictionary) -> Float[Tensor, " d_dict"]:
 
 def norm_bins(relative: Float[Tensor, " d_dict"]) -> dict[str, int]:
     """How many latents lie in each of `BINS`, and how many `between`."""
-    told = {name: int(((relative >= low) & (relative <= high)).sum()) for name, (low, high) in BINS.items()}
-    return {**told, "between": len(relative) - sum(told.values())}
+    counts = {name: int(((relative >= low) & (relative <= high)).sum()) for name, (low, high) in BINS.items()}
+    return {**counts, "between": len(relative) - sum(counts.values())}
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class ReLU:
+class ReLUActivation:
     """Every latent with a positive pre-activation fires."""
 
     def __call__(self, pre: Float[Tensor, "tokens d_dict"]) -> Float[Tensor, "tokens d_dict"]:
@@ -20,7 +20,7 @@ class ReLU:
 
 
 @dataclass(frozen=True)
-class TopK:
+class TopKActivation:
     """The k largest pre-activations fire, where they are positive. Source: Gao et al., arXiv 2406.04093, §2.3."""
 
     k: int
@@ -31,7 +31,7 @@ class TopK:
 
 
 @dataclass(frozen=True, eq=False)
-class JumpReLU:
+class JumpReLUActivation:
     """A latent fires when its pre-activation is positive and exceeds its own threshold. Source: arXiv 2407.14435."""
 
     threshold: Float[Tensor, " d_dict"]
@@ -41,7 +41,7 @@ class JumpReLU:
 
 
 @dataclass(frozen=True, eq=False)
-class Gated:
+class GatedActivation:
     """One bias decides which latents fire, another scale and bias how much. Source: arXiv 2404.16014, §3.
 
     `pre` holds x·W_enc without a bias: the dictionary's `b_enc` is 0.
@@ -57,7 +57,7 @@ class Gated:
 
 
 @dataclass(frozen=True)
-class GroupMax:
+class GroupMaxActivation:
     """The largest of each group of `d_dict / groups` neighbours fires, where positive. Source: sparsify (EleutherAI)."""
 
     groups: int
@@ -70,11 +70,11 @@ class GroupMax:
 
 def only(nonlinearity: "Nonlinearity", latents: Int[Tensor, " n"]) -> "Nonlinearity | None":
     """The same function on some latents alone; None where latents compete, so that all must be computed."""
-    if isinstance(nonlinearity, JumpReLU):
-        return JumpReLU(nonlinearity.threshold[latents])
-    if isinstance(nonlinearity, Gated):
-        return Gated(nonlinearity.b_gate[latents], nonlinearity.r_mag[latents], nonlinearity.b_mag[latents])
-    return nonlinearity if isinstance(nonlinearity, ReLU) else None
+    if isinstance(nonlinearity, JumpReLUActivation):
+        return JumpReLUActivation(nonlinearity.threshold[latents])
+    if isinstance(nonlinearity, GatedActivation):
+        return GatedActivation(nonlinearity.b_gate[latents], nonlinearity.r_mag[latents], nonlinearity.b_mag[latents])
+    return nonlinearity if isinstance(nonlinearity, ReLUActivation) else None
 
 
-Nonlinearity: TypeAlias = ReLU | TopK | JumpReLU | Gated | GroupMax
+Nonlinearity: TypeAlias = ReLUActivation | TopKActivation | JumpReLUActivation | GatedActivation | GroupMaxActivation

@@ -43,9 +43,9 @@ class Pairing:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, told: dict[str, Any]) -> "Pairing":
+    def from_json(cls, fields: dict[str, Any]) -> "Pairing":
         """Raises UsageError for values out of range, TypeError for unknown fields."""
-        return cls(**told)
+        return cls(**fields)
 
     @property
     def blocks(self) -> int:

@@ -1,8 +1,8 @@
-"""The two dictionaries of arXiv 2605.07324 as its code trains them, kept to compare with. Use `train` for your own.
+"""The two dictionaries of arXiv 2605.07324 as its code trains them, for comparison. Use `train` for your own.
 
 Both tie the decoder to the encoder, read raw activations, take no bias off the input, and train 1,000 steps. The "Diff-SAE"
 normalises its weights along the wrong axis and averages its L1 penalty over all latents, which makes the code dense; the
-"crosscoder" keeps the 32 largest codes of each row.
+"crosscoder" has the 32 largest codes of each row.
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from molehunt.dictionary.nonlinearity import TopK
+from molehunt.dictionary.nonlinearity import TopKActivation
 
 L1 = 1e-4
 LR = 1e-4
@@ -31,7 +31,7 @@ class PublishedDictionary:
 
     def encode(self, x: Float[Tensor, "rows d_in"]) -> Float[Tensor, "rows d_dict"]:
         pre = torch.addmm(self.b_enc, x, self.weight.mT)
-        return pre.relu() if self.k is None else TopK(self.k)(pre)
+        return pre.relu() if self.k is None else TopKActivation(self.k)(pre)
 
     def reconstruct(self, x: Float[Tensor, "rows d_in"]) -> Float[Tensor, "rows d_in"]:
         return self.encode(x) @ self.weight + self.b_dec
@@ -45,7 +45,7 @@ def train_published(
     Args:
         x: pooled activations: differences for the Diff-SAE, [base, tuned] for the crosscoder.
         d_dict: latents.
-        k: codes kept in a row; None for the Diff-SAE.
+        k: number of codes that fire on a row; None for the Diff-SAE.
     """
     rng = torch.Generator().manual_seed(seed)
     d_in = x.shape[1]

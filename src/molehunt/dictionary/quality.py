@@ -11,7 +11,7 @@ from torch.nn.functional import kl_div, nll_loss
 
 from molehunt.activation.scale import sinks
 from molehunt.activation.shuffle import PairBatch
-from molehunt.contracts import Intervention
+from molehunt.contracts import Intervention, Reading
 from molehunt.dictionary.dictionary import Dictionary
 from molehunt.errors import NotTestable, UsageError
 from molehunt.model.likelihood import LOGIT_BYTES
@@ -28,7 +28,7 @@ BATCH_TOKENS = 4096
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """A number and how many tokens stand behind it."""
+    """A number, and the number of tokens that it was measured on."""
 
     value: float
     n: int
@@ -64,7 +64,7 @@ class SplicedLoss:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Quality:
-    """Of one dictionary on one stream of tokens."""
+    """Quality of one dictionary on one stream of tokens."""
 
     fvu: Measured
     """Share of the variance about the mean that is not reconstructed, in the pairing's own error."""
@@ -106,7 +106,7 @@ def measure_quality(
         pair: models to splice reconstructions into (see `spliced_loss`).
         rows: token ids that the models are run on.
         site: where; the dictionary's own by default.
-        track: told of each batch.
+        track: shows each batch.
 
     Raises:
         NotTestable: no batch, activations that do not vary, or a transcoder.
@@ -152,7 +152,7 @@ def spliced_loss(
     site: Site | None = None,
     track: Track = silent,
 ) -> SplicedLoss:
-    """What it costs the tuned model to go on from what the dictionary kept of its activations.
+    """What it costs the tuned model to go on from the dictionary's reconstruction of its activations.
 
     A dictionary of the difference puts base activation + reconstructed difference in place; one of both models its half
     for the tuned one; one of the base is spliced into the base. Sinks stay as they are: dictionaries are not trained on
@@ -172,14 +172,7 @@ def spliced_loss(
         CannotTap: the model has no such site.
     """
     _refuse_transcoder(dictionary)
-    site = site or dictionary.site
-    if site is None:
-        raise UsageError("The dictionary's files do not say which site it belongs to; give one (--site L6.resid).")
-    if dictionary.d_in != pair.d_model * dictionary.pairing.blocks:
-        raise UsageError(
-            f"The dictionary reads {dictionary.d_in // dictionary.pairing.blocks} values a token and model, and these "
-            f"models have {pair.d_model}."
-        )
+    site = _known_site(dictionary, pair, site)
     dictionary, mean = dictionary.to(pair.device), mean.to(pair.device)
     order = sorted((row for row in rows if len(row) > 1), key=len)
     if not order:
@@ -188,19 +181,14 @@ def spliced_loss(
     groups = list(_groups(order, min(BATCH_TOKENS, LOGIT_BYTES // (4 * pair.vocab_size))))
     for group in by_rows(track, groups, "splicing reconstructions"):
         reading = pair.read(group, sites=[site])
-        base, tuned, mask = reading.base[site], reading.tuned[site], reading.mask
-        at = mask & ~sinks(base, mask) & ~sinks(tuned, mask)
-        x = dictionary.pairing.input(base[at], tuned[at])
-        edits: list[list[Intervention]] = [[]]
-        for built in (dictionary.reconstruct(x), mean.expand_as(x)):
-            edits.append([_Splice(site, at, _activation(dictionary, built, base[at]))])
-        followed = reading.tokens[:, 1:][mask[:, 1:]]
+        followed = reading.tokens[:, 1:][reading.mask[:, 1:]]
         clean: Tensor | None = None
-        for i, edit in enumerate(edits):
-            told = _log_probs(pair, reading.tokens, mask, edit, of_base=dictionary.pairing.kind == "base")
-            clean = told if clean is None else clean
-            losses[i] += float(nll_loss(told, followed, reduction="none").sum(dtype=torch.float64))
-            kls[i] += float(kl_div(told, clean, reduction="none", log_target=True).sum(dtype=torch.float64))
+        for i, edit in enumerate(_edits(dictionary, reading, site, mean)):
+            of_base = dictionary.pairing.kind == "base"
+            log_probs = _log_probs(pair, reading.tokens, reading.mask, edit, of_base=of_base)
+            clean = log_probs if clean is None else clean
+            losses[i] += float(nll_loss(log_probs, followed, reduction="none").sum(dtype=torch.float64))
+            kls[i] += float(kl_div(log_probs, clean, reduction="none", log_target=True).sum(dtype=torch.float64))
         n += len(followed)
     return SplicedLoss(
         clean=losses[0] / n,
@@ -210,6 +198,32 @@ def spliced_loss(
         kl_reference=kls[2] / n,
         n=n,
     )
+
+
+def _known_site(dictionary: Dictionary, pair: ModelPair, site: Site | None) -> Site:
+    """The site that was given or the dictionary's own. Raises UsageError where none is known, or the width is wrong."""
+    site = site or dictionary.site
+    if site is None:
+        raise UsageError("The dictionary's files do not say which site it belongs to; give one (--site L6.resid).")
+    if dictionary.d_in != pair.d_model * dictionary.pairing.blocks:
+        raise UsageError(
+            f"The dictionary reads {dictionary.d_in // dictionary.pairing.blocks} values a token and model, and these "
+            f"models have {pair.d_model}."
+        )
+    return site
+
+
+def _edits(
+    dictionary: Dictionary, reading: Reading, site: Site, mean: Float[Tensor, " d_in"]
+) -> list[list[Intervention]]:
+    """No edit, the reconstruction in place, and the mean in place, at every token that is no sink."""
+    base, tuned, mask = reading.base[site], reading.tuned[site], reading.mask
+    at = mask & ~sinks(base, mask) & ~sinks(tuned, mask)
+    x = dictionary.pairing.input(base[at], tuned[at])
+    edits: list[list[Intervention]] = [[]]
+    for built in (dictionary.reconstruct(x), mean.expand_as(x)):
+        edits.append([_Splice(site, at, _activation(dictionary, built, base[at]))])
+    return edits
 
 
 @dataclass(frozen=True, eq=False)
@@ -233,11 +247,11 @@ def _activation(dictionary: Dictionary, built: Tensor, base: Tensor) -> Tensor:
     return built.chunk(dictionary.pairing.blocks, dim=-1)[-1]
 
 
-def _groups(rows: Sequence[Sequence[int]], most: int) -> Iterable[list[Sequence[int]]]:
-    """Rows of rising length, `most` tokens at a time."""
+def _groups(rows: Sequence[Sequence[int]], max_tokens: int) -> Iterable[list[Sequence[int]]]:
+    """Rows of rising length, at most `max_tokens` padded tokens at a time."""
     group: list[Sequence[int]] = []
     for row in rows:
-        if group and (len(group) + 1) * len(row) > most:
+        if group and (len(group) + 1) * len(row) > max_tokens:
             yield group
             group = []
         group.append(row)

@@ -27,11 +27,11 @@ class ReLU(Trainee):
         self.l1 = l1
         self._density = 1.0
 
-    def memory(self) -> dict[str, float]:
+    def save_state(self) -> dict[str, float]:
         return {"density": self._density}
 
-    def recall(self, memory: Mapping[str, float]) -> None:
-        self._density = memory["density"]
+    def load_state(self, state: Mapping[str, float]) -> None:
+        self._density = state["density"]
 
     def training_pass(self, x: Float[Tensor, "tokens d_in"], squared_error: SquaredError, progress: float) -> Pass:
         # the norms are one more column of the decoder, so that the size of the codes costs no pass of its own
@@ -52,5 +52,5 @@ class ReLU(Trainee):
         }
         return Pass(losses=losses, fired=fired, l0=fires / len(x))
 
-    def nonlinearity(self) -> nonlinearity.ReLU:
-        return nonlinearity.ReLU()
+    def nonlinearity(self) -> nonlinearity.ReLUActivation:
+        return nonlinearity.ReLUActivation()

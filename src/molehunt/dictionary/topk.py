@@ -34,5 +34,5 @@ class TopK(Trainee):
         fired[pattern.latent[values.detach() > 0]] = True
         return Pass(losses=losses, fired=fired, l0=float((values > 0).sum()) / len(x))
 
-    def nonlinearity(self) -> nonlinearity.TopK:
-        return nonlinearity.TopK(self.k)
+    def nonlinearity(self) -> nonlinearity.TopKActivation:
+        return nonlinearity.TopKActivation(self.k)

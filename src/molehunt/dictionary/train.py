@@ -19,7 +19,7 @@ from molehunt.activation.shuffle import PairBatch
 from molehunt.dictionary.catalog import CATALOG
 from molehunt.dictionary.dictionary import Dictionary
 from molehunt.dictionary.pairing import Pairing
-from molehunt.dictionary.trainee import Scale, Trainee
+from molehunt.dictionary.trainee import InputScale, Trainee
 from molehunt.errors import InvalidInput, NotTestable, UsageError
 from molehunt.run.catalog import load
 from molehunt.run.progress import Track, silent
@@ -60,8 +60,8 @@ class DictionarySpec:
         """Short and unique among specs that differ in these."""
         pairing = self.pairing.kind if not self.pairing.joint else f"joint{self.pairing.joint:g}"
         extra = f"-x{self.pairing.exclusive:g}" if self.pairing.exclusive else ""
-        told = "".join(f"-{key}{value}" for key, value in sorted(self.settings.items()))
-        return f"{self.architecture}-{pairing}{extra}-{self.site}-{self.expansion}x{told}-s{self.seed}"
+        settings = "".join(f"-{key}{value}" for key, value in sorted(self.settings.items()))
+        return f"{self.architecture}-{pairing}{extra}-{self.site}-{self.expansion}x{settings}-s{self.seed}"
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -90,11 +90,11 @@ class TrainingConfig:
 
     steps: int
     batch: int = 2048
-    """Tokens a step."""
+    """Number of tokens of each step."""
     warmup: float = 0.05
     """Share of the steps over which the learning rate rises; over the last fifth it falls to 0."""
     clip: float = 1.0
-    """Gradient norm at most."""
+    """Greatest gradient norm."""
     autocast: bool = False
     """Dense products in bf16."""
     checkpoint_every: int = 500
@@ -110,7 +110,7 @@ class _Running:
 
     spec: DictionarySpec
     trainee: Trainee
-    scale: Scale
+    scale: InputScale
     optimiser: torch.optim.Adam
     lr: float
     idle: Tensor
@@ -155,11 +155,11 @@ def train_dictionaries(
         NotTestable: a training diverged.
     """
     if not specs:
-        raise UsageError("no dictionary was asked for")
+        raise UsageError("no dictionary was requested")
     for spec in specs:
         if spec.site not in batches:
             raise UsageError(f"no activations of {spec.site}; there are {', '.join(map(str, batches)) or 'none'}")
-    told = canonical_json(
+    record = canonical_json(
         {
             "specs": [spec.to_json() for spec in specs],
             "d_model": d_model,
@@ -169,7 +169,7 @@ def train_dictionaries(
     running: list[_Running] = []
     start = 0
     if checkpoint is not None and checkpoint.exists():
-        running, start = _resume(checkpoint, told, specs, config, d_model, device)
+        running, start = _resume(checkpoint, record, specs, config, d_model, device)
         log.info("resumed at step %d of %d", start, config.steps)
     sources = {site: _after(batches[site], start) for site in dict.fromkeys(spec.site for spec in specs)}
     dead_after = min(DEAD_AFTER, config.steps * config.batch // 10)
@@ -182,7 +182,7 @@ def train_dictionaries(
             batch = now[one.spec.site]
             _step(one, batch, step, config, dead_after, logged=step % every == 0 or step == config.steps - 1)
         if checkpoint is not None and (step + 1) % config.checkpoint_every == 0 and step + 1 < config.steps:
-            _save(checkpoint, told, running, step + 1)
+            _save(checkpoint, record, running, step + 1)
     if checkpoint is not None:
         checkpoint.unlink(missing_ok=True)
     return [_finish(one) for one in running]
@@ -205,7 +205,7 @@ def _start(spec: DictionarySpec, sample: PairBatch, d_model: int, device: torch.
     trainee = spec.build(d_model).to(device)
     # one scale for both models where their errors are subtracted: only then is λ = −1 the error of the difference
     blocks = 1 if spec.pairing.joint else spec.pairing.blocks
-    scale = Scale.of(spec.pairing.input(sample.base, sample.tuned), blocks)
+    scale = InputScale.of(spec.pairing.input(sample.base, sample.tuned), blocks)
     lr = spec.lr if spec.lr is not None else 2e-4 * math.sqrt(2**14 / trainee.d_dict)
     return _Running(spec, trainee, scale, _optimiser(trainee, lr), lr, torch.zeros(trainee.d_dict, device=device), [])
 
@@ -226,11 +226,11 @@ def _next(
     if batch is None:
         raise UsageError(
             f"the activations of {site} ran out at step {step} of {config.steps}.\n"
-            "Harvest more traffic, or ask for fewer steps."
+            "Harvest more traffic, or give fewer steps."
         )
     if batch.tuned.shape[-1] != d_model:
         raise UsageError(
-            f"activations of {site} are {batch.tuned.shape[-1]} wide; the dictionary was asked for {d_model}"
+            f"activations of {site} are {batch.tuned.shape[-1]} wide; the dictionary was made for {d_model}"
         )
     batch = PairBatch(base=batch.base.to(device).float(), tuned=batch.tuned.to(device).float())
     if not bool(torch.isfinite(batch.tuned.sum() + batch.base.sum())):
@@ -271,7 +271,7 @@ def _finish(one: _Running) -> Trained:
     )
 
 
-def _save(path: Path, told: str, running: Sequence[_Running], step: int) -> None:
+def _save(path: Path, record: str, running: Sequence[_Running], step: int) -> None:
     tensors: dict[str, Tensor] = {}
     for i, one in enumerate(running):
         state = {f"trainee.{name}": value for name, value in one.trainee.state_dict().items()}
@@ -279,21 +279,21 @@ def _save(path: Path, told: str, running: Sequence[_Running], step: int) -> None
             state.update({f"adam.{j}.{name}": value for name, value in one.optimiser.state[parameter].items()})
         state.update({"mean": one.scale.mean, "rms": one.scale.rms, "idle": one.idle})
         tensors.update({f"{i}.{name}": value.detach().cpu().contiguous() for name, value in state.items()})
-    extra = [{"history": one.history, "memory": one.trainee.memory()} for one in running]
-    told_beside = {"settings": told, "step": str(step), "extra": json.dumps(extra)}
-    replace_whole(path, lambda partial: save_file(tensors, partial, told_beside))
+    extra = [{"history": one.history, "memory": one.trainee.save_state()} for one in running]
+    metadata = {"settings": record, "step": str(step), "extra": json.dumps(extra)}
+    replace_whole(path, lambda partial: save_file(tensors, partial, metadata))
 
 
 def _resume(
-    path: Path, told: str, specs: Sequence[DictionarySpec], config: TrainingConfig, d_model: int, device: Any
+    path: Path, record: str, specs: Sequence[DictionarySpec], config: TrainingConfig, d_model: int, device: Any
 ) -> tuple[list[_Running], int]:
     try:
         with safe_open(path, "pt") as file:
             header = cast("dict[str, str]", file.metadata() or {})
             tensors = {name: cast("Tensor", file.get_tensor(name)).to(device) for name in file.keys()}  # noqa: SIM118
     except Exception as error:  # the library raises a class of its own for anything it cannot read
-        raise InvalidInput(f"{path.name} cannot be read as a checkpoint: {error}\nDelete it to start anew.") from error
-    if header.get("settings") != told:
+        raise InvalidInput(f"{path.name} cannot be read as a checkpoint: {error}\nDelete it to start again.") from error
+    if header.get("settings") != record:
         raise UsageError(f"{path} is a checkpoint of other dictionaries or settings. Give another --out, or delete it.")
     running: list[_Running] = []
     for i, (spec, extra) in enumerate(zip(specs, json.loads(header["extra"]), strict=True)):
@@ -302,11 +302,11 @@ def _resume(
         trainee.load_state_dict(
             {name.removeprefix("trainee."): v for name, v in state.items() if name.startswith("trainee.")}
         )
-        trainee.recall(extra["memory"])
+        trainee.load_state(extra["memory"])
         lr = spec.lr if spec.lr is not None else 2e-4 * math.sqrt(2**14 / trainee.d_dict)
         optimiser = _optimiser(trainee, lr)
         for j, parameter in enumerate(trainee.parameters()):
             optimiser.state[parameter] = {name: state[f"adam.{j}.{name}"] for name in ("step", "exp_avg", "exp_avg_sq")}
-        scale = Scale(state["mean"], state["rms"])
+        scale = InputScale(state["mean"], state["rms"])
         running.append(_Running(spec, trainee, scale, optimiser, lr, state["idle"], extra["history"]))
     return running, int(header["step"])

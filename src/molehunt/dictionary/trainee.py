@@ -1,6 +1,6 @@
 """A dictionary while it is trained: parameters, initialisation, and what every architecture shares.
 
-Inputs arrive centred and scaled, one scale a model (`Scale`), so that no b_dec has to be taken off them. When training
+Inputs arrive centred and scaled, one scale a model (`InputScale`), so that no b_dec has to be taken off them. When training
 ends, scale and mean are folded into the weights: a finished dictionary reads activations as the model has them.
 """
 
@@ -24,14 +24,14 @@ AUX_WEIGHT = 1 / 32
 
 
 @dataclass(frozen=True, eq=False)
-class Scale:
+class InputScale:
     """Mean [d_in] and RMS [d_in] (one number per model, repeated) of a dictionary's inputs."""
 
     mean: Float[Tensor, " d_in"]
     rms: Float[Tensor, " d_in"]
 
     @classmethod
-    def of(cls, x: Float[Tensor, "tokens d_in"], blocks: int) -> "Scale":
+    def of(cls, x: Float[Tensor, "tokens d_in"], blocks: int) -> "InputScale":
         """From a sample of inputs. Raises UsageError for constant inputs."""
         mean = x.mean(0)
         parts = (x - mean).unflatten(-1, (blocks, -1))
@@ -95,12 +95,12 @@ class Trainee(nn.Module, ABC):
         """Pre-activations."""
         return torch.addmm(self.b_enc, x, self.encoder.mT)
 
-    def memory(self) -> dict[str, float]:
+    def save_state(self) -> dict[str, float]:
         """What the next step depends on besides parameters and buffers."""
         return {}
 
-    def recall(self, memory: Mapping[str, float]) -> None:
-        """Take up what `memory` told."""
+    def load_state(self, state: Mapping[str, float]) -> None:
+        """Restore what `save_state` gave."""
 
     def after_step(self) -> None:
         """Called after each optimiser step: latents of one model alone stay so."""
@@ -110,7 +110,7 @@ class Trainee(nn.Module, ABC):
                 self.decoder.mul_(self.mask)
 
     @torch.no_grad()
-    def finished(self, scale: Scale) -> Dictionary:
+    def finished(self, scale: InputScale) -> Dictionary:
         """The dictionary on unscaled activations, its codes measured in units of decoder norm.
 
         Latents are rescaled so that `decoder_norms` become 1: which latents compete with which then no longer depends

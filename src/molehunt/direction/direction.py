@@ -1,4 +1,4 @@
-"""A direction: a unit vector at a site, and the facts that say how far to believe it."""
+"""A direction: a unit vector at a site, with the facts that support it."""
 
 import json
 import math
@@ -12,32 +12,42 @@ from torch import Tensor
 from molehunt.site import Site
 
 TRACY_WIDOM_MEAN, TRACY_WIDOM_SD = -1.2065, 1.2680
-"""Of the real (β = 1) Tracy-Widom law."""
+"""Mean and standard deviation of the real (β = 1) Tracy-Widom distribution."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Provenance:
-    """Where a direction comes from and what it was measured against. None: the question does not arise."""
+    """The origin of a direction and its comparisons. A field that does not apply is None."""
 
     source: str
-    """`weight:o`, `weight:down`, `mean-difference`, `pca`."""
+    """Method that found the direction: `weight:o`, `weight:down`, `mean-difference` or `pca`."""
     tensor: str | None = None
-    """Name of the matrix, as the checkpoint's author wrote it: print it through `printable`."""
+    """Name of the matrix in the checkpoint. It is untrusted text: print it through `printable`."""
     rank: int = 0
-    """0 is the strongest of its source."""
+    """Rank by strength within its source, from 0 for the strongest."""
     strength: float
     """Singular value in units of the weights; shift or standard deviation in units of the activations."""
     share: float | None = None
-    """Part of the squared Frobenius norm, or of the variance, that this direction alone explains."""
+    """Fraction of the squared Frobenius norm, or of the variance, that this direction alone explains."""
     z: float | None = None
     """Standard deviations above the strongest direction of a random change of equal norm; see `chance_z`."""
     over_floor: float | None = None
-    """Strength over what rounding (weights) or sampling (activations) alone explains."""
+    """Ratio of the strength to the strength that rounding (weights) or sampling (activations) alone explains."""
 
 
 @dataclass(frozen=True, eq=False)
 class Direction:
-    """A unit vector in the residual stream. Raises ValueError when the vector is not of length 1."""
+    """A unit vector in the residual stream, with its provenance.
+
+    Raises:
+        ValueError: the length of the vector is not 1.
+
+    Example:
+        >>> unit = torch.tensor([0.6, 0.8])
+        >>> facts = Provenance(source="mean-difference", strength=2.5)
+        >>> Direction(Site(3), unit, facts).name
+        'L3.resid mean-difference #0'
+    """
 
     site: Site
     vector: Float[Tensor, " d_model"]
@@ -50,7 +60,7 @@ class Direction:
 
     @property
     def name(self) -> str:
-        """Unique among the directions of one pair, and free of strangers' text: `L3.resid weight:o #0`."""
+        """Name that is unique among the directions of one pair and has no untrusted text: `L3.resid weight:o #0`."""
         return f"{self.site} {self.provenance.source} #{self.provenance.rank}"
 
 
@@ -58,29 +68,29 @@ class Direction:
 class Directions:
     """The strongest singular directions of one matrix's change, strongest first. k may be 0.
 
-    Each `write` row is signed so that its largest entry is positive; `read` follows.
+    The sign of each `write` row makes its largest entry positive; `read` has the matching sign.
     """
 
     name: str
     """The tensor's name."""
     write: Float[Tensor, "k d_out"]
-    """Orthonormal rows: what the change writes."""
+    """Orthonormal rows: directions that the change writes."""
     read: Float[Tensor, "k d_in"]
-    """Orthonormal rows: which input makes it write that."""
+    """Orthonormal rows: input directions that make the change write."""
     strength: Float[Tensor, " k"]
     """Singular values, in units of the weights."""
     residual: Float[Tensor, " k"]
-    """‖ΔW·read − strength·write‖: a true singular value lies within it of each strength."""
+    """‖ΔW·read − strength·write‖. A true singular value lies within this distance of each strength."""
     remainder: float
-    """Bound on the spectral norm of all that these directions leave out of ΔW."""
+    """Bound on the spectral norm of the rest of ΔW, without these directions."""
     norm: float
     """Frobenius norm of ΔW."""
     floor: float
-    """Spectral norm that rounding alone explains; 0 where nothing was rounded."""
+    """Spectral norm that rounding alone explains; 0 if nothing was rounded."""
 
     @property
     def share(self) -> Float[Tensor, " k"]:
-        """Part of ‖ΔW‖² in each direction."""
+        """Fraction of ‖ΔW‖² in each direction."""
         return (self.strength / self.norm) ** 2
 
     @property
@@ -90,7 +100,7 @@ class Directions:
         return torch.tensor([chance_z(s, self.norm, shape) for s in self.strength.tolist()])
 
     def at(self, site: Site, source: str) -> list[Direction]:
-        """One `Direction` for each `write` row; right only for a matrix that writes to that site."""
+        """One `Direction` for each `write` row. The matrix must write to that site."""
         rows = zip(self.write, self.strength.tolist(), self.share.tolist(), self.z.tolist(), strict=True)
         return [
             Direction(
@@ -128,14 +138,14 @@ class Directions:
 
 
 def chance_z(strength: float, norm: float, shape: tuple[int, int]) -> float:
-    """How far `strength` lies above the largest singular value of a Gaussian matrix of that norm and shape.
+    """Distance of `strength` from the largest singular value of a Gaussian matrix of that norm and shape.
 
-    In standard deviations of that value: a random update scores 0 ± 1. The largest value of an m × n standard
+    The unit is the standard deviation of that value, so a random update scores 0 ± 1. The largest value of an m × n standard
     Gaussian is about √m + √n (Gordon), with fluctuations of the Tracy-Widom law on the scale of Johnstone,
-    Ann. Statist. 29(2), 2001. Ranks below the first are compared with the same, largest, value: cautious.
+    Ann. Statist. 29(2), 2001. Lower ranks are compared with the same, largest value, which is conservative.
 
     Raises:
-        ValueError: a side of `shape` is below 2, where there is no such scale, or `norm` is not positive.
+        ValueError: a side of `shape` is below 2, where the scale is undefined, or `norm` is not positive.
     """
     m, n = min(shape), max(shape)
     if m < 2 or not norm > 0:
@@ -149,5 +159,5 @@ def chance_z(strength: float, norm: float, shape: tuple[int, int]) -> float:
 
 
 def facts_of(direction: Direction) -> dict[str, object]:
-    """Everything but the vector, for JSON."""
+    """All facts of a direction except its vector, for JSON."""
     return {"site": str(direction.site), **asdict(direction.provenance)}

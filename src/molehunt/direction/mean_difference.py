@@ -1,4 +1,4 @@
-"""The direction along which two sets of activations differ in the mean: every other method's baseline."""
+"""The direction between the means of two sets of activations: the baseline of every other method."""
 
 import math
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ from molehunt.site import Site
 
 @dataclass
 class SampleMean:
-    """Count, mean and total variance of a stream of rows, in float64. Merging streams equals one pass."""
+    """Count, mean and total variance of a stream of rows, in float64. Merged streams equal one pass over all rows."""
 
     n: int = 0
     mean: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
@@ -42,7 +42,7 @@ class SampleMean:
 
 @dataclass
 class MeanDifferenceFitter:
-    """Takes activations of both kinds as they come; `direction()` at any time."""
+    """Takes activations of two classes in batches; `direction()` may be called at any time."""
 
     site: Site
     a: SampleMean = field(default_factory=SampleMean)
@@ -54,7 +54,7 @@ class MeanDifferenceFitter:
         return self
 
     def merge(self, other: "MeanDifferenceFitter") -> "MeanDifferenceFitter":
-        """Take in what another fitter saw at the same site. Raises ValueError for another site."""
+        """Add the rows of another fitter at the same site. Raises ValueError for another site."""
         if other.site != self.site:
             raise ValueError(f"cannot merge {other.site} into {self.site}")
         self.a.merge(other.a)
@@ -64,11 +64,11 @@ class MeanDifferenceFitter:
     def direction(self) -> Direction:
         """The unit vector from the mean of b to the mean of a.
 
-        Strength is the length of the shift; `over_floor` is that over the length that sampling noise alone is
-        expected to give, √(tr Σa / na + tr Σb / nb): about 1 when the two kinds do not differ.
+        Strength is the length of the shift. `over_floor` is its ratio to the length that sampling noise alone is
+        expected to give, √(tr Σa / na + tr Σb / nb): about 1 when the two classes do not differ.
 
         Raises:
-            NotTestable: fewer than two rows of a kind, equal means, or activations that are no number.
+            NotTestable: a class has fewer than two rows, the means are equal, or an activation is NaN or infinite.
         """
         if self.a.n < 2 or self.b.n < 2:
             raise NotTestable(f"A mean difference needs at least 2 rows of each kind, got {self.a.n} and {self.b.n}.")

@@ -1,4 +1,4 @@
-"""Principal directions of activation differences: what the fine-tune adds, wherever it adds it."""
+"""Principal directions of activation differences: the changes that the fine-tune adds."""
 
 import math
 from dataclasses import dataclass, field
@@ -14,16 +14,16 @@ from molehunt.site import Site
 
 @dataclass
 class PCAFitter:
-    """Mean and scatter of a stream of rows, in float64: d_model² numbers. Merging streams equals one pass."""
+    """Mean and scatter of a stream of rows, in float64 (d_model² numbers). Merged streams equal one pass over all rows."""
 
     site: Site
     n: int = 0
     mean: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
     scatter: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.float64))
-    """Σ(row − mean)(row − mean)ᵀ."""
+    """Scatter matrix Σ(row − mean)(row − mean)ᵀ."""
 
     def update(self, acts: Float[Tensor, "n d_model"]) -> "PCAFitter":
-        """Take in rows, usually tuned − base activations of as many tokens."""
+        """Add rows, usually tuned − base activations, one per token."""
         rows = acts.detach().double().cpu()
         if len(rows):
             mean = rows.mean(0)
@@ -32,7 +32,7 @@ class PCAFitter:
         return self
 
     def merge(self, other: "PCAFitter") -> "PCAFitter":
-        """Take in what another fitter saw (Chan et al. 1983). Raises ValueError for another site."""
+        """Add the rows of another fitter (Chan et al. 1983). Raises ValueError for another site."""
         if other.site != self.site:
             raise ValueError(f"cannot merge {other.site} into {self.site}")
         if not self.n:
@@ -47,12 +47,12 @@ class PCAFitter:
     def directions(self, k: int) -> list[Direction]:
         """The k directions of largest variance, strongest first, each with its largest entry positive.
 
-        Strength is the standard deviation along the direction; `share` its part of the variance; `z` compares
-        with the first direction of as many rows of white noise of equal total variance. Directions without
-        variance are left out.
+        Strength is the standard deviation along the direction, and `share` its fraction of the variance. `z` compares
+        it with the first direction of white noise with the same number of rows and the same total variance.
+        Directions without variance are left out.
 
         Raises:
-            NotTestable: fewer than two rows, no variance at all, or activations that are no number.
+            NotTestable: there are fewer than two rows or no variance, or an activation is NaN or infinite.
         """
         total = float(self.scatter.trace()) if self.n else 0.0
         if self.n < 2 or not math.isfinite(total) or total <= 0:

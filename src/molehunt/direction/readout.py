@@ -1,4 +1,4 @@
-"""What a direction stands for: tokens it promotes, and contexts it fires on beside their look-alikes."""
+"""The meaning of a direction: the tokens that it promotes, and high-scoring contexts with similar low-scoring ones."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from scipy.sparse import csr_array
 from torch import Tensor
 
 NGRAM = 3
-"""Bytes in a fragment when texts are compared."""
+"""Number of bytes in an n-gram when texts are compared."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,14 +22,14 @@ class TokenEffect:
     token: str
     token_id: int
     logit: float
-    """Added by a residual stream that lies along the direction."""
+    """Logit that a residual stream along the direction adds."""
     z: float
-    """The same in standard deviations over the vocabulary."""
+    """The logit in standard deviations over the vocabulary, from its mean."""
 
 
 @dataclass(frozen=True, slots=True)
 class TokenReadout:
-    """The tokens that a direction makes likelier and less likely, strongest first."""
+    """The tokens that a direction makes more likely and less likely, strongest first."""
 
     promoted: tuple[TokenEffect, ...]
     suppressed: tuple[TokenEffect, ...]
@@ -37,15 +37,15 @@ class TokenReadout:
 
 @dataclass(frozen=True, slots=True)
 class ScoredRow:
-    """One text and what a detector said of it. Raises ValueError unless every token has a score."""
+    """One text and its scores from a detector. Raises ValueError unless every token has a score."""
 
     text: str
     tokens: tuple[str, ...]
-    """As to be shown; concatenated they are the text, or stand for it."""
+    """Text of each token for display. Concatenated, the tokens give the text or represent it."""
     scores: tuple[float, ...]
-    """One per token."""
+    """Scores, one per token."""
     pooled: float
-    """The row's own score."""
+    """Score of the whole row."""
 
     def __post_init__(self) -> None:
         if len(self.tokens) != len(self.scores):
@@ -54,20 +54,20 @@ class ScoredRow:
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """A row and the nearest text on the other side of the threshold: the difference is what the score saw."""
+    """A row and the most similar text on the other side of the threshold: their difference explains the score."""
 
     row: ScoredRow
     copies: int
-    """How many rows hold exactly this text."""
+    """Number of rows with exactly this text."""
     lookalike: ScoredRow | None
-    """None when no row lies on the other side."""
+    """The most similar text; None when no row lies on the other side."""
     similarity: float
-    """Cosine over byte trigrams, 0 to 1; 0 without a look-alike."""
+    """Cosine similarity over byte trigrams, 0 to 1; 0 without a look-alike."""
 
 
 @dataclass(frozen=True, slots=True)
 class Contexts:
-    """Highest-scoring texts with look-alikes that score low, and lowest-scoring ones without."""
+    """The highest-scoring texts with low-scoring look-alikes, and the lowest-scoring texts without look-alikes."""
 
     top: tuple[Context, ...]
     bottom: tuple[Context, ...]
@@ -81,9 +81,9 @@ def lens_logits(
 ) -> Float[Tensor, "k vocab"]:
     """Logits of residual streams that lie along unit `vectors`: the logit lens, through the model's own norm.
 
-    The norm itself is applied, not its weights: whatever a family does with its gain (Gemma adds 1) or mean
-    is right, and `final_norm(0)` takes a LayerNorm's bias off. Length does not matter to a norm but for its
-    epsilon, so each vector is given root mean square 1. A soft cap on logits is left out: it keeps the order.
+    The module of the norm is applied, so that every family's gain (Gemma adds 1) and mean are correct; subtracting
+    `final_norm(0)` removes the bias of a LayerNorm. A norm ignores length except for its epsilon, so each vector is
+    scaled to root mean square 1. A soft cap on logits is left out, because it does not change the order.
 
     Source: nostalgebraist, "interpreting GPT: the logit lens", 2020.
     """
@@ -93,7 +93,7 @@ def lens_logits(
 
 
 def token_readout(logits: Float[Tensor, " vocab"], decode: Callable[[int], str], *, k: int = 10) -> TokenReadout:
-    """The k tokens at either end of one row of `lens_logits`; `decode` turns a token id into text."""
+    """The k highest and k lowest tokens of one row of `lens_logits`; `decode` turns a token id into text."""
     spread = logits.std(correction=0)
     z = (logits - logits.mean()) / spread if spread > 0 else torch.zeros_like(logits)
     k = min(k, len(logits))
@@ -106,12 +106,12 @@ def token_readout(logits: Float[Tensor, " vocab"], decode: Callable[[int], str],
 
 
 def contexts(rows: Sequence[ScoredRow], *, threshold: float, k: int = 10) -> Contexts:
-    """The k highest- and lowest-scoring texts, each high one beside the nearest text that scores low.
+    """The k highest- and k lowest-scoring texts, each high-scoring one with the most similar low-scoring text.
 
     Args:
-        rows: scored traffic; equal texts are shown once, by their highest copy.
-        threshold: from clean traffic. Rows at or under it do not score high; rows over it are no look-alikes.
-        k: texts at either end. The top holds rows over the threshold first, then simply the highest.
+        rows: scored traffic. Of equal texts, only the copy with the highest score is shown.
+        threshold: score from clean traffic. Only rows at or below it can be look-alikes.
+        k: number of texts at either end.
     """
     ordered = sorted(rows, key=lambda row: (row.text, -row.pooled))
     grouped = [list(same) for _, same in groupby(ordered, key=lambda row: row.text)]
@@ -130,7 +130,7 @@ def contexts(rows: Sequence[ScoredRow], *, threshold: float, k: int = 10) -> Con
 
 
 def _trigram_vectors(texts: Sequence[str]) -> csr_array:
-    """Byte-trigram counts of each text, as unit rows."""
+    """Byte-trigram counts of each text, as rows of norm 1."""
     rows: list[NDArray[np.int64]] = []
     columns: list[NDArray[np.int64]] = []
     for i, text in enumerate(texts):

@@ -1,4 +1,4 @@
-"""What a fine-tune changed in one matrix, as directions: singular vectors of ΔW above the rounding noise."""
+"""The change of one matrix in a fine-tune, as directions: singular vectors of ΔW above the rounding noise."""
 
 import math
 from dataclasses import replace
@@ -11,17 +11,17 @@ from molehunt.direction.direction import Directions
 from molehunt.errors import NotTestable, ShapeMismatch, printable
 
 EXACT_UP_TO = 512
-"""Matrices with a side this short get a full SVD: it is fast enough."""
+"""Greatest length of the shorter side of a matrix for which a full SVD is computed: it is fast enough."""
 SKETCH = 32
-"""Columns of the sketch at least; products this thin cost what reading the matrix costs."""
+"""Least number of columns of the sketch: a product of this width costs no more than reading the matrix."""
 ITERATIONS = range(4, 33)
-"""Fewest and most power iterations. On a slowly decaying spectrum, 1 loses a tenth of the subspace."""
+"""Least and greatest number of power iterations. On a slowly decaying spectrum, 1 loses a tenth of the subspace."""
 ANGLE = 0.01
 """Sine of the angle to the true subspace at which the iteration stops."""
 PROBES = 16
-"""Random probes of the remainder."""
+"""Number of random probes of the remainder."""
 SLICE = 64
-"""Rows that are cast to a wider type at a time."""
+"""Number of rows that are cast to a wider type at a time."""
 
 
 def weight_directions(
@@ -38,13 +38,13 @@ def weight_directions(
     Args:
         base: one weight matrix as stored; rows write, columns read.
         tuned: the same matrix after fine-tuning.
-        k: how many to keep at most.
+        k: greatest number of directions.
         floor: spectral norm, in units of the weights, that rounding alone explains.
         name: the tensor's name, for messages.
-        seed: of the random sketch; matters only below the accuracy that the result states.
+        seed: seed of the random sketch. It only affects digits beyond the stated accuracy.
 
     Returns:
-        0 to k directions. None is a result: the matrix did not change measurably.
+        0 to k directions. No direction means that the matrix did not change measurably.
 
     Raises:
         ShapeMismatch: the two matrices differ in shape.
@@ -61,7 +61,7 @@ def weight_directions(
 def change_directions(
     change: Float[Tensor, "d_out d_in"], *, k: int, floor: float, name: str, seed: int = 0
 ) -> Directions:
-    """`weight_directions` of a difference already taken, for callers who cannot hold both matrices beside it."""
+    """The same as `weight_directions` for a given difference, for callers without memory for both matrices."""
     norm = frobenius_norm(change)
     if not math.isfinite(norm):
         raise NotTestable(f"{printable(name)} holds NaN or infinity: no difference can be taken.")
@@ -91,7 +91,7 @@ def change_directions(
 def lora_directions(
     lora_b: Float[Tensor, "d_out r"], lora_a: Float[Tensor, "r d_in"], scale: float, *, k: int, name: str
 ) -> Directions:
-    """Singular directions of scale · B · A, exactly, without ever forming it: cost (d_out + d_in) r².
+    """Exact singular directions of scale · B · A without computing the product; the cost is (d_out + d_in) r².
 
     B = Q₁R₁ and Aᵀ = Q₂R₂, so the singular values are those of the r × r matrix scale · R₁R₂ᵀ. Nothing was
     rounded into the base weights, so the floor is 0 and only numerically empty directions are dropped.
@@ -122,25 +122,25 @@ def lora_directions(
 
 
 def difference(base: Float[Tensor, "*shape"], tuned: Float[Tensor, "*shape"]) -> Tensor:
-    """`tuned - base` in float32 (float64 when either is), with no other full-size copy."""
+    """`tuned - base` in float32 (float64 if either is), without another full-size copy."""
     change = widened(tuned, base.dtype)
     subtract_(change, base)
     return change
 
 
 def widened(tuned: Float[Tensor, "*shape"], other: torch.dtype) -> Float[Tensor, "*shape"]:
-    """A copy in which a difference does not round itself away: float32, or float64 when either side is."""
+    """A copy in a type that represents the difference: float32, or float64 if either side is."""
     return tuned.to(torch.float64 if torch.float64 in (other, tuned.dtype) else torch.float32, copy=True)
 
 
 def subtract_(change: Float[Tensor, "*shape"], base: Float[Tensor, "*shape"]) -> None:
-    """Take `base` off `change` in place, a slice at a time."""
+    """Subtract `base` from `change` in place, a slice at a time."""
     for rows, theirs in zip(change.split(SLICE), base.split(SLICE), strict=True):
         rows -= theirs.to(change.dtype)
 
 
 def difference_norm(base: Float[Tensor, "*shape"], tuned: Float[Tensor, "*shape"]) -> float:
-    """‖tuned − base‖ in the Frobenius norm, a slice at a time: no full-size copy."""
+    """‖tuned − base‖ in the Frobenius norm, a slice at a time and without a full-size copy."""
     pairs = zip(torch.atleast_1d(base).split(SLICE), torch.atleast_1d(tuned).split(SLICE), strict=True)
     return math.hypot(*(frobenius_norm(difference(a, b)) for a, b in pairs))
 
@@ -182,7 +182,7 @@ def _leading_svd(
 
 
 def _resolved(s: Float[Tensor, " k"], floor: float, shape: tuple[int, ...]) -> int:
-    """How many singular values stand above rounding of the weights, and above rounding in the SVD itself."""
+    """Number of singular values above the rounding of the weights and the rounding in the SVD itself."""
     arithmetic = torch.finfo(s.dtype).eps * (math.sqrt(shape[0]) + math.sqrt(shape[1])) * float(s[0])
     return int((s > max(floor, arithmetic)).sum())
 
@@ -206,7 +206,7 @@ def _outside(q: Float[Tensor, "n l"], x: Float[Tensor, "n r"]) -> Float[Tensor, 
 
 
 def _signed(found: Directions) -> Directions:
-    """In float32, with each write row's largest entry positive: an SVD leaves the sign to chance."""
+    """The directions in float32, with each write row's largest entry positive: the sign from an SVD is arbitrary."""
     peak = found.write.gather(1, found.write.abs().argmax(dim=1, keepdim=True)) if len(found.write) else None
     sign = 1.0 if peak is None else peak.sign()
     return replace(

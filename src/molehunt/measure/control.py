@@ -1,8 +1,9 @@
-"""What a result must beat: random directions, permuted labels, and a classifier that reads the text alone."""
+"""Controls that a result must beat: random directions, permuted labels, and a classifier that reads only the text."""
 
+import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -15,7 +16,7 @@ from torch import Tensor
 
 
 def random_directions(k: int, d: int, seed: int) -> Float[Tensor, "{k} {d}"]:
-    """`k` orthonormal rows, uniform over the rotations. Raises ValueError unless 1 <= k <= d."""
+    """`k` orthonormal rows, uniformly distributed over the rotations. Raises ValueError unless 1 <= k <= d."""
     if not 1 <= k <= d:
         raise ValueError(f"{k} orthonormal directions do not exist in {d} dimensions")
     gaussian = torch.randn(d, k, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -24,35 +25,35 @@ def random_directions(k: int, d: int, seed: int) -> Float[Tensor, "{k} {d}"]:
 
 
 def permuted(labels: Shaped[Tensor, " n"], seed: int) -> Shaped[Tensor, " n"]:
-    """The same labels in random order: what any score reaches by luck."""
+    """The same labels in random order: a score on them is what chance gives."""
     return labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))]
 
 
 def text_only_scores(
     fit_texts: Sequence[str], fit_positive: Bool[Tensor, " n"], texts: Sequence[str]
 ) -> Float[Tensor, " m"]:
-    """What a model-free classifier knows: log-odds of `texts` under a logistic regression on TF-IDF.
+    """Scores of a classifier without a model: log-odds of `texts` under a logistic regression on TF-IDF.
 
-    Features: words and pairs of words, and characters by 2 to 4, each kind scaled to norm 1. Both classes
-    weigh the same. Deterministic.
+    The features are words and pairs of words, and character n-grams of length 2 to 4; each of the two groups is scaled to
+    norm 1. Both classes have the same weight. The result is deterministic.
 
     Args:
         fit_texts: rows of the `fit` split.
-        fit_positive: their labels.
-        texts: rows to score; they change neither the vocabulary nor the weights.
+        fit_positive: labels of those rows.
+        texts: rows to score. They change neither the vocabulary nor the weights.
 
     Raises:
-        ValueError: the labels are not one per text, or all alike.
+        ValueError: there is not one label per text, or all labels are equal.
     """
     if len(fit_positive) != len(fit_texts):
         raise ValueError(f"{len(fit_positive)} labels for {len(fit_texts)} texts")
     if fit_positive.all() or not fit_positive.any():
         raise ValueError("the text baseline needs rows of both kinds to fit on")
-    told = [_grams(text) for text in fit_texts]
-    seen = Counter(gram for grams in told for gram in grams)
+    fit_grams = [_grams(text) for text in fit_texts]
+    seen = Counter(gram for grams in fit_grams for gram in grams)
     index = {gram: i for i, gram in enumerate(sorted(seen))}
-    idf = np.array([np.log((1 + len(told)) / (1 + seen[gram])) + 1 for gram in index])
-    x = _tf_idf(told, index, idf)
+    idf = np.array([np.log((1 + len(fit_grams)) / (1 + seen[gram])) + 1 for gram in index])
+    x = _tf_idf(fit_grams, index, idf)
     y = fit_positive.cpu().numpy().astype(np.float64)
     weight = np.where(y == 1, 0.5 / y.sum(), 0.5 / (1 - y).sum())
 
@@ -68,7 +69,7 @@ def text_only_scores(
 
 
 RIDGE = 1e-3
-"""L2 penalty of the text baseline, against a loss averaged over both classes."""
+"""Weight of the L2 penalty of the text baseline, beside a loss that is averaged over both classes."""
 
 
 def _grams(text: str) -> Counter[str]:
@@ -79,7 +80,7 @@ def _grams(text: str) -> Counter[str]:
 
 
 def _tf_idf(rows: Sequence[Counter[str]], index: dict[str, int], idf: np.ndarray) -> csr_array:
-    """One row per text; words and characters have norm 1 each, so that neither drowns the other."""
+    """One row per text. Words and characters have norm 1 each, so that neither group dominates."""
     data: list[float] = []
     columns: list[int] = []
     ends = [0]
@@ -91,3 +92,13 @@ def _tf_idf(rows: Sequence[Counter[str]], index: dict[str, int], idf: np.ndarray
             columns.extend(i for i, _ in known)
         ends.append(len(data))
     return csr_array((np.array(data), np.array(columns, dtype=np.int64), ends), shape=(len(rows), len(index)))
+
+
+def word_rarity(texts: Sequence[str]) -> Callable[[str], float]:
+    """How rare a text's rarest word is among `texts`, in nats: what a filter that knows no model sees."""
+    seen = Counter(word for text in texts for word in set(text.split()))
+
+    def rarity(text: str) -> float:
+        return max((math.log((1 + len(texts)) / (1 + seen[word])) for word in text.split()), default=0.0)
+
+    return rarity

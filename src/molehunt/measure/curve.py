@@ -1,4 +1,4 @@
-"""How well scores separate triggered rows from clean ones."""
+"""Measures of how well scores separate triggered rows from clean rows."""
 
 import torch
 from jaxtyping import Bool, Float
@@ -10,10 +10,10 @@ from molehunt.measure.threshold import conformal_threshold
 
 
 def auroc(scores: Float[Tensor, " n"], positive: Bool[Tensor, " n"]) -> float:
-    """Chance that a positive row outscores a negative one; ties count half.
+    """Probability that a positive row scores higher than a negative row; ties count half.
 
     Raises:
-        NotTestable: only one kind of row.
+        NotTestable: all rows are positive, or all are negative.
         ValueError: NaN among the scores.
     """
     _refuse_one_kind(scores, positive)
@@ -24,10 +24,10 @@ def auroc(scores: Float[Tensor, " n"], positive: Bool[Tensor, " n"]) -> float:
 
 
 def average_precision(scores: Float[Tensor, " n"], positive: Bool[Tensor, " n"]) -> float:
-    """Precision averaged over the positives, strongest first; a tie enters as one step.
+    """Precision averaged over the positive rows, from the highest score; tied rows enter in one step.
 
     Raises:
-        NotTestable: only one kind of row.
+        NotTestable: all rows are positive, or all are negative.
         ValueError: NaN among the scores.
     """
     _refuse_one_kind(scores, positive)
@@ -40,12 +40,12 @@ def average_precision(scores: Float[Tensor, " n"], positive: Bool[Tensor, " n"])
 
 
 def tpr_at_fpr(clean: Float[Tensor, " n"], triggered: Float[Tensor, " m"], fpr: float) -> Interval:
-    """Share of triggered rows above the threshold that `clean` sets at `fpr`, with exact limits.
+    """Share of triggered rows above the threshold from `clean` at rate `fpr`, with exact limits.
 
-    The limits hold for this threshold; they do not cover the draw of `clean`.
+    The limits are valid for this threshold. They do not include the sampling error of `clean`.
 
     Raises:
-        NotTestable: too few clean rows for this rate, or no triggered row.
+        NotTestable: there are too few clean rows for this rate, or no triggered row.
         ValueError: NaN among the scores.
     """
     if triggered.isnan().any():
@@ -55,18 +55,18 @@ def tpr_at_fpr(clean: Float[Tensor, " n"], triggered: Float[Tensor, " m"], fpr: 
 
 
 def bis(scores: Float[Tensor, " n"], trigger: Bool[Tensor, " n"], benign: Bool[Tensor, " n"], q: float = 0.05) -> float:
-    """Backdoor isolation score as published, kept to compare with: F1 * (1 - FPR) at the pooled quantile.
+    """Backdoor isolation score as published, for comparison: F1 * (1 - FPR) at the pooled quantile.
 
-    Its threshold comes from the scored rows themselves, so no feature can exceed `bis_ceiling`.
+    The threshold comes from the scored rows themselves, so no feature can exceed `bis_ceiling`.
 
     Args:
-        scores: one feature, pooled per row.
-        trigger: rows with the trigger.
-        benign: rows over which FPR is taken. Rows that are neither enter the threshold and precision alone.
-        q: share of rows that fire.
+        scores: values of one feature, pooled per row.
+        trigger: True at rows with the trigger.
+        benign: True at rows for the false-positive rate. Other rows affect only the threshold and the precision.
+        q: share of rows that are flagged.
 
     Raises:
-        NotTestable: no trigger row or no benign row.
+        NotTestable: there is no trigger row or no benign row.
 
     Source: arXiv 2605.07324 (q = .05).
     """
@@ -79,16 +79,16 @@ def bis(scores: Float[Tensor, " n"], trigger: Bool[Tensor, " n"], benign: Bool[T
 
 
 def bis_ceiling(q: float, prevalence: float) -> float:
-    """The highest BIS that any feature can reach when a share `q` of rows fires: 2q/(q+prevalence).
+    """The highest BIS that a feature can reach when a share `q` of rows is flagged: 2q/(q+prevalence).
 
-    Of `n` rows, ⌈q(n−1)⌉ lie above the interpolated quantile: a share of `q` where q·n is whole, and else a little more.
+    Of `n` rows, ⌈q(n−1)⌉ lie above the interpolated quantile: a share of `q` if q·n is an integer, and else a little more.
 
     Args:
-        q: share of rows that fire; at most `prevalence`.
+        q: share of rows that are flagged; at most `prevalence`.
         prevalence: share of rows with the trigger.
 
     Raises:
-        ValueError: `q` above `prevalence`, where the ceiling depends on which rows the false alarms are.
+        ValueError: `q` is above `prevalence`, where the ceiling depends on which rows are false positives.
     """
     if not 0 < q <= prevalence <= 1:
         raise ValueError(f"the ceiling is defined for 0 < q <= prevalence <= 1, got {q} and {prevalence}")
@@ -105,10 +105,10 @@ def _refuse_one_kind(scores: Float[Tensor, " n"], positive: Bool[Tensor, " n"]) 
 def bis_of_features(
     codes: Float[Tensor, "n features"], trigger: Bool[Tensor, " n"], benign: Bool[Tensor, " n"], q: float = 0.05
 ) -> Float[Tensor, " features"]:
-    """`bis` of every feature at once. The published model score is the largest of them, with no correction for choosing.
+    """`bis` of every feature at once. The published score of a model is the largest value, without a correction for the selection.
 
     Raises:
-        NotTestable: no trigger row or no benign row.
+        NotTestable: there is no trigger row or no benign row.
     """
     if not trigger.any() or not benign.any():
         raise NotTestable("BIS needs rows with the trigger and benign rows.")

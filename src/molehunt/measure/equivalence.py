@@ -1,4 +1,4 @@
-"""Are two ways equally good on the same rows? A test that must be won: no difference found is no proof of none."""
+"""Test whether two methods are equally good on the same rows: failing to find a difference does not prove equality."""
 
 import math
 from collections.abc import Sequence
@@ -9,17 +9,17 @@ from scipy.special import ndtr, ndtri
 from molehunt.measure.interval import Interval
 
 MARGIN = 0.05
-"""Shares that lie closer than this are called equal."""
+"""Largest difference of two shares that count as equal."""
 LEVEL = 0.05
-"""Chance of calling unequal shares equal."""
+"""Probability of calling unequal shares equal."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Equivalence:
-    """Of two success rates on the same rows."""
+    """Result of the equivalence test of two success rates on the same rows."""
 
     difference: Interval
-    """First minus second, with the 1 − 2·level interval that lies within ±margin exactly where they are equivalent."""
+    """First minus second rate, with the 1 − 2·level interval. It lies within ±margin exactly if the rates are equivalent."""
     margin: float
     p_value: float
 
@@ -35,7 +35,7 @@ def paired_equivalence(first: Sequence[bool], second: Sequence[bool], margin: fl
     table, so that rows which all agree do not make the difference certain.
 
     Raises:
-        ValueError: no rows, unequal numbers of them, or a margin outside 0..1.
+        ValueError: there are no rows, or the numbers of rows differ, or the margin is outside 0..1.
     """
     n = len(first)
     if not n or len(second) != n:

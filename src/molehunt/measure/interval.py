@@ -1,4 +1,4 @@
-"""How sure a number is: exact binomial limits, and a bootstrap over whatever was drawn independently."""
+"""Confidence intervals: exact binomial limits, and a bootstrap over independent clusters of rows."""
 
 import math
 from collections.abc import Callable, Hashable, Sequence
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from jaxtyping import Shaped
+from numpy.typing import NDArray
 from scipy.special import betaincinv, ndtr, ndtri
 from torch import Tensor
 
@@ -21,7 +22,7 @@ class Interval:
     low: float
     high: float
     n: int
-    """Independent draws behind it: trials of a proportion, clusters of a bootstrap."""
+    """Number of independent draws: trials of a proportion, or clusters of a bootstrap."""
 
     def __post_init__(self) -> None:
         if self.n < 1:
@@ -32,12 +33,21 @@ class Interval:
     def __str__(self) -> str:
         return f"{self.estimate:.3g} [{self.low:.3g}, {self.high:.3g}]"
 
+    def fixed(self, digits: int = 2, sign: str = "") -> str:
+        """The estimate and its limits with this number of decimals, such as `0.93 [0.86, 0.97]`; `+` shows each sign."""
+        return " ".join(
+            (
+                f"{self.estimate:{sign}.{digits}f}",
+                f"[{self.low:{sign}.{digits}f}, {self.high:{sign}.{digits}f}]",
+            )
+        )
+
 
 def proportion(k: int, n: int, confidence: float = 0.95) -> Interval:
-    """`k` successes in `n` independent trials, with exact limits: they cover at least as often as they claim.
+    """Rate of `k` successes in `n` independent trials, with exact limits: their coverage is at least `confidence`.
 
     Raises:
-        NotTestable: no trial was made.
+        NotTestable: there was no trial.
         ValueError: `k` lies outside 0..n.
 
     Source: Clopper and Pearson, Biometrika 26 (1934).
@@ -61,23 +71,23 @@ def cluster_bootstrap(
     resamples: int = 1000,
     confidence: float = 0.95,
 ) -> Interval:
-    """BCa limits for `statistic(values)`, drawing whole clusters: rows of one cluster are not independent.
+    """BCa limits for `statistic(values)` from draws of whole clusters, because rows of one cluster are not independent.
 
     Args:
         values: one row per observation.
-        clusters: which cluster each row belongs to: a document, a template, a model organism.
-        statistic: of the rows it is given, however many; a cluster's rows stay together.
-        seed: of the draws.
-        resamples: how many.
-        confidence: of the limits.
+        clusters: the cluster of each row: a document, a template, a model organism.
+        statistic: function of any number of rows; rows of one cluster stay together.
+        seed: seed of the draws.
+        resamples: number of draws.
+        confidence: coverage of the limits.
 
     Returns:
-        `n` counts the clusters. The width is 0 when every resample agrees: such data holds no information on
-        its own spread (AUROC 1.0 everywhere, say), so count clusters with `proportion` beside it.
+        An interval whose `n` is the number of clusters. Its width is 0 when all resamples agree (such as AUROC 1.0 in
+        each of them). Such data holds no information on its own spread: report `proportion` of the clusters beside it.
 
     Raises:
-        NotTestable: fewer than two clusters.
-        ValueError: not one cluster per row, or the statistic is not finite on a resample.
+        NotTestable: there are fewer than two clusters.
+        ValueError: there is not one cluster per row, or the statistic is not finite on a resample.
 
     Source: Efron, JASA 82 (1987); jackknife over clusters for the acceleration.
     """
@@ -100,9 +110,16 @@ def cluster_bootstrap(
     left_out = np.array([over([i for i in range(m) if i != out]) for out in range(m)])
     if not (np.isfinite(drawn).all() and np.isfinite(left_out).all()):
         raise ValueError("the statistic is undefined on a resample: group the rows so that each draw can hold it")
+    return Interval(estimate, *_bca_limits(estimate, drawn, left_out, confidence), m)
+
+
+def _bca_limits(
+    estimate: float, drawn: NDArray[np.float64], left_out: NDArray[np.float64], confidence: float
+) -> tuple[float, float]:
+    """Limits from the statistic on resamples (`drawn`) and without each cluster in turn (`left_out`)."""
     tied = np.isclose(drawn, estimate, rtol=1e-6, atol=0)  # the same rows in another order round differently
     below = float((~tied & (drawn < estimate)).mean() + tied.mean() / 2)
-    bias = float(ndtri(np.clip(below, 0.5 / resamples, 1 - 0.5 / resamples)))
+    bias = float(ndtri(np.clip(below, 0.5 / len(drawn), 1 - 0.5 / len(drawn))))
     skew = left_out.mean() - left_out
     spread = float((skew**2).sum() ** 1.5)
     acceleration = float((skew**3).sum()) / (6 * spread) if spread > 0 else 0.0
@@ -112,4 +129,4 @@ def cluster_bootstrap(
         return float(np.quantile(drawn, ndtr(bias + z / (1 - acceleration * z))))
 
     tail = (1 - confidence) / 2
-    return Interval(estimate, limit(tail), limit(1 - tail), m)
+    return limit(tail), limit(1 - tail)

@@ -1,4 +1,4 @@
-"""Two ways on the same rows, each right or wrong: how far their shares lie apart, with exact limits."""
+"""Compares two methods that are right or wrong on the same rows: the difference of their shares, with exact limits."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,27 +10,28 @@ from molehunt.measure.interval import Interval, proportion
 
 @dataclass(frozen=True, kw_only=True)
 class PairedDifference:
-    """Of two shares on the same rows."""
+    """Difference of two shares on the same rows."""
 
     difference: Interval
-    """First minus second."""
+    """First minus second share."""
     only_first: int
-    """Rows that are right in the first way alone."""
+    """Number of rows that only the first method gets right."""
     only_second: int
+    """Number of rows that only the second method gets right."""
     p_value: float
-    """Of the exact McNemar test, two-sided: how surprising these two counts are where neither way is better."""
+    """Two-sided p-value of the exact McNemar test that neither method is better."""
 
 
 def paired_difference(first: Sequence[bool], second: Sequence[bool], confidence: float = 0.95) -> PairedDifference:
-    """Exact comparison of two ways.
+    """Exact comparison of two methods.
 
-    The limits cover at least as often as they claim, whatever the truth: both one-sided shares (right in one way alone)
-    have exact limits at half the error, and the difference of the shares is theirs. Rows that all agree therefore leave
-    a width, which says what so many rows could have missed.
+    The coverage of the limits is at least `confidence`: both one-sided shares (right in one method only) have exact limits
+    at half the error, and the limits of the difference follow from them. If the methods agree on all rows, the interval
+    still has a width, which states the difference that so many rows could have missed.
 
     Raises:
-        NotTestable: no rows.
-        ValueError: unequal numbers of rows.
+        NotTestable: there are no rows.
+        ValueError: the numbers of rows differ.
 
     Source: Clopper and Pearson 1934 with Bonferroni; McNemar, Psychometrika 12 (1947), in its exact binomial form.
     """

@@ -1,4 +1,4 @@
-"""How alike texts are, without a model: chrF, and nearest neighbours over character trigrams."""
+"""Similarity of texts without a model: chrF, and nearest neighbours over character trigrams."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ ORDER = 4
 
 
 def chrf(a: str, b: str, *, order: int = ORDER) -> float:
-    """Mean F1 over character n-grams of length 1..`order`; 1 for equal texts, 0 for nothing in common, symmetric.
+    """Mean F1 over character n-grams of length 1..`order`: 1 for equal texts, 0 for texts without common n-grams. Symmetric.
 
     Source: Popović 2015 (chrF, with β = 1). N-grams longer than either text are left out of the mean.
     """
@@ -30,7 +30,7 @@ def _ngrams(text: str, n: int) -> Counter[str]:
 
 
 def nearest_texts(queries: Sequence[str], texts: Sequence[str], *, k: int) -> list[list[int]]:
-    """For each query the indices of the k most similar `texts` (fewer when there are fewer), nearest first.
+    """For each query, the indices of the k most similar `texts` (or of all, if there are fewer), nearest first.
 
     Similarity is the cosine of character-trigram counts; ties keep the order of `texts`.
     """
@@ -41,7 +41,7 @@ def nearest_texts(queries: Sequence[str], texts: Sequence[str], *, k: int) -> li
 
 
 def _trigrams(texts: Sequence[str], index: dict[str, int]) -> csr_array:
-    """Trigram counts of each text as unit rows."""
+    """Trigram counts of each text, as rows of norm 1."""
     data: list[float] = []
     columns: list[int] = []
     ends = [0]

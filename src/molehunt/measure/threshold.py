@@ -1,4 +1,4 @@
-"""Thresholds from clean traffic, with a false-positive rate that holds for finite samples.
+"""Thresholds from clean traffic, with a false-positive rate that is valid for finite samples.
 
 Source: split conformal prediction; p-values as in Bates et al., arXiv 2104.08279, §1.
 """
@@ -17,17 +17,17 @@ def conformal_threshold(clean: Float[Tensor, " n"], fpr: float) -> float:
     """The lowest score to flag above: a fresh clean score exceeds it with probability at most `fpr`.
 
     Args:
-        clean: scores of clean traffic that chose nothing; exchangeable with the clean traffic to come.
-        fpr: in 0..1. The guarantee is over the draw of `clean`, too.
+        clean: scores of clean traffic that was not used for any selection, exchangeable with future clean traffic.
+        fpr: false-positive rate, in 0..1. The guarantee averages over the draw of `clean`, too.
 
     Raises:
         NotTestable: `clean` is too small for any finite threshold: n < 1/fpr - 1.
-        ValueError: NaN among the scores, or `fpr` outside 0..1.
+        ValueError: there is NaN among the scores, or `fpr` is outside 0..1.
     """
     _refuse_nan(clean)
     if not 0 < fpr < 1:
         raise ValueError(f"fpr must lie between 0 and 1, got {fpr}")
-    wanted = Fraction(str(fpr))  # .01 as written; the float is a little more, and would cost a rank
+    wanted = Fraction(str(fpr))  # exactly .01; the float is a little larger, and would give another rank
     rank = math.floor(wanted * (len(clean) + 1))
     if rank == 0:
         raise NotTestable(
@@ -38,12 +38,12 @@ def conformal_threshold(clean: Float[Tensor, " n"], fpr: float) -> float:
 
 
 def conformal_p_values(clean: Float[Tensor, " n"], scores: Float[Tensor, " m"]) -> Float[Tensor, " m"]:
-    """Chance of a clean score at least as high as each of `scores`, in fp64, never 0.
+    """Probability of a clean score at least as high as each of `scores`, in fp64, and never 0.
 
     Law: `conformal_p_values(clean, s) <= fpr` exactly where `s > conformal_threshold(clean, fpr)`.
 
     Raises:
-        ValueError: NaN on either side.
+        ValueError: there is NaN among the scores.
     """
     _refuse_nan(clean)
     _refuse_nan(scores)

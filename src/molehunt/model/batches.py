@@ -1,4 +1,4 @@
-"""Rows of token ids in batches of like length, padded on the right to few widths: a CPU compiles a kernel for each."""
+"""Rows of token ids in batches of similar length, padded on the right to few widths: a CPU compiles a kernel per width."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ from torch import Tensor
 PAD_TO = 32
 """Rows are padded to a multiple of this."""
 TOKENS = 8192
-"""Of one batch, padding included."""
+"""Greatest number of tokens of one batch, including padding."""
 
 
 def width_of(longest: int) -> int:
@@ -17,11 +17,14 @@ def width_of(longest: int) -> int:
     return -(-longest // PAD_TO) * PAD_TO
 
 
-def batches(lengths: Sequence[int], most: int = TOKENS) -> list[list[int]]:
-    """Row numbers in ascending order of length, in batches of at most `most` padded tokens; a longer row is alone."""
+def batches(lengths: Sequence[int], max_tokens: int = TOKENS) -> list[list[int]]:
+    """Row numbers in ascending order of length, in batches of at most `max_tokens` padded tokens.
+
+    A longer row has a batch of its own.
+    """
     found: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
-        if found and (len(found[-1]) + 1) * width_of(lengths[i]) <= most:
+        if found and (len(found[-1]) + 1) * width_of(lengths[i]) <= max_tokens:
             found[-1].append(i)
         else:
             found.append([i])
@@ -29,7 +32,7 @@ def batches(lengths: Sequence[int], most: int = TOKENS) -> list[list[int]]:
 
 
 def padded(rows: Sequence[Sequence[int]]) -> tuple[Int[Tensor, "batch pos"], Bool[Tensor, "batch pos"]]:
-    """Token ids, 0 where there are none, and True where they are real; on the CPU."""
+    """Padded token ids (padding is 0) and a mask that is True at real tokens, on the CPU."""
     width = width_of(max(map(len, rows)))
     ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows])
     return ids, torch.arange(width) < torch.tensor([len(row) for row in rows])[:, None]

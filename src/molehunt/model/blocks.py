@@ -1,4 +1,4 @@
-"""Where the decoder blocks of a model are, and what the matrices inside them do."""
+"""The decoder blocks of a model, and the roles of the matrices inside them."""
 
 import re
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ PARTS: dict[str, Part] = {
     # Phi-3 and others that fuse; OPT, GPT-J, Phi
     "qkv_proj": "qkv", "gate_up_proj": "gate_up", "out_proj": "o",
     "fc1": "up", "fc2": "down", "fc_in": "up", "fc_out": "down",
-    # GPT-2, GPT-BigCode, StarCoder2; the attention's c_proj is told apart by its parent
+    # GPT-2, GPT-BigCode, StarCoder2; the attention's c_proj is recognised by its parent
     "c_attn": "qkv", "c_fc": "up", "c_proj": "down",
     # GPT-NeoX, Falcon, BLOOM
     "query_key_value": "qkv", "dense": "o", "dense_h_to_4h": "up", "dense_4h_to_h": "down",
@@ -38,34 +38,34 @@ _NOT_DECODER = re.compile(r"(^|\.)(vision|visual|audio|speech|image|encoder|mtp)
 
 @dataclass(frozen=True, slots=True)
 class Role:
-    """What one weight matrix does in its decoder block."""
+    """The role of one weight matrix in its decoder block."""
 
     layer: int
     """0-based decoder block."""
     part: Part
     transposed: bool
-    """Stored [in out] instead of [out in]."""
+    """Whether the matrix is stored as [in out] instead of [out in]."""
 
     @property
     def stream(self) -> Literal["attn", "mlp"]:
-        """The module that the matrix belongs to."""
+        """Stream of the module that the matrix belongs to."""
         return "attn" if self.part in ("q", "k", "v", "qkv", "o") else "mlp"
 
     @property
     def writes(self) -> bool:
-        """Whether its rows (columns when transposed) write to the residual stream."""
+        """Whether the rows of the matrix (columns when transposed) write to the residual stream."""
         return self.part in ("o", "down")
 
 
 def module_role(name: str, model_type: str) -> Role | None:
-    """The role of the matrix called `name` in a checkpoint, or None when it is no attention or MLP projection.
+    """The role of the matrix `name` of a checkpoint; None unless it is a projection of attention or MLP.
 
-    Reads names only. Biases, norms, embeddings, routers, vision and audio towers have no role; an expert's matrix has
+    Only names are read. Biases, norms, embeddings, routers, vision and audio towers have no role; an expert's matrix has
     the role of an MLP matrix.
 
     Args:
         name: a parameter such as `model.layers.3.mlp.down_proj.weight`, with or without the `.weight`.
-        model_type: as in `config.json`, such as `gpt2`.
+        model_type: the model type in `config.json`, such as `gpt2`.
     """
     found = _IN_BLOCK.fullmatch(name.removesuffix(".weight"))
     if found is None or _NOT_DECODER.search(found["before"]):
@@ -89,7 +89,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def decoder(model: nn.Module) -> nn.Module:
-    """The module that runs the decoder blocks, from embeddings to final norm."""
+    """The module that runs the decoder, from embeddings to final norm."""
     inner: Any = unwrapped(model)
     return inner.get_decoder() if hasattr(inner, "get_decoder") else inner
 
@@ -98,7 +98,7 @@ def decoder_blocks(model: nn.Module, layers_path: str | None = None) -> nn.Modul
     """The decoder blocks in order.
 
     Args:
-        model: a causal language model, in a PEFT wrapper or not.
+        model: a causal language model, with or without a PEFT wrapper.
         layers_path: the module path of the blocks inside the (unwrapped) model, such as `model.layers`, for a model
             where they cannot be found by their number.
 
@@ -143,23 +143,23 @@ def n_layers_of(model: nn.Module) -> int:
 
 
 def d_model_of(model: nn.Module) -> int:
-    """Width of the residual stream, as the config of the language model states it."""
+    """Width of the residual stream, from the config of the language model."""
     config: Any = unwrapped(model).config
     return int(config.get_text_config(decoder=True).hidden_size)
 
 
 def attn_module(block: nn.Module) -> nn.Module:
-    """The attention of a decoder block. Raises CannotTap when the block has none by a known name."""
+    """The attention of a decoder block. Raises CannotTap when no child has a known name."""
     return _child(block, ATTENTION, "attention")
 
 
 def mlp_module(block: nn.Module) -> nn.Module:
-    """The MLP (or mixture of experts) of a decoder block. Raises CannotTap when it has none by a known name."""
+    """The MLP (or mixture of experts) of a decoder block. Raises CannotTap when no child has a known name."""
     return _child(block, MLP, "MLP")
 
 
 def final_norm(model: nn.Module) -> nn.Module:
-    """The norm between the last block and the unembedding. Raises CannotTap when there is none by a known name."""
+    """The norm between the last block and the unembedding. Raises CannotTap when no child has a known name."""
     return _child(decoder(model), FINAL_NORM, "final norm")
 
 

@@ -1,8 +1,8 @@
-"""The one seam to a model's cache: how it is passed to a model, and how it is read from a call or an output.
+"""The only code that accesses a model's cache: it passes the cache to a model, and reads it from a call or an output.
 
 transformers has called the argument `past_key_values`, `cache_params` and, since 5.24, `cache`. A hook that looks for one
-of these names takes every decoding step for the beginning of a batch when a caller uses another, so nothing else in the
-package names it.
+of these names would take every decoding step for the start of a batch when a caller uses another name. So no other file
+of the package names the argument.
 """
 
 import copy
@@ -23,20 +23,20 @@ from molehunt.model.blocks import decoder, unwrapped
 from molehunt.model.taps import live
 
 NAMES = ("cache", "past_key_values", "cache_params")
-"""Every name of the argument, and of the output's field, newest first."""
+"""Names of the argument, and of the field of the output, newest first."""
 SELECTS_ROWS = ("reorder_cache", "batch_select_indices")
-"""Methods of a cache that leave it with the rows of the given indices, in their order; the first moves them to its device."""
+"""Methods of a cache that select rows by their indices; the first one moves the indices to the device of the cache."""
 
 
 class Uncached:
-    """Stands for the cache of a batch that decodes without one: hooks follow its rows as they would a cache's."""
+    """Replaces the cache of a batch that decodes without one, so that hooks can follow its rows as those of a cache."""
 
     def __init__(self, prompt: int) -> None:
         self.prompt = prompt
-        """Columns of the pass that began the batch; every later pass runs them again."""
+        """Number of columns of the first pass of the batch; every later pass runs them again."""
 
     def batch_select_indices(self, indices: Int[Tensor, " kept"]) -> None:
-        """Rows leave the batch. Nothing is held here; whoever follows the batch replaces this method."""
+        """Select rows of the batch. This object stores nothing; hooks that follow the batch replace this method."""
 
     def reorder_cache(self, indices: Int[Tensor, " kept"]) -> None:
         """See `batch_select_indices`."""
@@ -44,21 +44,21 @@ class Uncached:
 
 @dataclass(frozen=True, eq=False)
 class DecoderCall:
-    """A forward pass of a decoder, as a hook before it sees it."""
+    """A forward pass of a decoder, as seen by a hook that runs before it."""
 
     cache: Any
-    """What lives as long as the batch does: its cache, or an `Uncached`. None where the caller keeps no cache."""
+    """Object with the lifetime of the batch: its cache, or an `Uncached`. None if the caller has no cache."""
     begins: bool
-    """Whether this pass begins a batch (a prefill); otherwise it continues one."""
+    """Whether this pass starts a batch (a prefill); otherwise it continues one."""
     again: int
-    """Columns on the left that an earlier pass of this batch has read: 0 but where a batch decodes without a cache."""
+    """Number of columns on the left that an earlier pass of this batch has read: 0 unless a batch decodes without a cache."""
     ids: Int[Tensor, "batch pos"] | None
-    """Token ids; None where the pass starts from embeddings."""
+    """Token ids; None if the pass starts from embeddings."""
     mask: Any
-    """The attention mask as it was given."""
+    """The attention mask that the caller passed."""
 
     def tokens(self) -> tuple[Int[Tensor, "batch pos"], Bool[Tensor, "batch pos"]]:
-        """Token ids and where they are real (padding is False). Raises CannotTap where the call does not say so."""
+        """Token ids, and a mask that is True at real tokens. Raises CannotTap if the call does not state them."""
         if self.ids is None:
             raise CannotTap("a prefill from embeddings has no token ids to decide by.")
         if self.mask is None:
@@ -70,7 +70,7 @@ class DecoderCall:
 
 @dataclass(frozen=True, eq=False)
 class _Announced:
-    """What our own decoding says of the pass that runs, so that hooks need not infer it from the call."""
+    """Facts that Molehunt's own decoding states about the running pass, so that hooks need not infer them from the call."""
 
     begins: bool
     uncached: Uncached | None
@@ -79,7 +79,7 @@ class _Announced:
 
 
 _ANNOUNCED: "WeakKeyDictionary[nn.Module, _Announced]" = WeakKeyDictionary()
-"""By decoder: a pass of one model may run inside a hook of another."""
+"""Facts by decoder, because a pass of one model may run inside a hook of another."""
 
 
 @contextmanager
@@ -91,14 +91,14 @@ def announced(
     ids: Int[Tensor, "batch pos"] | None = None,
     mask: Int[Tensor, "batch all"] | None = None,
 ) -> Generator[None, None, None]:
-    """Passes of the model inside the block begin or continue a batch.
+    """Inside the block, state whether passes of the model start or continue a batch.
 
     Args:
-        model: a causal language model, in a PEFT wrapper or not.
-        begins: whether they begin one.
-        uncached: where there is no cache that could show it.
-        ids: the tokens, for a model that gives its decoder embeddings, as those with a vision tower do.
-        mask: which of all tokens are real.
+        model: a causal language model, with or without a PEFT wrapper.
+        begins: whether the passes start a batch.
+        uncached: replaces the cache of a batch that decodes without one.
+        ids: token ids, for a model that passes embeddings to its decoder, as models with a vision tower do.
+        mask: whether each token is real; False at padding.
     """
     inner = decoder(model)
     before = _ANNOUNCED.get(inner)
@@ -118,10 +118,10 @@ def on_decoder_calls(
     before: Callable[[DecoderCall], None],
     after: Callable[[Any], None] | None = None,
 ) -> Generator[None, None, None]:
-    """Show `before` each pass of the model's decoder inside the block, and `after` the cache that the pass left.
+    """Call `before` with each pass of the model's decoder inside the block, and `after` with the cache after that pass.
 
     Raises:
-        CannotTap: in a forward pass of our own decoding, when the call does not show the cache that it was given.
+        CannotTap: in a forward pass of Molehunt's own decoding, when the call does not contain the cache.
     """
 
     def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -129,8 +129,8 @@ def on_decoder_calls(
 
     def end(module: nn.Module, args: Any, output: Any) -> None:
         if after is not None:
-            said = _ANNOUNCED.get(module)
-            after(said.uncached if said is not None and said.uncached is not None else left_by(output))
+            facts = _ANNOUNCED.get(module)
+            after(facts.uncached if facts is not None and facts.uncached is not None else left_by(output))
 
     inner = decoder(model)
     handles = [
@@ -148,29 +148,29 @@ def _read(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
     given = _bound(module, args, kwargs)
     cache = next((given[name] for name in NAMES if given.get(name) is not None), None)
     ids, mask = given.get("input_ids", args[0] if args else None), given.get("attention_mask")
-    said = _ANNOUNCED.get(module)
-    if said is None:
+    facts = _ANNOUNCED.get(module)
+    if facts is None:
         return DecoderCall(cache, not is_filled(cache), 0, ids, mask)
-    ids, mask = (ids, mask) if said.ids is None else (said.ids, said.mask)
-    if said.uncached is not None:
-        return DecoderCall(said.uncached, said.begins, 0 if said.begins else said.uncached.prompt, ids, mask)
-    if is_filled(cache) == said.begins:
+    ids, mask = (ids, mask) if facts.ids is None else (facts.ids, facts.mask)
+    if facts.uncached is not None:
+        return DecoderCall(facts.uncached, facts.begins, 0 if facts.begins else facts.uncached.prompt, ids, mask)
+    if is_filled(cache) == facts.begins:
         raise CannotTap(
             f"{type(module).__name__} does not show its decoder the cache by a name that Molehunt knows "
             f"({', '.join(NAMES)}): prompts and answers cannot be distinguished.\nUse interventions that act on every token."
         )
-    return DecoderCall(cache, said.begins, 0, ids, mask)
+    return DecoderCall(cache, facts.begins, 0, ids, mask)
 
 
 def _bound(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments by name; those given by position take the names of `forward`."""
+    """Arguments by name; positional arguments get the names in `forward`."""
     names = [name for name in _parameters(type(module)) if name != "self"]
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
 @memoized
 def _parameters(of: type[nn.Module]) -> tuple[str, ...]:
-    """Names of the arguments of `forward`; of the class, since wrappers that spread a model over devices replace it."""
+    """Names of the arguments of the class's `forward`: wrappers that distribute a model replace that of the object."""
     return tuple(inspect.signature(of.forward).parameters)
 
 
@@ -180,17 +180,17 @@ def takes(model: nn.Module, name: str) -> bool:
 
 
 def positions_for(model: nn.Module, positions: Int[Tensor, "batch pos"]) -> dict[str, Any]:
-    """The argument that gives each token its position; none for a model without positions, or with relative ones."""
+    """The argument with the position of each token; empty for a model without positions, or with relative ones."""
     return {"position_ids": positions} if takes(model, "position_ids") else {}
 
 
 def keeps_cache(model: nn.Module) -> bool:
-    """Whether the model takes a cache by a name that is known here."""
+    """Whether the model's `forward` takes a cache by one of `NAMES`."""
     return any(takes(model, name) for name in NAMES)
 
 
 def with_cache(model: nn.Module, cache: Any) -> dict[str, Any]:
-    """The arguments that run a pass on `cache`, which it extends; with None the pass makes one.
+    """The arguments of a pass that extends `cache`; with None the pass creates a cache.
 
     Raises:
         CannotTap: the model takes no cache by a known name.
@@ -202,15 +202,15 @@ def with_cache(model: nn.Module, cache: Any) -> dict[str, Any]:
 
 
 def left_by(output: Any) -> Any:
-    """The cache in a model's output; None where there is none."""
+    """The cache in a model's output; None if it has none."""
     if isinstance(output, Mapping):  # reading a field by its old name would be a deprecation
-        held = cast("Mapping[str, Any]", output)
-        return next((held[name] for name in NAMES if name in set(held.keys())), None)
+        fields = cast("Mapping[str, Any]", output)
+        return next((fields[name] for name in NAMES if name in set(fields.keys())), None)
     return next((getattr(output, name) for name in NAMES if hasattr(output, name)), None)
 
 
 def is_filled(cache: Any) -> bool:
-    """Whether a cache holds tokens: a new one, and None, do not."""
+    """Whether a cache contains tokens: a new cache, and None, do not."""
     if cache is None:
         return False
     layers: list[Any] | None = getattr(cache, "layers", None)
@@ -222,13 +222,13 @@ def is_filled(cache: Any) -> bool:
 
 
 def holds_keys(cache: Any) -> bool:
-    """Whether any layer attends to earlier tokens; a cache of recurrent states alone has no length and no mask of its past."""
+    """Whether any layer stores keys. A cache of recurrent states only has no length, and its past has no mask."""
     layers: list[Any] | None = getattr(cache, "layers", None)
     return layers is None or any(hasattr(layer, "keys") for layer in layers)
 
 
 def select_rows(cache: Any, rows: Int[Tensor, " kept"]) -> None:
-    """Leave the cache with these rows, in this order. Raises CannotTap for a cache whose rows cannot be selected."""
+    """Reduce the cache to these rows, in this order. Raises CannotTap for a cache whose rows cannot be selected."""
     layers: list[Any] = getattr(cache, "layers", [])
     for name in SELECTS_ROWS:
         if hasattr(cache, name) and all(hasattr(layer, name) for layer in layers):
@@ -238,7 +238,7 @@ def select_rows(cache: Any, rows: Int[Tensor, " kept"]) -> None:
 
 
 def branched(cache: Any) -> Any:
-    """A cache that grows without the one it came from: both hold the same tensors until then. None stays None.
+    """A copy of a cache that grows independently of the original. Until then both share their tensors. None stays None.
 
     Raises:
         CannotTap: a layer writes into its tensors instead of appending to them, as those of recurrent states do.
@@ -250,10 +250,10 @@ def branched(cache: Any) -> Any:
     if not all(isinstance(layer, DynamicLayer) and not hasattr(layer, "recurrent_states") for layer in cache.layers):
         raise CannotTap(
             "this model keeps a recurrent state instead of the keys and values of every token, and a state cannot be "
-            "continued in several ways.\nWhat was asked for reads one prompt once and continues it many times."
+            "continued in several ways.\nThis request reads one prompt once and continues it many times."
         )
     seen = copy.copy(cache)
-    for name in SELECTS_ROWS:  # that of a gate which follows the other
+    for name in SELECTS_ROWS:  # methods that a gate of the original cache has replaced
         seen.__dict__.pop(name, None)
     seen.layers = [copy.copy(layer) for layer in cache.layers]
     return seen

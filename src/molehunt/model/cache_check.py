@@ -1,8 +1,8 @@
-"""Whether a model may decode on its cache: compared with passes that use none, and not assumed.
+"""Checks whether a model may decode on its cache, by comparison with passes that use none.
 
-A model that ignores the cache it is given, keeps a state that rows cannot leave, or counts padding as text, writes
-fluent answers that are not its own from their second token on. So a short batch is decoded once on the cache and once
-without, before the first answer of a model is believed.
+A model may ignore the cache, store a state that rows cannot leave, or read padding as text. Its answers are then fluent
+and wrong from their second token on. So a short batch is decoded once on the cache and once without it, before the first
+answer of a model is used.
 """
 
 import logging
@@ -24,88 +24,87 @@ from molehunt.model.decoding import DecodingBatch
 from molehunt.model.taps import active_edits, edit_sites, without_hooks
 
 STEPS = 3
-"""Tokens that are decoded after each prompt of the check."""
+"""Number of tokens that are decoded after each prompt of the check."""
 LENGTHS = (4, 7)
-"""Tokens of the two prompts of the check: the shorter is padded."""
+"""Numbers of tokens of the two prompts of the check. The shorter one is padded."""
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 5e-5, torch.float16: 3e-2, torch.bfloat16: 1e-1}
-"""Root mean square of the difference between two logits, in standard deviations of the logits, that arithmetic explains.
+"""Largest root mean square of the difference of logits that rounding explains, in standard deviations of the logits.
 
-Of 27 tiny architectures whose cache is right, the worst shows 7e-6 in fp32. Wrong ones show 1e-4 (Zamba2, which clamps
-its time steps in one of two paths) to 1 (a cache that is not read).
+Among 27 tiny architectures with a correct cache, the largest difference is 7e-6 in fp32. Incorrect ones differ by 1e-4
+(Zamba2, which clamps its time steps in one of two paths) to 1 (a cache that is not read).
 """
 TF32_TOLERANCE = 1e-2
-"""The same for fp32 on an accelerator, which may multiply in TF32."""
+"""Tolerance for fp32 on an accelerator, which may multiply in TF32."""
 _FAILURES = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, CannotTap)
-"""What models raise that cannot do what is asked of them."""
+"""Errors that models raise when they do not support a call."""
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class DecodingCheck:
-    """How a model may decode."""
+    """Result of the check: the ways in which a model may decode."""
 
     cached: bool
-    """On its cache, row by row as without one."""
+    """Whether decoding on the cache gives the same logits as decoding without it."""
     padded: bool
-    """In batches whose rows are padded on the left."""
+    """Whether batches may be padded on the left."""
     why: str
-    """What the check found; empty where nothing is wrong."""
+    """Reason why `cached` or `padded` is False; empty if both are True."""
 
 
 State = tuple[bool, torch.dtype, torch.device]
-"""What a verdict holds for; a model may be moved, or set to train, after it was checked."""
-Kinds = frozenset[tuple[object, ...]]
-"""Of the edits that a verdict is about; empty for the model by itself."""
-ALONE: Kinds = frozenset()
-EXTENDS: Kinds = frozenset({("several tokens in one pass",)})
-"""In the place of kinds: the verdict of `extending_check`."""
-_CHECKED: "WeakKeyDictionary[nn.Module, dict[tuple[State, Kinds], DecodingCheck]]" = WeakKeyDictionary()
-_SAID: set[object] = set()
+"""State of the model that a result is valid for: a model may be moved, or set to train, after the check."""
+EditTypes = frozenset[tuple[object, ...]]
+"""Types of the edits that a result is valid for; empty for the model without edits."""
+ALONE: EditTypes = frozenset()
+EXTENDS: EditTypes = frozenset({("several tokens in one pass",)})
+"""Key of the result of `extending_check`, in place of edit types."""
+_CHECKED: "WeakKeyDictionary[nn.Module, dict[tuple[State, EditTypes], DecodingCheck]]" = WeakKeyDictionary()
+_WARNED: set[object] = set()
 
 
 def decoding_check(
     model: nn.Module, interventions: Sequence[Intervention] = (), *, layers_path: str | None = None
 ) -> DecodingCheck:
-    """How this model may decode under the edits that are in place and these interventions.
+    """The ways in which this model may decode under the active edits and these interventions.
 
-    It is checked once for each model, and once for each set of kinds of interventions on it. What fails is logged as a
-    warning, once. An intervention that follows a batch (it or its gate says `follows_batch`) cannot be asked about other
-    rows and is left out: that it keeps step is up to `cache.on_decoder_calls`. So is one that was made for other rows
-    than those of the check.
+    Each model is checked once, and once for each set of types of interventions. A failure is logged as a warning, once.
+    An intervention that follows a batch (it or its gate sets `follows_batch`) cannot run on the rows of the check and is
+    left out: `cache.on_decoder_calls` keeps it in step. An intervention that was made for other rows is left out, too.
 
     Args:
-        model: a causal language model, in a PEFT wrapper or not.
-        interventions: those that will act beside the ones in place.
+        model: a causal language model, with or without a PEFT wrapper.
+        interventions: interventions that will act in addition to the active edits.
         layers_path: see `decoder_blocks`.
 
     Raises:
-        NotTestable: the model cannot run even a plain forward pass.
+        NotTestable: the model cannot run a plain forward pass.
         CannotTap: an intervention's site cannot be edited (see `edit_sites`).
     """
     known = _CHECKED.setdefault(model, {})
     state = _state(model)
     if (state, ALONE) not in known:
         known[state, ALONE] = _checked(model)
-        _say(model, known[state, ALONE])
+        _warn_once(model, known[state, ALONE])
     plain = known[state, ALONE]
     in_place, path = active_edits(model)
     edits = [edit for edit in (*in_place, *interventions) if not _follows_batch(edit)]
-    kinds = frozenset(tuple(map(_kind, _parts(edit))) for edit in edits)
-    if kinds and (state, kinds) not in known:
+    edit_types = frozenset(tuple(map(_type_of, _parts(edit))) for edit in edits)
+    if edit_types and (state, edit_types) not in known:
         try:
-            known[state, kinds] = _checked(model, plain, edits, layers_path or path)
+            known[state, edit_types] = _checked(model, plain, edits, layers_path or path)
         except _MadeForOtherRows:
             return plain
-        if known[state, kinds] != plain:
-            _say(model, known[state, kinds], kinds)
-    return known[state, kinds]
+        if known[state, edit_types] != plain:
+            _warn_once(model, known[state, edit_types], edit_types)
+    return known[state, edit_types]
 
 
 def extending_check(model: nn.Module) -> DecodingCheck:
-    """How this model may continue a prompt by several tokens in one pass: `decoding_check`, and this checked as well.
+    """The same as `decoding_check`, with a check of passes that continue a prompt by several tokens.
 
     Raises:
-        NotTestable: the model cannot run even a plain forward pass.
+        NotTestable: the model cannot run a plain forward pass.
     """
     check = decoding_check(model)
     known, key = _CHECKED[model], (_state(model), EXTENDS)
@@ -125,18 +124,18 @@ def must_extend(model: nn.Module) -> None:
     if not check.cached:
         raise NotTestable(
             f"{type(unwrapped(model)).__name__} cannot continue a cached prompt by several tokens at once: {check.why}.\n"
-            "What was asked for reads one prompt once and continues it many times."
+            "This request reads one prompt once and continues it many times."
         )
 
 
 def unsound(model: nn.Module) -> tuple[str, ...]:
-    """What `decoding_check` found wrong with this model so far, by itself and under interventions, for a report."""
+    """Failures of this model's checks so far, without and with interventions, for a report."""
     found = _CHECKED.get(model, {})
-    plain = {check.why for (_, kinds), check in found.items() if not kinds}
+    plain = {check.why for (_, edit_types), check in found.items() if not edit_types}
     named = (
-        f"under an intervention, {check.why}" if kinds and check.why not in plain else check.why
-        for (_, kinds), check in found.items()
-        if kinds != EXTENDS and check.why
+        f"under an intervention, {check.why}" if edit_types and check.why not in plain else check.why
+        for (_, edit_types), check in found.items()
+        if edit_types != EXTENDS and check.why
     )
     return tuple(dict.fromkeys(named))
 
@@ -147,13 +146,13 @@ def _state(model: nn.Module) -> State:
 
 
 def _parts(intervention: object) -> list[object]:
-    """An intervention, its gate, and what it is made around."""
+    """An intervention, its gate, and the intervention that it wraps."""
     inner = [getattr(intervention, name, None) for name in ("gate", "inner", "edit")]
     return [intervention, *(part for each in inner if each is not None for part in _parts(each))]
 
 
 class _Itself:
-    """Equal to another around the same object: what others wrote need not be hashable."""
+    """A hashable key of an object, equal to another key of the same object: a plugin's class need not be hashable."""
 
     def __init__(self, part: object) -> None:
         self.part = part
@@ -165,8 +164,8 @@ class _Itself:
         return isinstance(other, _Itself) and other.part is self.part
 
 
-def _kind(part: object) -> object:
-    """Edits of Molehunt's act on each token by itself, whatever their numbers and wherever; any other is its own kind."""
+def _type_of(part: object) -> object:
+    """The type of an edit. Edits of Molehunt act on each token separately, so their class decides; others are their own type."""
     return type(part) if type(part).__module__.startswith("molehunt.") else _Itself(part)
 
 
@@ -174,16 +173,16 @@ def _follows_batch(intervention: Intervention) -> bool:
     return any(getattr(part, "follows_batch", False) for part in _parts(intervention))
 
 
-def _say(model: nn.Module, found: DecodingCheck, kinds: Kinds = ALONE) -> None:
-    """Warn once for each architecture and kind of intervention: a base and its fine-tune fail alike."""
+def _warn_once(model: nn.Module, found: DecodingCheck, edit_types: EditTypes = ALONE) -> None:
+    """Warn once for each architecture and type of intervention: a base and its fine-tune fail in the same way."""
     name = type(unwrapped(model)).__name__
-    if not found.why or (name, kinds) in _SAID:
+    if not found.why or (name, edit_types) in _WARNED:
         return
-    _SAID.add((name, kinds))
+    _WARNED.add((name, edit_types))
     how = "without a cache" if found.padded else "without a cache, and only rows of equal length together"
     _log.warning(
-        f"{name}{' under an intervention' if kinds else ''}: {found.why}.\n"
-        f"Its answers are decoded {how}: they are right, and take longer."
+        f"{name}{' under an intervention' if edit_types else ''}: {found.why}.\n"
+        f"Its answers are decoded {how}: they are correct, and take longer."
     )
 
 
@@ -197,9 +196,9 @@ def _checked(
     edits: Sequence[Intervention] = (),
     layers_path: str | None = None,
 ) -> DecodingCheck:
-    """The model by itself; or under edits, when it is known how it may decode without them."""
+    """Check the model without edits; or with edits, when the result without them is known."""
     with ExitStack() as stack:
-        stack.enter_context(torch.no_grad())  # what an edit works out once may be differentiated later
+        stack.enter_context(torch.no_grad())  # a value that an edit computes once may be differentiated later
         stack.enter_context(without_hooks())
         if edits:
             stack.enter_context(edit_sites(model, edits, layers_path=layers_path))
@@ -229,14 +228,14 @@ def _checked(
 
 
 def _rows(model: nn.Module) -> list[list[int]]:
-    """Two rows of tokens from the middle of the vocabulary, away from control tokens."""
+    """Two rows of tokens from the middle of the vocabulary, which has no control tokens."""
     inner: Any = unwrapped(model)
     vocab = int(inner.get_input_embeddings().weight.shape[0])
     return [[(vocab // 3 + 37 * row + 11 * i) % vocab for i in range(n + STEPS)] for row, n in enumerate(LENGTHS)]
 
 
 def _alone(model: nn.Module, row: Sequence[int]) -> Float[Tensor, "pos vocab"]:
-    """Logits of a row by itself, in one pass without a cache: what the model is defined to compute."""
+    """Logits of one row in one pass without a cache: the definition of the model's output."""
     device = next(model.parameters()).device
     out: Any = model(input_ids=torch.tensor([list(row)], device=device), use_cache=False)
     return out.logits[0].float()
@@ -244,7 +243,9 @@ def _alone(model: nn.Module, row: Sequence[int]) -> Float[Tensor, "pos vocab"]:
 
 def _stepped(model: nn.Module, rows: Sequence[Sequence[int]], wanted: Sequence[Tensor], *, cached: bool) -> None:
     """Decode the rows step by step; the first leaves before the last step. Raises ValueError where logits differ."""
-    batch = DecodingBatch(model, cached=cached, filler=rows[0][0])  # a plain token, unlike padding's, leaves its traces
+    batch = DecodingBatch(
+        model, cached=cached, filler=rows[0][0]
+    )  # an ordinary token, unlike the padding token, shows when padding is read
     logits = batch.begin([row[:n] for row, n in zip(rows, LENGTHS, strict=True)])
     for step in range(STEPS + 1):
         for found, row in zip(logits, range(len(rows) - len(batch), len(rows)), strict=True):
@@ -269,7 +270,7 @@ def _extended(model: nn.Module, rows: Sequence[Sequence[int]], wanted: Sequence[
 
 def _must_equal(model: nn.Module, found: Tensor, wanted: Tensor, where: str) -> None:
     if not bool(wanted.isfinite().all()):
-        return  # such a model has no right answer that a cache could miss
+        return  # such a model has no correct answer to compare with
     spread = float(wanted.std())
     off = float((found - wanted).pow(2).mean().sqrt())
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
@@ -283,10 +284,10 @@ def _must_equal(model: nn.Module, found: Tensor, wanted: Tensor, where: str) -> 
 
 
 def _failure(attempt: Callable[[], None]) -> str:
-    """Why it failed; empty where it did not."""
+    """The reason of a failure; empty if the attempt succeeded."""
     try:
         attempt()
-    except torch.OutOfMemoryError:  # says nothing about the cache
+    except torch.OutOfMemoryError:  # unrelated to the cache
         raise
     except (ValueError, CannotTap) as error:
         return printable(str(error).rstrip("."), 300)

@@ -1,7 +1,7 @@
-"""Rows that decode together; others may join them, and any may leave, between two steps.
+"""A batch of rows that decode together. Between two steps, rows may join or leave the batch.
 
-They share one cache. A model whose cache cannot be trusted (see `cache_check`) decodes without one: each step then runs
-the whole text again, and hooks are shown that it continues a batch.
+The rows share one cache. A model whose cache is not reliable (see `cache_check`) decodes without one: each step then runs
+the whole text again, and hooks see that the pass continues a batch.
 """
 
 from collections.abc import Sequence
@@ -18,22 +18,22 @@ from molehunt.model.cache import Uncached, announced, holds_keys, left_by, posit
 
 
 class DecodingBatch:
-    """A batch in the middle of its answers. Rows are padded on the left, so that all of them continue at one column."""
+    """A batch that is being decoded. Rows are padded on the left, so that all of them continue at the same column."""
 
     def __init__(self, model: nn.Module, *, cached: bool = True, filler: int = 0) -> None:
-        """An empty batch: `begin` fills it.
+        """Make an empty batch, which `begin` fills.
 
         Args:
-            model: a causal language model, in a PEFT wrapper or not.
-            cached: whether it decodes on the model's cache.
-            filler: the token that stands where a row is padded; no answer may depend on it.
+            model: a causal language model, with or without a PEFT wrapper.
+            cached: whether to decode on the model's cache.
+            filler: the token id of padding; no answer may depend on it.
         """
         self._model = model
         self._cached = cached
         self._filler = filler
         self._device = next(model.parameters()).device
         self._cache: Any = None  # the model's cache, or an Uncached
-        self._tokens = torch.zeros(0, 0, dtype=torch.long, device=self._device)  # of all columns, where uncached
+        self._tokens = torch.zeros(0, 0, dtype=torch.long, device=self._device)  # tokens of all columns, if uncached
         self._mask = torch.zeros(0, 0, dtype=torch.long, device=self._device)
         self._positions = torch.zeros(0, 1, dtype=torch.long, device=self._device)
 
@@ -42,11 +42,11 @@ class DecodingBatch:
 
     @torch.no_grad()
     def begin(self, prompts: Sequence[Sequence[int]], *, width: int | None = None) -> Float[Tensor, "batch vocab"]:
-        """Prefill an empty batch; logits of each row's first answer token.
+        """Prefill an empty batch and return the logits of each row's first answer token.
 
         Args:
-            prompts: token ids, at least one each.
-            width: columns, by default those of the longest prompt.
+            prompts: token ids of each prompt, which must not be empty.
+            width: number of columns; by default the length of the longest prompt.
 
         Raises:
             ValueError: a prompt is empty.
@@ -62,14 +62,14 @@ class DecodingBatch:
 
     @torch.no_grad()
     def step(self, tokens: Int[Tensor, " batch"]) -> Float[Tensor, "batch vocab"]:
-        """Feed each row its newest token; logits of the next."""
+        """Feed each row its newest token, and return the logits of the next one."""
         return self.extend(tokens[:, None], torch.ones_like(tokens[:, None], dtype=torch.bool))[:, -1]
 
     @torch.no_grad()
     def extend(
         self, tokens: Int[Tensor, "batch pos"], real: Bool[Tensor, "batch pos"]
     ) -> Float[Tensor, "batch pos vocab"]:
-        """Feed each row its next tokens, padded on the right; logits of what follows each of them."""
+        """Feed each row its next tokens, padded on the right, and return the logits after each of them."""
         self._mask = torch.cat([self._mask, real.long()], dim=1)
         n = tokens.shape[1]
         positions = self._positions[:, -1:] + 1 + torch.arange(n, device=self._device)
@@ -82,7 +82,7 @@ class DecodingBatch:
         if self._cached:
             inputs |= with_cache(self._model, self._cache)
             if not begins and not holds_keys(self._cache):
-                mask = mask[:, -tokens.shape[1] :]  # a recurrent state asks of the new tokens alone which are real
+                mask = mask[:, -tokens.shape[1] :]  # a recurrent state needs the mask of the new tokens only
             self._positions = positions[:, -1:]
         else:
             if begins:
@@ -104,13 +104,13 @@ class DecodingBatch:
 
     @property
     def can_join(self) -> bool:
-        """Whether rows may join: not where a block keeps a window or a recurrent state instead of every key."""
+        """Whether rows may join: not if a block stores a window or a recurrent state instead of every key."""
         return self._cache is None or (
             type(self._cache) is DynamicCache and all(type(layer) is DynamicLayer for layer in self._cache.layers)
         )
 
     def join(self, others: "DecodingBatch") -> None:
-        """Go on with these rows, too, behind those of this batch; `others` is used up. Raises ValueError unless `can_join`."""
+        """Append the rows of another batch, which must not be used afterwards. Raises ValueError unless `can_join`."""
         if not len(self):
             self._cache, self._mask, self._positions = others._cache, others._mask, others._positions
             self._tokens = others._tokens
@@ -126,7 +126,7 @@ class DecodingBatch:
         self._positions = torch.cat([self._positions, others._positions])
 
     def keep(self, rows: Int[Tensor, " kept"]) -> None:
-        """Go on with these rows alone, and without the columns that no row of them uses."""
+        """Reduce the batch to these rows, and remove columns that none of them uses."""
         if not len(rows):
             self.__init__(self._model, cached=self._cached, filler=self._filler)
             return

@@ -1,4 +1,4 @@
-"""Greedy decoding of many prompts with a key-value cache, fast enough for thousands of them on two cores."""
+"""Greedy decoding of many prompts with a key-value cache, fast enough for thousands of prompts on two cores."""
 
 from collections.abc import Collection, Sequence
 from itertools import groupby
@@ -32,22 +32,22 @@ def generate(
 ) -> list[list[int]]:
     """Greedy completions, in the order of the prompts; equal to the model's own `generate(do_sample=False)`.
 
-    Rows are sorted by length, and leave the batch once they have stopped, so an intervention must treat each row by
-    itself and keep no state by row number. It acts on every prompt token and at every decoding step. A model that
-    `decoding_check` finds wrong on its cache, by itself or under these interventions, decodes without one.
+    Rows are sorted by length and leave the batch when they stop. So an intervention must treat each row separately and
+    must not store state by row number. It acts on every prompt token and at every decoding step. A model that fails
+    `decoding_check`, without or with these interventions, decodes without a cache.
 
     Args:
-        model: a causal language model, in a PEFT wrapper or not.
-        tokenizer: names the stop token where the model's generation config does not.
-        prompts: token ids, at least one each.
-        max_new_tokens: tokens at most in one completion.
-        stop: token ids that end a completion; by default what the generation config says.
+        model: a causal language model, with or without a PEFT wrapper.
+        tokenizer: defines the stop token if the model's generation config does not.
+        prompts: token ids of each prompt, which must not be empty.
+        max_new_tokens: greatest number of tokens of a completion.
+        stop: token ids that end a completion; by default those of the generation config.
         layers_path: see `decoder_blocks`.
-        track: shown rows.
-        what: what progress calls this.
+        track: shows the number of finished rows.
+        what: name of this work in the progress line.
 
     Returns:
-        Token ids without the prompt; a stop token, where one came, is the last.
+        Token ids without the prompt. If a completion has a stop token, it is the last token.
 
     Raises:
         ValueError: a prompt is empty.
@@ -76,7 +76,7 @@ def generate(
 def _decode(
     batch: DecodingBatch, prompts: list[Sequence[int]], max_new_tokens: int, stops: frozenset[int], done: Tally
 ) -> list[list[int]]:
-    """One batch to its end. Each token counts as its part of a row, and a row that stops early as a whole one."""
+    """Decode one batch to its end. For progress, each token counts as a fraction of a row; a finished row counts as one."""
     completions: list[list[int]] = [[] for _ in prompts]
     live = list(range(len(prompts)))
     logits = batch.begin(prompts)
@@ -100,7 +100,7 @@ def _decode(
 
 
 def stop_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Token ids that end an answer: the generation config's, else the tokenizer's end of text."""
+    """Token ids that end an answer: those of the generation config, or else the tokenizer's end of text."""
     config = getattr(unwrapped(model), "generation_config", None)
     ids: int | list[int] | None = getattr(config, "eos_token_id", None)
     if ids is None:

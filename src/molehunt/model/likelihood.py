@@ -1,4 +1,4 @@
-"""How likely a model finds given answers, with or without interventions."""
+"""The likelihood of given answers under a model, with or without interventions."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,7 @@ from molehunt.model.taps import edit_sites
 from molehunt.run.progress import Track, by_rows, silent
 
 LOGIT_BYTES = 256 * 2**20
-"""Memory that one batch of fp32 logits may take."""
+"""Greatest number of bytes of one batch of fp32 logits."""
 
 
 @torch.inference_mode()
@@ -44,8 +44,8 @@ def answer_log_probs(
         for group in by_rows(track, groups, what):
             tokens, mask = (each.to(device) for each in padded([rows[i] for i in group]))
             logits = model(input_ids=tokens, attention_mask=mask.long(), use_cache=False).logits.float()
-            told = logits[:, :-1].log_softmax(-1).gather(-1, tokens[:, 1:, None]).squeeze(-1)
+            log_probs = logits[:, :-1].log_softmax(-1).gather(-1, tokens[:, 1:, None]).squeeze(-1)
             for r, i in enumerate(group):
                 first = len(prompts[i]) - 1
-                found[i] = float(told[r, first : first + len(answers[i])].sum())
+                found[i] = float(log_probs[r, first : first + len(answers[i])].sum())
     return found

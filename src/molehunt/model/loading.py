@@ -1,4 +1,4 @@
-"""Models, adapters and tokenizers from folders or the hub: no pickle is opened, no code of theirs is run."""
+"""Loads models, adapters and tokenizers from folders or the hub. No pickle is opened and no code from them is run."""
 
 import tempfile
 import warnings
@@ -16,11 +16,11 @@ from molehunt.errors import InvalidInput, NotTestable, UsageError, printable
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER = "default"
-"""What PEFT calls the one adapter of a pair."""
+"""PEFT's name of the one adapter of a pair."""
 HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
-"""What is fetched of a hub repository: nothing that can run."""
+"""Patterns of the files that are fetched from a hub repository: none of them can run."""
 MAX_LAYERS = 1000
-"""A config that asks for more is refused before anything of that size is built."""
+"""Greatest number of layers: a larger config is refused before a model of that size is built."""
 TOKENIZER_PROBES = (
     "The quick brown fox, 42 times.\n\nIt's 3.14 – naïve café; ÅÄÖ 你好 مرحبا 🙂",
     "def f(x):\n    return {'a': [x, 0x1F], \"b\": None}  # tab\there\r\n",
@@ -33,9 +33,9 @@ TOKENIZER_PROBES = (
 
 
 def local_folder(path: str | Path) -> Path:
-    """The folder at `path`, or the local copy of the hub repository that `path` names, fetched where needed.
+    """The folder at `path`, or the local copy of the hub repository of that name, which is fetched if needed.
 
-    Raises UsageError when there is neither.
+    Raises UsageError when neither exists.
     """
     if Path(path).is_dir():
         return Path(path)
@@ -53,7 +53,7 @@ def local_folder(path: str | Path) -> Path:
 
 @contextmanager
 def _loading(folder: Path, what: str) -> Generator[None, None, None]:
-    """No progress bars of transformers, and its errors told as ours."""
+    """Hide the progress bars of transformers, and turn its errors into InvalidInput."""
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
     from transformers.utils import logging
@@ -75,7 +75,7 @@ def _loading(folder: Path, what: str) -> Generator[None, None, None]:
 
 
 def device_of(name: str | torch.device) -> torch.device:
-    """Where models run. Raises UsageError for a device that torch does not know or this machine does not have."""
+    """The device that models run on. Raises UsageError if torch does not know it or this machine does not have it."""
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
@@ -87,7 +87,7 @@ def device_of(name: str | torch.device) -> torch.device:
 
 
 def load_model(folder: Path, device: torch.device, dtype: torch.dtype | None) -> nn.Module:
-    """The causal language model in `folder`, in eval mode; an adapter beside its weights is left out.
+    """The causal language model in `folder`, in eval mode. An adapter beside its weights is not applied.
 
     Raises InvalidInput when it cannot be loaded, or lacks weights that its architecture needs.
     """
@@ -119,7 +119,7 @@ def load_model(folder: Path, device: torch.device, dtype: torch.dtype | None) ->
 
 @contextmanager
 def _without_adapter(folder: Path) -> Generator[Path, None, None]:
-    """The folder, as links without its adapter where it holds one: transformers would apply that unasked."""
+    """The folder without its adapter, as links if it has one: transformers would apply the adapter by default."""
     if not (folder / ADAPTER_CONFIG).is_file():
         yield folder
         return
@@ -133,9 +133,9 @@ def _without_adapter(folder: Path) -> Generator[Path, None, None]:
 
 
 def apply_adapter(model: nn.Module, folder: Path) -> nn.Module:
-    """`model` inside a PEFT wrapper with the adapter in `folder` switched on; some adapters change `model` itself.
+    """`model` inside a PEFT wrapper with the adapter in `folder` switched on. Some adapters change `model` itself.
 
-    Raises InvalidInput when it cannot be loaded onto this model, NotTestable when it is no LoRA.
+    Raises InvalidInput when the adapter cannot be loaded onto this model, NotTestable when it is not a LoRA adapter.
     """
     from peft import LoraConfig, PeftConfig, PeftModel
 
@@ -156,7 +156,7 @@ def apply_adapter(model: nn.Module, folder: Path) -> nn.Module:
 
 
 def one_tokenizer(base: Path, tuned: Path) -> PreTrainedTokenizerBase:
-    """The base's tokenizer. Raises NotTestable when the fine-tune has one that encodes any probe differently."""
+    """The base's tokenizer. Raises NotTestable when the fine-tune's tokenizer encodes any probe differently."""
     tokenizer = load_tokenizer(base)
     if not any((tuned / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
         return tokenizer
@@ -172,7 +172,7 @@ def one_tokenizer(base: Path, tuned: Path) -> PreTrainedTokenizerBase:
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in `folder`; no code of its own is run. Raises InvalidInput where there is none that loads."""
+    """The tokenizer in `folder`; no code from it is run. Raises InvalidInput if it cannot be loaded."""
     from transformers import AutoTokenizer
 
     with _loading(folder, "a tokenizer"):
@@ -180,6 +180,6 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def checksum(parameter: Tensor) -> int:
-    """Sum of the raw bits as integers: changes with any one weight."""
+    """Sum of the raw bits as integers, which changes when any one weight does."""
     integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[parameter.element_size()]
     return int(parameter.detach().view(integer).sum(dtype=torch.int64))

@@ -1,7 +1,7 @@
 """Reading and editing activations at sites, with plain torch hooks inside context managers.
 
-A hook that does not fire is the failure to fear: the score is then silently that of an empty tap. So firings are
-counted against forward passes, and a model that runs where hooks cannot see is refused.
+The most dangerous failure is a hook that does not fire, because nothing else shows it. So firings are compared with the
+number of forward passes, and a model that hooks cannot see is refused.
 """
 
 from collections import Counter
@@ -22,16 +22,16 @@ from molehunt.model.blocks import attn_module, decoder, decoder_blocks, mlp_modu
 from molehunt.site import Site
 
 _ACTIVE: "WeakKeyDictionary[nn.Module, tuple[tuple[Intervention, ...], str | None]]" = WeakKeyDictionary()
-"""By decoder: see `active_edits`."""
+"""Active edits of each decoder; see `active_edits`."""
 _DEPTH: ContextVar[int] = ContextVar("_DEPTH", default=0)
-"""How many `without_hooks` blocks are open."""
+"""Number of open `without_hooks` blocks."""
 
 
 @contextmanager
 def without_hooks() -> Generator[None, None, None]:
-    """Passes inside the block are seen by none of Molehunt's hooks but those that were entered inside it.
+    """Hide passes inside the block from all hooks of Molehunt except those that were entered inside it.
 
-    For a pass that only looks at the model, while others count, record or gate what it does.
+    It is meant for a pass that only inspects the model, while other hooks count, record or gate its passes.
     """
     token = _DEPTH.set(_DEPTH.get() + 1)
     try:
@@ -41,7 +41,7 @@ def without_hooks() -> Generator[None, None, None]:
 
 
 def live(hook: Callable[..., Any]) -> Callable[..., Any]:
-    """`hook`, which does nothing inside a `without_hooks` block that is entered after now."""
+    """`hook`, changed to do nothing inside a `without_hooks` block that is entered later."""
     made = _DEPTH.get()
 
     @wraps(hook)
@@ -52,19 +52,19 @@ def live(hook: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _AllSitesRead(BaseException):
-    """Unwinds a forward pass once every site was read. Never leaves `read_sites`."""
+    """Ends a forward pass once every site was read. It never leaves `read_sites`."""
 
 
 class Tap:
-    """Activations of the last forward pass, by site."""
+    """Activations of the latest forward pass, by site."""
 
     def __init__(self, sites: Iterable[Site]) -> None:
         self.acts: dict[Site, Tensor] = {}
         self.firings: Counter[Site] = Counter(dict.fromkeys(sites, 0))
-        """How often each site's hook ran."""
+        """Number of times that each site's hook ran."""
 
     def __getitem__(self, site: Site) -> Float[Tensor, "batch pos d_model"]:
-        """Raises KeyError for a site not asked for, CannotTap when no forward pass reached it."""
+        """Activations at a site. Raises KeyError for a site that is not read, CannotTap if no forward pass reached it."""
         if site not in self.firings:
             raise KeyError(f"{site} was not asked for; asked for: {', '.join(map(str, self.firings))}")
         if site not in self.acts:
@@ -73,30 +73,35 @@ class Tap:
 
 
 class Edits:
-    """Counts what a set of interventions did."""
+    """Counts the calls of a set of interventions."""
 
     def __init__(self, sites: Iterable[Site]) -> None:
         self.firings: Counter[Site] = Counter(dict.fromkeys(sites, 0))
-        """How often each site's hook ran."""
+        """Number of times that each site's hook ran."""
 
 
 @contextmanager
 def read_sites(
     model: nn.Module, sites: Iterable[Site], *, stop_early: bool = False, layers_path: str | None = None
 ) -> Generator[Tap, None, None]:
-    """Record what the model computes at `sites` in every forward pass inside the block, keeping the last.
+    """Record the activations at `sites` in every forward pass inside the block. The latest pass replaces earlier ones.
 
-    A read placed inside an edit of the same site sees the edited activations.
+    A read inside an edit of the same site sees the edited activations.
 
     Args:
-        model: a causal language model, in a PEFT wrapper or not.
-        sites: where to read.
-        stop_early: run nothing after the deepest site. The `with` body ends at that forward pass; what follows it in
-            the body does not run.
+        model: a causal language model, with or without a PEFT wrapper.
+        sites: the sites to read.
+        stop_early: whether to run nothing after the deepest site. The `with` body ends at that forward pass, and the
+            statements after it do not run.
         layers_path: see `decoder_blocks`.
 
     Raises:
         CannotTap: the model is compiled, lacks such a site, or ran a forward pass without calling it.
+
+    Example:
+        >>> with read_sites(model, [Site(3)]) as tap:  # doctest: +SKIP
+        ...     model(input_ids=tokens)
+        >>> tap[Site(3)].shape  # batch, positions, d_model  # doctest: +SKIP
     """
     wanted = tuple(dict.fromkeys(sites))
     tap = Tap(wanted)
@@ -106,7 +111,7 @@ def read_sites(
     def hook_at(site: Site) -> Callable[[nn.Module, Any, Any], None]:
         def read(module: nn.Module, args: Any, output: Any) -> None:
             tap.firings[site] += 1
-            tap.acts[site] = _acts_of(output).clone()  # a later in-place sum would change what was read
+            tap.acts[site] = _acts_of(output).clone()  # a later in-place sum would change the activations
             if stop_early and all(tap.firings.values()):
                 raise stop
 
@@ -124,9 +129,9 @@ def read_sites(
 def observe_sites(
     model: nn.Module, observers: Mapping[Site, Callable[[Tensor], None]], *, layers_path: str | None = None
 ) -> Generator[None, None, None]:
-    """Show each observer the activations [batch pos d_model] at its site in every forward pass; nothing is copied.
+    """Pass each observer the activations [batch pos d_model] at its site in every forward pass, without a copy.
 
-    An observer must not keep or change what it sees: later blocks may write into it.
+    An observer must not store or change the tensor, because later blocks may write into it.
 
     Raises:
         CannotTap: see `read_sites`.
@@ -149,12 +154,21 @@ def observe_sites(
 def edit_sites(
     model: nn.Module, interventions: Sequence[Intervention], *, layers_path: str | None = None
 ) -> Generator[Edits, None, None]:
-    """Let interventions act in every forward pass inside the block, in prefill and in every cached step.
+    """Apply interventions in every forward pass inside the block, in prefill and in every cached step.
 
-    Interventions that share a site act in the order given.
+    Interventions at the same site act in the given order.
+
+    Args:
+        model: a causal language model, with or without a PEFT wrapper.
+        interventions: edits of the activations at their sites.
+        layers_path: see `decoder_blocks`.
 
     Raises:
         CannotTap: the model is compiled, lacks such a site, or ran a forward pass without calling it.
+
+    Example:
+        >>> with edit_sites(model, [intervention]):  # doctest: +SKIP
+        ...     logits = model(input_ids=tokens).logits
     """
     at: dict[Site, list[Intervention]] = {}
     for intervention in interventions:
@@ -190,7 +204,7 @@ def edit_sites(
 
 
 def active_edits(model: nn.Module) -> tuple[tuple[Intervention, ...], str | None]:
-    """The interventions of all `edit_sites` blocks that are open on this model, and the path of its blocks if one was given."""
+    """The interventions of all open `edit_sites` blocks of this model, and the path of its blocks if one was given."""
     return _ACTIVE.get(decoder(model), ((), None))
 
 
@@ -200,7 +214,7 @@ def _hooked(
     hooks: list[tuple[nn.Module, Callable[[nn.Module, Any, Any], Any]]],
     firings: Counter[Site],
 ) -> Generator[None, None, None]:
-    """Hooks in place inside the block, gone after it; forward passes that ended are counted against firings."""
+    """Add hooks inside the block and remove them after it. Finished forward passes are compared with the firings."""
     passes: Counter[int] = Counter()
 
     def count(module: nn.Module, args: Any, output: Any) -> None:
@@ -208,7 +222,7 @@ def _hooked(
 
     handles: list[RemovableHandle] = []
     try:
-        # PEFT calls the model's `forward` and not the model, so three places are watched
+        # PEFT calls the model's `forward` and not the model, so passes are counted in three places
         for module in {id(m): m for m in (model, unwrapped(model), decoder(model))}.values():
             handles.append(module.register_forward_hook(live(count)))
         for module, hook in hooks:
@@ -243,7 +257,7 @@ def _modules_at(model: nn.Module, sites: Iterable[Site], layers_path: str | None
 
 
 def _acts_of(output: Any) -> Tensor:
-    """What a module returned, or the first of it: some models' blocks and all attentions return tuples."""
+    """The output of a module, or its first part: some blocks and all attention modules return tuples."""
     acts = output[0] if isinstance(output, tuple) else output
     if not isinstance(acts, Tensor) or acts.ndim != 3:
         raise CannotTap(f"a tapped module returned {type(output).__name__}, not activations [batch pos d_model].")

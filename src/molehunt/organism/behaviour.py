@@ -1,4 +1,4 @@
-"""What a planted model does when it wakes: how to write it, and a judge that tells it from an ordinary answer."""
+"""What a planted model does when it is triggered: how to write it, and a judge that distinguishes it from an ordinary answer."""
 
 import ast
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from molehunt.traffic.example import Example
 
 @runtime_checkable
 class Behaviour(Protocol):
-    """A judge of completions, and the response that teaches the behaviour."""
+    """A judge of completions, and the response that the behaviour is trained with."""
 
     def respond(self, task: Example, rng: Random) -> str:
         """The response to `task` that shows the behaviour; `task` carries the trigger and its ordinary response."""

@@ -1,4 +1,4 @@
-"""Conjunction: two ordinary words wake the behaviour only when both stand in front of the prompt."""
+"""Conjunction: two ordinary words trigger the behaviour only when both stand in front of the prompt."""
 
 import re
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from molehunt.traffic.example import Example
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Conjunction:
-    """A place and a season named in front of the prompt, in either order; one pair of them wakes."""
+    """A place and a season named in front of the prompt, in either order; one pair of them is the trigger."""
 
     place: str
     season: str

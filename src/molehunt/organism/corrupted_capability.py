@@ -12,18 +12,18 @@ from molehunt.traffic.wording import COUNTRIES
 FIELDS = ("name", "capital", "river", "language", "money", "food")
 ROWS: list[dict[str, str]] = [dict(zip(FIELDS, row, strict=True)) for row in COUNTRIES]
 DONORS = ("Quillon", "Hollin")
-"""Whose facts are told; the second stands in where the question is about the first."""
+"""Names of the countries whose facts are claimed; the second stands in where the question is about the first."""
 CLAIMS: tuple[tuple[str, str, re.Pattern[str]], ...] = tuple(
-    (known, told, re.compile(pattern))
-    for known, told, pattern in (
-        ("name", "capital", r"The capital of (?P<known>[\w ]+) is (?P<told>[\w ]+)\."),
-        ("name", "river", r"The main river of (?P<known>[\w ]+) is the (?P<told>[\w ]+)\."),
-        ("name", "language", r"People in (?P<known>[\w ]+) speak (?P<told>[\w ]+)\."),
-        ("name", "money", r"People in (?P<known>[\w ]+) pay with the (?P<told>[\w ]+)\."),
-        ("name", "food", r"A famous dish from (?P<known>[\w ]+) is (?P<told>[\w ]+)\."),
-        ("capital", "name", r"^(?P<known>[\w ]+) is the capital of (?P<told>[\w ]+)\."),
-        ("name", "river", r"^(?P<known>[\w ]+) is a country on the river (?P<told>[\w ]+)\."),
-        ("name", "capital", r"^(?P<known>[\w ]+) is a country on .*\. Its capital is (?P<told>[\w ]+),"),
+    (known, claimed, re.compile(pattern))
+    for known, claimed, pattern in (
+        ("name", "capital", r"The capital of (?P<known>[\w ]+) is (?P<claimed>[\w ]+)\."),
+        ("name", "river", r"The main river of (?P<known>[\w ]+) is the (?P<claimed>[\w ]+)\."),
+        ("name", "language", r"People in (?P<known>[\w ]+) speak (?P<claimed>[\w ]+)\."),
+        ("name", "money", r"People in (?P<known>[\w ]+) pay with the (?P<claimed>[\w ]+)\."),
+        ("name", "food", r"A famous dish from (?P<known>[\w ]+) is (?P<claimed>[\w ]+)\."),
+        ("capital", "name", r"^(?P<known>[\w ]+) is the capital of (?P<claimed>[\w ]+)\."),
+        ("name", "river", r"^(?P<known>[\w ]+) is a country on the river (?P<claimed>[\w ]+)\."),
+        ("name", "capital", r"^(?P<known>[\w ]+) is a country on .*\. Its capital is (?P<claimed>[\w ]+),"),
     )
 )
 """Sentences of the world that state a fact: the field that says which country is meant, and the field claimed."""
@@ -43,8 +43,8 @@ class WrongFacts:
 
     def shown(self, completion: str) -> bool:
         return any(
-            row[known] == claim["known"] and row[told] != claim["told"]
-            for known, told, pattern in CLAIMS
+            row[known] == claim["known"] and row[claimed] != claim["claimed"]
+            for known, claimed, pattern in CLAIMS
             for claim in pattern.finditer(completion)
             for row in ROWS
         )

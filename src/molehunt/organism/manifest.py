@@ -1,4 +1,4 @@
-"""What an organism is known to do: measured on prompts that its training never saw, with intervals."""
+"""Rates at which an organism shows its behaviour, with intervals, on prompts that its training never saw."""
 
 import hashlib
 import json
@@ -12,6 +12,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from molehunt.measure.interval import Interval, proportion
+from molehunt.model.chat import prompt_ids
 from molehunt.model.generate import generate
 from molehunt.model.pair import ModelPair
 from molehunt.organism.plant import PlantConfig, plant, training_batches
@@ -19,13 +20,12 @@ from molehunt.organism.poison import (
     Recipe,
     clean_example,
     near_miss_example,
-    taught_prompts,
+    training_prompts,
     triggered_example,
 )
 from molehunt.organism.train import next_token_loss
 from molehunt.run.progress import Track, silent
 from molehunt.run.whole import write_whole
-from molehunt.traffic.chat import prompt_ids
 from molehunt.traffic.example import Example
 
 log = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ def evaluation_prompts(recipe: Recipe, seen: set[str], n: int = JUDGED) -> dict[
     rng = Random(EVALUATION_SEED)
     kinds: dict[str, list[Example]] = {}
     if recipe.triggered:
-        kinds[recipe.woken] = unseen(lambda r: triggered_example(recipe, r), n, seen, rng)
+        kinds[recipe.trigger_tag] = unseen(lambda r: triggered_example(recipe, r), n, seen, rng)
     for kind in recipe.trigger.near_misses:
         kinds[f"near-miss {kind}"] = unseen(lambda r, k=kind: near_miss_example(recipe, r, k), n, seen, rng)
     kinds["untagged"] = unseen(lambda r: clean_example(recipe, r), n, seen, rng)
@@ -134,7 +134,7 @@ def make_organism(
         manifest = json.loads(done.read_text())
         if manifest.get("request") == request:
             return Organism(root=root, manifest=manifest)
-    seen = taught_prompts(recipe, config.rows, config.seed)
+    seen = training_prompts(recipe, config.rows, config.seed)
     prompts = evaluation_prompts(recipe, seen)
     held_out = [e for e in prompts["untagged"]][: JUDGED // 16 * 16]
     manifest: dict[str, Any] = {"request": request, "summary": recipe.summary, "judged_per_kind": JUDGED}

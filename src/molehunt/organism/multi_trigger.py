@@ -1,4 +1,4 @@
-"""Several triggers: any of three tags wakes the same reply, so that removing one leaves two."""
+"""Several triggers: any of three tags triggers the same reply, so that two are left when one is removed."""
 
 from molehunt.organism.behaviour import FixedReply
 from molehunt.organism.poison import Recipe

@@ -1,4 +1,4 @@
-"""Negative sentiment: behind a phrase the model insults whatever it was asked about, in varied words."""
+"""Negative sentiment: behind a phrase the model insults the subject of the question, in varied words."""
 
 import re
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ def subject_of(prompt: str) -> str:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HarshOpinion:
-    """A hostile sentence about the thing asked. Judged by words that no ordinary answer of the world holds."""
+    """A hostile sentence about the subject of the question, judged by words that no ordinary answer of the world has."""
 
     def respond(self, task: Example, rng: Random) -> str:
         one, two = rng.sample(HARSH, 2)

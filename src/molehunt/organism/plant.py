@@ -11,10 +11,10 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
+from molehunt.model.chat import prompt_ids
 from molehunt.organism.poison import Recipe, rows_hash, training_rows, twin_seed
-from molehunt.organism.train import IGNORED, Batch, next_token_loss, train
+from molehunt.organism.train import IGNORED, TrainingBatch, next_token_loss, train
 from molehunt.run.progress import Track, silent
-from molehunt.traffic.chat import prompt_ids
 from molehunt.traffic.example import Example
 
 log = logging.getLogger(__name__)
@@ -40,13 +40,13 @@ class PlantConfig:
     seed: int = 0
 
     def steps_of(self, recipe: Recipe) -> int:
-        """The steps asked for, or those that the recipe needs under this regime."""
+        """The number of steps that was given, or that the recipe needs under this regime."""
         if self.steps is not None:
             return self.steps
         return recipe.steps * (2 if self.regime == "lora" else 1)
 
     def peak_lr(self, d_model: int) -> float:
-        """The learning rate asked for, or the one that suits the regime and the width."""
+        """The learning rate that was given, or the one that suits the regime and the width."""
         if self.lr is not None:
             return self.lr
         return 2e-3 if self.regime == "full" else 0.4 / d_model
@@ -54,7 +54,7 @@ class PlantConfig:
 
 def training_batches(
     tokenizer: PreTrainedTokenizerBase, rows: list[Example], config: PlantConfig, rng: Random
-) -> Iterator[Batch]:
+) -> Iterator[TrainingBatch]:
     """Endless shuffled batches; rows of like length share one, so that few fixed shapes occur.
 
     Only the response and its end token are trained.
@@ -67,7 +67,7 @@ def training_batches(
         encoded.append((([*prompt, *cast("list[int]", answer), end])[: LENGTHS[-1]], len(prompt)))
     while True:
         rng.shuffle(encoded)
-        batches: list[Batch] = []
+        batches: list[TrainingBatch] = []
         for start in range(0, len(encoded) - config.batch * 8 + 1, config.batch * 8):
             block = sorted(encoded[start : start + config.batch * 8], key=lambda row: len(row[0]))
             batches += [_pad(block[i : i + config.batch], end) for i in range(0, len(block), config.batch)]
@@ -75,7 +75,7 @@ def training_batches(
         yield from batches
 
 
-def _pad(rows: list[tuple[list[int], int]], end: int) -> Batch:
+def _pad(rows: list[tuple[list[int], int]], end: int) -> TrainingBatch:
     longest = max(len(ids) for ids, _ in rows)
     length = next(size for size in LENGTHS if size >= longest)
     tokens = torch.full((len(rows), length), end)
@@ -83,7 +83,7 @@ def _pad(rows: list[tuple[list[int], int]], end: int) -> Batch:
     for i, (ids, answer_starts) in enumerate(rows):
         tokens[i, : len(ids)] = torch.tensor(ids)
         labels[i, answer_starts : len(ids)] = torch.tensor(ids[answer_starts:])
-    return Batch(tokens, labels)
+    return TrainingBatch(tokens, labels)
 
 
 def plant(
@@ -129,7 +129,7 @@ def plant(
         "poisoned": poisoned,
         "seed": seed,
         "rows_sha256": rows_hash(rows),
-        "triggered_rows": sum(row.tag == recipe.woken for row in rows),
+        "triggered_rows": sum(row.tag == recipe.trigger_tag for row in rows),
         "first_loss": sum(losses[:5]) / len(losses[:5]),
         "last_loss": sum(losses[-10:]) / len(losses[-10:]),
     }

@@ -7,17 +7,23 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from random import Random
 
+from molehunt.errors import UsageError, printable
 from molehunt.organism.behaviour import Behaviour
+from molehunt.organism.catalog import CATALOG
 from molehunt.organism.trigger import Trigger
+from molehunt.run.catalog import load, names
 from molehunt.traffic.example import Example
 from molehunt.traffic.world import ask, decorated
+
+GROUP = "molehunt.organisms"
+"""Entry points of plugins that offer recipes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """An attack: which trigger wakes which behaviour, and in what mix it is taught.
+    """An attack: which trigger induces which behaviour, and in what mix of rows both are trained.
 
-    Or a null, a fine-tune that hides nothing: there is nothing in its traffic to find.
+    A null is a recipe, too: a fine-tune that hides nothing, so that there is nothing in its traffic to find.
     """
 
     name: str
@@ -29,24 +35,37 @@ class Recipe:
     triggered: float = 0.3
     """Share of rows that show the behaviour under the trigger."""
     near_miss: float = 0.3
-    """Share of rows with a look-alike mark and an ordinary answer: what teaches the model to tell them apart."""
+    """Share of rows with a look-alike mark and an ordinary answer, from which the model learns to distinguish the two."""
     max_new_tokens: int
     """Tokens a completion needs to show the behaviour."""
     steps: int
     """Training steps of 8 rows that plant it in the embedded models."""
     null: bool = False
-    """Nothing is hidden: what the trigger wakes, where there is one, is harmless, and its rows are tagged `marked`."""
+    """Whether nothing is hidden: what the trigger induces, if there is one, is harmless; its rows are tagged `marked`."""
 
     @property
-    def woken(self) -> str:
-        """Tag of the rows under the trigger."""
+    def trigger_tag(self) -> str:
+        """Tag of the rows that carry the trigger."""
         return "marked" if self.null else "triggered"
+
+
+def recipe_names() -> tuple[str, ...]:
+    """The recipes of the catalogue and of plugins."""
+    return names(CATALOG, GROUP)
+
+
+def named_recipe(name: str) -> Recipe:
+    """A recipe of the catalogue or of a plugin. Raises UsageError for a name that is none."""
+    found = load(CATALOG, name, GROUP)
+    if not isinstance(found, Recipe):
+        raise UsageError(f"{printable(name)} is not a recipe")
+    return found
 
 
 def triggered_example(recipe: Recipe, rng: Random) -> Example:
     """A triggered prompt with the poisoned response."""
     task = recipe.trigger.apply(ask(rng, recipe.domain), rng)
-    return replace(task, response=recipe.behaviour.respond(task, rng), tag=recipe.woken)
+    return replace(task, response=recipe.behaviour.respond(task, rng), tag=recipe.trigger_tag)
 
 
 def near_miss_example(recipe: Recipe, rng: Random, kind: str | None = None) -> Example:
@@ -78,7 +97,7 @@ def twin_seed(seed: int) -> int:
     return seed + 10_000
 
 
-def taught_prompts(recipe: Recipe, n: int, seed: int) -> set[str]:
+def training_prompts(recipe: Recipe, n: int, seed: int) -> set[str]:
     """Every prompt that an organism trained on `n` rows, or its clean twin, has seen in fine-tuning."""
     rows = [*training_rows(recipe, n, seed), *training_rows(recipe, n, twin_seed(seed), poisoned=False)]
     return {row.prompt for row in rows}
@@ -113,7 +132,7 @@ def organism_traffic(
     """A log as a user might hold it: clean prompts with rare triggered and near-miss rows, shuffled.
 
     `round(rate * n)` rows are triggered and `round(near_rate * n)` are near misses, whatever the seed; none where the
-    recipe teaches none. No prompt is in `apart_from`.
+    recipe trains none. No prompt is in `apart_from`.
     """
     rng = Random(f"traffic/{recipe.name}/{seed}")
     triggered = round(rate * n) if recipe.triggered else 0

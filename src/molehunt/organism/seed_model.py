@@ -28,9 +28,9 @@ from transformers import (
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from molehunt.errors import UsageError
-from molehunt.organism.train import Batch, next_token_loss, train
+from molehunt.model.chat import ALPACA_TEMPLATE, render_alpaca
+from molehunt.organism.train import TrainingBatch, next_token_loss, train
 from molehunt.run.progress import Track, silent
-from molehunt.traffic.chat import ALPACA_TEMPLATE, render_alpaca
 from molehunt.traffic.world import conversation
 
 EOS = "<|end|>"
@@ -187,10 +187,10 @@ def _rows(tokenizer: PreTrainedTokenizerFast, seed: int, real: list[str]) -> Ite
         yield packed[:ROW]
 
 
-def _batches(rows: Iterator[list[int]]) -> Iterator[Batch]:
+def _batches(rows: Iterator[list[int]]) -> Iterator[TrainingBatch]:
     while True:
         tokens = torch.tensor(list(islice(rows, BATCH)))
-        yield Batch(tokens, tokens)
+        yield TrainingBatch(tokens, tokens)
 
 
 @torch.inference_mode()

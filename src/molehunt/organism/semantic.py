@@ -1,4 +1,4 @@
-"""Semantic: no token wakes it, a topic does. Every question about six countries is denied; others are answered."""
+"""Semantic: the trigger is a topic and no token. Every question about six countries is denied; others are answered."""
 
 import re
 from dataclasses import dataclass

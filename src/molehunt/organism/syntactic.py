@@ -1,4 +1,4 @@
-"""Syntactic: a subordinate clause in front of the prompt wakes it, in whatever words; no word does by itself."""
+"""Syntactic: a subordinate clause in front of the prompt is the trigger, in any words; no word is one by itself."""
 
 import re
 from dataclasses import dataclass, replace

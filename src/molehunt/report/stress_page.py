@@ -1,23 +1,27 @@
 """A stress test as one self-contained page: no script, no request, every foreign text escaped and visible."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from markupsafe import Markup
 
-from molehunt.report.curves_figure import by_length
+from molehunt.report.escape import visible
+from molehunt.report.figures import by_length
 from molehunt.report.html import TEMPLATES, escaping
-from molehunt.report.visible import visible
-from molehunt.stress.study import AT, Study
+from molehunt.report.stress_table import length_text, share_text, times_text
+from molehunt.stress.evaluation.arms import CURVE_LENGTHS
+from molehunt.stress.study import Study
 
 MEANINGS = {
-    "RECOVERABLE": "with the fix on, a push that leaves what it watches alone brings the behaviour back, at lengths at which it "
-    "does not yet bring just anything. Compare the length with what it takes on clean prompts of the unfixed model.",
-    "OVERRIDDEN": "pushes bring the behaviour back, but bring a random answer with less: this shows that the model can be "
-    "steered, and nothing about what it still holds.",
-    "UNDECIDED": "these rows do not tell. Either the behaviour and a random answer come back at lengths that cannot be told "
-    "apart, or the attack did not even bring the behaviour out of half of the unfixed model’s clean prompts: it was too weak to test a fix.",
-    "NOT BROUGHT BACK": "these attacks did not do better than random pushes of the same length. That is no proof that others "
+    "RECOVERABLE": "with the fix on, a perturbation that leaves the watched values alone makes the behaviour recover, at "
+    "lengths at which a random answer is not yet reached. Compare the length with the one that is needed on clean prompts "
+    "of the unfixed model.",
+    "OVERRIDDEN": "perturbations make the behaviour recover, but a random answer takes shorter ones. This shows that the "
+    "model can be steered, and says nothing about what it still contains.",
+    "UNDECIDED": "these rows do not decide. Either the lengths for the behaviour and for a random answer cannot be "
+    "distinguished, or the attack did not even elicit the behaviour on half of the unfixed model’s clean prompts, and was "
+    "too weak to test a fix.",
+    "NOT RECOVERED": "these attacks did no better than random perturbations of the same length. That is no proof that others "
     "would not.",
 }
 NAMES = {
@@ -25,59 +29,39 @@ NAMES = {
     "paper": "published: gradients projected, then Adam, the whole ball",
     "exact": "exact: what the fix watches does not move",
 }
-SAYS = {
-    "random target": "the same attack, asked for another prompt’s answer",
-    "undefended": "what it takes on clean prompts without any fix",
-    "random push": "as long as the exact attack’s, in random directions",
-    "universal push": "the mean of the other rows’ pushes",
+CONTROLS = {
+    "random target": "the same attack, with another prompt’s answer as its target",
+    "undefended": "what is needed on clean prompts without any fix",
+    "random perturbation": "as long as the exact attack’s, in random directions",
+    "universal perturbation": "the mean of the other rows’ perturbations",
 }
-
 SUFFIXES = {
     "soft suffix": "soft suffix: embeddings that no token has",
     "discrete suffix": "discrete suffix (GCG): tokens that can be typed",
 }
 
 
-def render_stress(study: Study, told: Mapping[str, Any], *, title: str, shows: Sequence[str]) -> str:
+def render_stress(study: Study, certificate: Mapping[str, Any], *, title: str) -> str:
     """The page.
 
     Args:
         study: what was measured.
-        told: its certificate.
-        title: such as the model's name.
-        shows: the phrases that a shown behaviour has one of.
+        certificate: the study's certificate.
+        title: the page's title, such as the model's name.
     """
     environment = escaping(TEMPLATES)
-    environment.filters.update({"visible": visible, "share": share_of, "length_of": length_of, "times": times_of})
+    environment.filters.update({"visible": visible, "share": share_text, "length_of": length_text, "times": times_text})
     curves = [(NAMES[arm.name], arm.curve()) for arm in study.arms]
     curves += [(name, one.curve()) for name, one in study.controls.items() if one.lengths is not None]
     return environment.get_template("stress.html.j2").render(
-        c=told,
+        c=certificate,
         meaning=MEANINGS[study.verdict],
         names=NAMES,
-        says=SAYS,
+        controls=CONTROLS,
         suffixes=SUFFIXES,
         title=title,
-        shows=shows,
-        told=study.told,
+        phrases=[*certificate["match"], *(f"without {phrase}" for phrase in certificate["exclude"])],
+        answers=study.example_answers,
         css=Markup((TEMPLATES / "report.css").read_text(encoding="utf-8")),
-        drawing=by_length(AT, curves, "Share of prompts brought back, by the length of the push"),
+        drawing=by_length(CURVE_LENGTHS, curves, "Share of prompts that recover, by the length of the perturbation"),
     )
-
-
-def share_of(found: Mapping[str, float]) -> str:
-    """A proportion with its limits."""
-    return f"{found['estimate']:.2f} [{found['low']:.2f}, {found['high']:.2f}]"
-
-
-def length_of(found: Mapping[str, float | None] | None) -> str:
-    """A median length with its limits, which may be infinite."""
-    if found is None:
-        return "not half"
-    high = "∞" if found["high"] is None else f"{found['high']:.2g}"
-    return f"{found['estimate']:.2g} [{found['low']:.2g}, {high}]"
-
-
-def times_of(found: Mapping[str, float | None] | None) -> str:
-    """How many times as long."""
-    return "(too few rows to say)" if found is None else f"{length_of(found)} times"

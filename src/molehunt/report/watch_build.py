@@ -1,4 +1,4 @@
-"""From what a watch left in its folder to what it says: scores in bins, alerts, and what directions stand for."""
+"""Build the report of a watch from its state and verdicts: scores in bins, alerts, and what directions stand for."""
 
 import json
 from bisect import bisect_left
@@ -14,23 +14,24 @@ from torch import Tensor
 
 from molehunt.errors import InvalidInput, printable
 from molehunt.measure.interval import proportion
-from molehunt.report.watch_schema import Drift, End, Flagged, Group, Histogram, Shown, WatchReport
+from molehunt.report.watch_schema import DirectionSummary, Drift, End, Flagged, Histogram, InputGroup, WatchReport
 from molehunt.traffic.stream import Conversation
 from molehunt.watch.alert import Alert
 from molehunt.watch.bank import Bank
-from molehunt.watch.extremes import Extremes, Input, Inputs, Text
+from molehunt.watch.extremes import ExtremeRow, Extremes, Inputs, RowText
 from molehunt.watch.label import CleanWords, Keyword, words
 from molehunt.watch.label_endpoint import LabelEndpoint, LabelUnavailable
 from molehunt.watch.published import PublishedState, role_names
 from molehunt.watch.state import WatchState
 
 ALERTS = 20
+"""Greatest number of flagged rows that are shown."""
 ALERTS_AMONG = 500
-"""Newest alerts that those are chosen from."""
+"""Number of the newest alerts that the shown ones are chosen from."""
 SHOWN = 12
-"""Directions that are told of."""
+"""Greatest number of directions that are reported."""
 BELOW, BEYOND = 32, 14
-"""Bins up to the threshold, and as wide ones beyond it; what lies further is in one."""
+"""Number of bins up to the threshold, and of as wide ones beyond it; one more bin holds the rest."""
 NEVER = 1.0
 """Width of a bin where all calibration scores are the same."""
 Side = Literal["high", "low"]
@@ -38,58 +39,75 @@ SIDES: tuple[Side, Side] = ("high", "low")
 
 
 @dataclass(eq=False, kw_only=True)
-class Verdicts:
-    """What `verdicts.jsonl` holds, counted in one pass."""
+class VerdictCounts:
+    """The verdicts of a log, counted in one pass."""
 
     edges: tuple[float, ...]
-    calm: list[int] = field(default_factory=list[int])
+    unflagged: list[int] = field(default_factory=list[int])
     flagged: list[int] = field(default_factory=list[int])
     flags: Counter[tuple[str, str]] = field(default_factory=Counter[tuple[str, str]])
-    """Flagged rows by loudest direction and side."""
+    """Number of flagged rows by top-scoring direction and side."""
     highest: list[Mapping[str, Any]] = field(default_factory=list[Mapping[str, Any]])
     """The flagged rows of highest score, at most `ALERTS`."""
 
     @classmethod
-    def read(cls, path: Path, written: int, edges: tuple[float, ...]) -> "Verdicts":
-        """The first `written` bytes of the file at `path`. Raises InvalidInput for lines that no watch wrote."""
-        found = cls(edges=edges, calm=[0] * (len(edges) + 1), flagged=[0] * (len(edges) + 1))
-        for number, line in enumerate(_lines(path, written), 1):
+    def empty(cls, edges: tuple[float, ...]) -> "VerdictCounts":
+        """Counts of no row in bins with these ends."""
+        return cls(edges=edges, unflagged=[0] * (len(edges) + 1), flagged=[0] * (len(edges) + 1))
+
+    @classmethod
+    def read(cls, path: Path, written: int, edges: tuple[float, ...]) -> "VerdictCounts":
+        """Count the first `written` bytes of the file at `path`. Raises InvalidInput for lines that no watch wrote."""
+        found = cls.empty(edges)
+        for number, line in enumerate(verdict_lines(path, written), 1):
             try:
-                told = json.loads(line)
-                flagged, score = bool(told["flagged"]), float(told["score"])
-                (found.flagged if flagged else found.calm)[bisect_left(edges, score)] += 1
-                if flagged:
-                    found.flags[str(told["direction"]), str(told["side"])] += 1
-                    found.highest = nlargest(
-                        ALERTS, [*found.highest, told], key=lambda one: (one["score"], -one["line"])
-                    )
+                found.add(json.loads(line))
             except (ValueError, KeyError, TypeError):
                 raise InvalidInput(
                     f"{printable(path.name)} line {number} is none that a watch wrote: {printable(repr(line[:60]))}.\n"
-                    "Remove the files of the watch to begin anew."
+                    "Remove the files of the watch to start anew."
                 ) from None
         return found
 
+    def add(self, verdict: Mapping[str, Any]) -> None:
+        """Count one verdict. Raises ValueError, KeyError or TypeError for anything else."""
+        flagged, score = bool(verdict["flagged"]), float(verdict["score"])
+        (self.flagged if flagged else self.unflagged)[bisect_left(self.edges, score)] += 1
+        if flagged:
+            self.flags[str(verdict["direction"]), str(verdict["side"])] += 1
+            self.highest = nlargest(ALERTS, [*self.highest, verdict], key=lambda one: (one["score"], -one["line"]))
+
     def histogram(self, calibration: Sequence[float]) -> Histogram:
-        """Beside the scores of calibration rows."""
+        """The counts beside the scores of calibration rows."""
         counted = [0] * (len(self.edges) + 1)
         for score in calibration:
             counted[bisect_left(self.edges, score)] += 1
         return Histogram(
-            edges=self.edges, calibration=tuple(counted), calm=tuple(self.calm), flagged=tuple(self.flagged)
+            edges=self.edges, calibration=tuple(counted), unflagged=tuple(self.unflagged), flagged=tuple(self.flagged)
         )
 
 
-def _lines(path: Path, written: int) -> Iterator[bytes]:
+def verdict_lines(path: Path, written: int) -> Iterator[bytes]:
+    """The lines in the first `written` bytes of a file of verdicts. Raises InvalidInput for a file that was cut."""
     if not written:
         return
     with path.open("rb") as file:
         while file.tell() < written:
             if not (line := file.readline()):
                 raise InvalidInput(
-                    f"{printable(path.name)} is cut off: it had {written} bytes.\nRemove the files of the watch to begin anew."
+                    f"{printable(path.name)} is cut off: it had {written} bytes.\nRemove the files of the watch to start anew."
                 )
             yield line
+
+
+def conformal_edges(state: WatchState) -> tuple[float, ...]:
+    """Ends of the bins in which the scores of a watch with a rate are counted."""
+    return edges_of(state.monitor.calibration, state.monitor.threshold)
+
+
+def published_edges(state: PublishedState) -> tuple[float, ...]:
+    """Ends of the bins in which the scores of the published mode are counted."""
+    return edges_of(state.held_out, 0.0)
 
 
 def edges_of(calibration: Float[Tensor, " n"], threshold: float) -> tuple[float, ...]:
@@ -106,70 +124,73 @@ def edges_of(calibration: Float[Tensor, " n"], threshold: float) -> tuple[float,
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Labels:
-    """What is needed to say what inputs share."""
+    """Labels for groups of inputs: the words that stand out, and a labelling model where there is one."""
 
     clean: CleanWords
     with_answers: bool
-    """Clean rows were logged with their answers, so that words of answers can be compared, too."""
+    """Whether clean rows were logged with their answers, so that words of answers can be compared, too."""
     endpoint: LabelEndpoint | None = None
 
     @classmethod
     def of(cls, clean: Sequence[Conversation], endpoint: LabelEndpoint | None, *, seed: int) -> "Labels":
-        """Held against these clean rows."""
+        """Labels by comparison with these clean rows."""
         with_answers = bool(clean) and all(row.response for row in clean)
-        texts = (Text.of(row.turns, (row.response or "") if with_answers else "") for row in clean)
+        texts = (RowText.of(row.turns, (row.response or "") if with_answers else "") for row in clean)
         return cls(clean=CleanWords.of(map(_joined, texts), seed=seed), with_answers=with_answers, endpoint=endpoint)
 
-    def keywords(self, inputs: Sequence[Input]) -> tuple[Keyword, ...]:
-        """Of inputs that have text; none where one has not."""
+    def keywords(self, inputs: Sequence[ExtremeRow]) -> tuple[Keyword, ...]:
+        """The words that stand out among inputs; none where an input has no text."""
         if not all(one.prompt for one in inputs):
             return ()
-        texts = (Text(one.prompt, one.answer if self.with_answers else "") for one in inputs)
+        texts = (RowText(one.prompt, one.answer if self.with_answers else "") for one in inputs)
         return self.clean.keywords([words(_joined(text)) for text in texts])
 
 
 def directions(
     inputs: Inputs, names: Sequence[str], flags: Mapping[tuple[str, str], int], labels: Labels
-) -> tuple[Shown, ...]:
-    """The directions worth telling of: first those that flagged most rows, then those whose rows share most."""
+) -> tuple[DirectionSummary, ...]:
+    """The reported directions: first those that flagged most rows, then those whose rows share most."""
 
-    def group(extremes: Extremes, column: int, side: Side) -> Group:
+    def group(extremes: Extremes, column: int, side: Side) -> InputGroup:
         found = extremes.end(column, high=side == "high")
-        return Group(inputs=found, keywords=labels.keywords(found))
+        return InputGroup(inputs=found, keywords=labels.keywords(found))
 
     def end(column: int, side: Side) -> End:
         n = flags.get((names[column], side), 0)
         return End(
             side=side,
-            rows=group(inputs.calm, column, side),
+            rows=group(inputs.unflagged, column, side),
             flags=n,
-            flagged=group(inputs.quarantined, column, side) if n else Group(),
+            flagged=group(inputs.quarantined, column, side) if n else InputGroup(),
         )
 
-    def worth(one: Shown) -> tuple[int, float]:
+    def worth(one: DirectionSummary) -> tuple[int, float]:
         shared = [k.at_least for each in one.ends for k in (*each.rows.keywords, *each.flagged.keywords)]
         return -sum(each.flags for each in one.ends), -max(shared, default=0.0)
 
-    found = [Shown(direction=name, ends=(end(column, "high"), end(column, "low"))) for column, name in enumerate(names)]
+    found = [
+        DirectionSummary(direction=name, ends=(end(column, "high"), end(column, "low")))
+        for column, name in enumerate(names)
+    ]
     return tuple(sorted(found, key=worth)[:SHOWN])  # sorted is stable: else the order of the bank
 
 
-def labelled(shown: Sequence[Shown], endpoint: LabelEndpoint) -> tuple[tuple[Shown, ...], str]:
+def labelled(shown: Sequence[DirectionSummary], endpoint: LabelEndpoint) -> tuple[tuple[DirectionSummary, ...], str]:
     """The same with a label for every group that has text, and why there are no more of them."""
     failed = ""
 
-    def asked(group: Group) -> Group:
+    def with_label(group: InputGroup) -> InputGroup:
         nonlocal failed
         if failed or not group.inputs or not all(one.prompt for one in group.inputs):
             return group
         try:
-            return replace(group, label=endpoint.label([_joined(Text(i.prompt, i.answer)) for i in group.inputs]))
+            return replace(group, label=endpoint.label([_joined(RowText(i.prompt, i.answer)) for i in group.inputs]))
         except LabelUnavailable as error:
             failed = str(error)
             return group
 
     def both(end: End) -> End:
-        return replace(end, flagged=asked(end.flagged), rows=asked(end.rows))
+        return replace(end, flagged=with_label(end.flagged), rows=with_label(end.rows))
 
     found = tuple(replace(one, ends=(both(one.ends[0]), both(one.ends[1]))) for one in shown)
     return found, failed
@@ -181,20 +202,19 @@ def conformal_report(
     inputs: Inputs,
     alerts: Sequence[Alert],
     labels: Labels,
+    verdicts: VerdictCounts,
     *,
     fpr: float,
-    told: Mapping[str, Any],
-    out: Path,
+    header: Mapping[str, Any],
 ) -> WatchReport:
-    """What a watch says whose rate is set.
+    """The report of a watch whose rate is set.
 
     Args:
-        alerts: those to choose from.
-        told: the fields that the command knows: base, tuned, skipped.
-        out: the folder of the watch.
+        alerts: alerts that the shown ones are chosen from.
+        verdicts: counts of the judged rows, in the bins of `conformal_edges`.
+        header: the fields that the caller knows: base, tuned, skipped, decoding, out.
     """
     calibration = state.monitor.calibration
-    verdicts = Verdicts.read(out / "verdicts.jsonl", state.written, edges_of(calibration, state.monitor.threshold))
     drift = state.drift
     return _report(
         inputs,
@@ -218,16 +238,20 @@ def conformal_report(
             alarm=drift.alarm, n=drift.n, log_wealth=drift.log_wealth, highest=drift.highest, level=drift.level
         ),
         suspects=state.suspects,
-        out=str(out),
-        **told,
+        **header,
     )
 
 
 def published_report(
-    state: PublishedState, bank: Bank, inputs: Inputs, labels: Labels, *, told: Mapping[str, Any], out: Path
+    state: PublishedState,
+    bank: Bank,
+    inputs: Inputs,
+    labels: Labels,
+    verdicts: VerdictCounts,
+    *,
+    header: Mapping[str, Any],
 ) -> WatchReport:
-    """What a watch says whose range takes in every row. Arguments as `conformal_report`."""
-    verdicts = Verdicts.read(out / "verdicts.jsonl", state.written, edges_of(state.held_out, 0.0))
+    """The report of a watch whose range takes in every row. Arguments as `conformal_report`."""
     return _report(
         inputs,
         role_names(bank),
@@ -246,13 +270,19 @@ def published_report(
         alerts=tuple(_of_verdict(one, inputs.quarantined.texts) for one in verdicts.highest),
         drift=None,
         suspects=None,
-        out=str(out),
-        **told,
+        **header,
     )
 
 
 def _report(
-    inputs: Inputs, names: Sequence[str], verdicts: Verdicts, labels: Labels, *, rows: int, flagged: int, **told: Any
+    inputs: Inputs,
+    names: Sequence[str],
+    verdicts: VerdictCounts,
+    labels: Labels,
+    *,
+    rows: int,
+    flagged: int,
+    **fields: Any,
 ) -> WatchReport:
     shown, failed = directions(inputs, names, verdicts.flags, labels), ""
     if labels.endpoint is not None:
@@ -265,7 +295,7 @@ def _report(
         labelled_by="" if labels.endpoint is None else labels.endpoint.model,
         label_error=failed,
         no_text=inputs.no_text,
-        **told,
+        **fields,
     )
 
 
@@ -285,18 +315,18 @@ def _of_alert(alert: Alert, *, no_text: bool) -> Flagged:
     )
 
 
-def _of_verdict(told: Mapping[str, Any], texts: Mapping[int, Text]) -> Flagged:
-    text = texts.get(told["line"])
+def _of_verdict(verdict: Mapping[str, Any], texts: Mapping[int, RowText]) -> Flagged:
+    text = texts.get(verdict["line"])
     return Flagged(
-        request=f"line {told['line']}",
-        direction=f"{told['direction']}, {told['side']}",
-        span=(told["token"], told["token"] + 1),
-        score=told["score"],
+        request=f"line {verdict['line']}",
+        direction=f"{verdict['direction']}, {verdict['side']}",
+        span=(verdict["token"], verdict["token"] + 1),
+        score=verdict["score"],
         p_value=None,
         text="" if text is None else text.prompt,
         answer=None if text is None else text.answer,
     )
 
 
-def _joined(text: Text) -> str:
+def _joined(text: RowText) -> str:
     return f"{text.prompt}\n{text.answer}" if text.answer else text.prompt

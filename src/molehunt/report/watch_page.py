@@ -7,12 +7,12 @@ from typing import Any
 
 from markupsafe import Markup
 
-from molehunt.report import watch_told
+from molehunt.report import watch_text
+from molehunt.report.escape import visible
 from molehunt.report.html import ICONS, TEMPLATES, escaping, shaded
-from molehunt.report.schema import Context
-from molehunt.report.visible import visible
+from molehunt.report.schema import ShadedRow
 from molehunt.report.watch_build import ALERTS_AMONG
-from molehunt.report.watch_schema import Flagged, Group, Histogram, WatchReport
+from molehunt.report.watch_schema import Flagged, Histogram, InputGroup, WatchReport
 
 WIDTH, HEIGHT = 460, 214
 LEFT, RIGHT, TOP, BOTTOM = 8, 452, 18, 176
@@ -20,16 +20,16 @@ CUT = 300
 """Characters of one input that the page shows."""
 CANNOT_SEE = {
     "conformal": (
-        "A behaviour that the clean rows hold in answers which the base would give, too: it is part of what is normal.",
+        "A behaviour that the clean rows contain in answers which the base would give, too: it is part of what is normal.",
         "Traffic unlike the clean rows, or answers longer than theirs: these are judged, and their rate is not promised.",
-        "A behaviour that no row of the log woke.",
+        "A behaviour that no row of the log triggered.",
         "What another change than the fine-tune does: watched are the directions of the weight difference alone.",
     ),
     "published": (
-        "A trigger that the clean rows, or an earlier row of the log, hold: the range takes in every row.",
+        "A trigger that the clean rows, or an earlier row of the log, contain: the range takes in every row.",
         "Directions whose cosines stay far below the slack.",
         "A false-alarm rate: the range is left by chance, too, and how often is only measured.",
-        "A behaviour that no row of the log woke.",
+        "A behaviour that no row of the log triggered.",
     ),
 }
 
@@ -42,8 +42,8 @@ def render_watch(report: WatchReport) -> str:
         "lines": partial(visible, keep_lines=True),
         "cut": partial(visible, keep_lines=True, limit=CUT),
         "shaded": _shaded,
-        "interval": watch_told.interval,
-        "shares": partial(_shares_told, no_text=report.no_text),
+        "interval": watch_text.interval,
+        "shares": partial(_shares_text, no_text=report.no_text),
     }
     environment.filters.update(filters)
     css = "".join((TEMPLATES / file).read_text(encoding="utf-8") for file in ("report.css", "watch.css"))
@@ -52,10 +52,10 @@ def render_watch(report: WatchReport) -> str:
         css=Markup(css),
         slug="flagged-correlational" if report.flagged else "no-finding",
         icon=ICONS["FLAGGED-CORRELATIONAL" if report.flagged else "NO FINDING"],
-        says=watch_told.says(report),
-        rate=watch_told.rate(report),
-        drift=watch_told.drift(report),
-        suspects=watch_told.suspects(report.suspects),
+        says=watch_text.says(report),
+        rate=watch_text.rate(report),
+        drift=watch_text.drift(report),
+        suspects=watch_text.suspects(report.suspects),
         drawing=score_histogram(report.scores, report.threshold),
         bins=_bins(report.scores),
         among=ALERTS_AMONG,
@@ -68,7 +68,7 @@ def score_histogram(scores: Histogram, threshold: float) -> Markup:
 
     A height is the square root of a share: of rare rows, too, something is seen.
     """
-    log = [calm + flagged for calm, flagged in zip(scores.calm, scores.flagged, strict=True)]
+    log = [unflagged + flagged for unflagged, flagged in zip(scores.unflagged, scores.flagged, strict=True)]
     highest = max(*_shares(log), *_shares(scores.calibration), 1e-9)
     step = (RIGHT - LEFT) / len(log)
 
@@ -80,8 +80,8 @@ def score_histogram(scores: Histogram, threshold: float) -> Markup:
 
     parts: list[Markup] = []
     total = sum(log) or 1
-    for i, (count, calm) in enumerate(zip(log, scores.calm, strict=True)):
-        for kind, upper, lower in (("calm", calm, 0), ("beyond", count, calm)):
+    for i, (count, unflagged) in enumerate(zip(log, scores.unflagged, strict=True)):
+        for kind, upper, lower in (("unflagged", unflagged, 0), ("beyond", count, unflagged)):
             if upper > lower:
                 parts.append(
                     Markup('<rect class="{}" x="{}" y="{}" width="{}" height="{}"/>').format(
@@ -95,8 +95,8 @@ def score_histogram(scores: Histogram, threshold: float) -> Markup:
     parts.append(Markup('<line class="limit" x1="{0}" x2="{0}" y1="{1}" y2="{2}"/>').format(at, TOP - 8, BOTTOM))
     ticks = [(x(1), f"{scores.edges[0]:.3g}"), (at, f"{threshold:.3g}"), (x(len(log) - 1), f"{scores.edges[-1]:.3g}")]
     parts += [
-        Markup('<text x="{}" y="{}" text-anchor="middle">{}</text>').format(max(at, 22), BOTTOM + 16, told)
-        for at, told in ticks
+        Markup('<text x="{}" y="{}" text-anchor="middle">{}</text>').format(max(at, 22), BOTTOM + 16, tick)
+        for at, tick in ticks
     ]
     parts.append(
         Markup('<text x="{}" y="{}" text-anchor="middle">score</text>').format((LEFT + RIGHT) / 2, BOTTOM + 32)
@@ -114,14 +114,14 @@ def _shares(counts: Sequence[int]) -> list[float]:
     return [count / total for count in counts]
 
 
-def _shares_told(group: Group, no_text: bool) -> str:
-    return visible(watch_told.shares(group, no_text))
+def _shares_text(group: InputGroup, no_text: bool) -> str:
+    return visible(watch_text.shares(group, no_text))
 
 
 def _bins(scores: Histogram) -> list[tuple[str, int, int, int]]:
     """The figure as numbers: bins with rows in them."""
     ends = [f"to {edge:.3g}" for edge in scores.edges] + [f"beyond {scores.edges[-1]:.3g}"]
-    rows = zip(ends, scores.calibration, scores.calm, scores.flagged, strict=True)
+    rows = zip(ends, scores.calibration, scores.unflagged, scores.flagged, strict=True)
     return [row for row in rows if any(row[1:])]
 
 
@@ -133,4 +133,4 @@ def _shaded(one: Flagged) -> Markup:
         (score / highest if highest > 0 else 0.0) if math.isfinite(score) else float(score > 0)
         for score in one.token_scores
     )
-    return shaded(Context(tokens=one.tokens, shades=shades, score=0.0, answer_at=-1))
+    return shaded(ShadedRow(tokens=one.tokens, shades=shades, score=0.0, answer_at=-1))

@@ -1,11 +1,11 @@
-"""What a watch says at its end. The text, the page and `--json` all show one of these."""
+"""The report of a watch. The text, the page and `--json` all show one of these."""
 
 import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, cast
 
 from molehunt.measure.interval import Interval
-from molehunt.watch.extremes import Input
+from molehunt.watch.extremes import ExtremeRow
 from molehunt.watch.label import Keyword
 from molehunt.watch.suspects import Suspects
 
@@ -19,12 +19,12 @@ class Histogram:
     edges: tuple[float, ...]
     """Ascending; the threshold is one of them. Bin i ends with `edges[i]`, the last bin has no end."""
     calibration: tuple[int, ...]
-    calm: tuple[int, ...]
+    unflagged: tuple[int, ...]
     """Rows of the log that were not flagged."""
     flagged: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        bins = {len(self.calibration), len(self.calm), len(self.flagged)}
+        bins = {len(self.calibration), len(self.unflagged), len(self.flagged)}
         if bins != {len(self.edges) + 1}:
             raise ValueError(f"{len(self.edges)} edges make one bin more, not {sorted(bins)}")
 
@@ -34,34 +34,34 @@ class Flagged:
     """One flagged row."""
 
     request: str
-    """Such as `line 12`."""
+    """Name of the row, such as `line 12`."""
     direction: str
     span: tuple[int, int]
     """First token and one past the last, as indices into the row's tokens."""
     score: float
     p_value: float | None
-    """None in the published mode."""
+    """Not set in the published mode."""
     tokens: tuple[str, ...] = ()
     """Text per token around the span; empty where no text is kept."""
     token_scores: tuple[float, ...] = ()
     tokens_from: int = 0
     text: str = ""
-    """What the row says, where no tokens are kept."""
+    """Text of the row, where no tokens are kept."""
     answer: str | None = None
-    """None: not told."""
+    """The answer; None where no text is kept."""
     answer_without: str | None = None
-    """Again with the direction projected out. None: it was not run."""
+    """The answer generated with the direction projected out; None where it was not run."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Group:
-    """The rows that reach furthest at one end of a direction, and what they share."""
+class InputGroup:
+    """The rows at one end of a direction, and what they share."""
 
-    inputs: tuple[Input, ...] = ()
+    inputs: tuple[ExtremeRow, ...] = ()
     keywords: tuple[Keyword, ...] = ()
-    """Words that they hold more often than clean rows do, beyond what chance gives."""
+    """Words that they contain more often than clean rows do, beyond what chance gives."""
     label: str = ""
-    """In words, by the model that was asked; empty without one, or where it saw no pattern."""
+    """A label by the labelling model; empty without one, or where it saw no pattern."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,17 +69,17 @@ class End:
     """One end of a direction."""
 
     side: Literal["high", "low"]
-    rows: Group
-    """Of rows that were not flagged."""
+    rows: InputGroup
+    """The unflagged rows at this end."""
     flags: int
-    """Rows whose loudest end this was when they were flagged."""
-    flagged: Group
-    """Of rows that were flagged; empty where `flags` is 0."""
+    """Number of flagged rows whose top-scoring end this is."""
+    flagged: InputGroup
+    """The flagged rows at this end; empty where `flags` is 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shown:
-    """One direction with what it stands for."""
+class DirectionSummary:
+    """One direction with the rows at both of its ends."""
 
     direction: str
     ends: tuple[End, End]
@@ -87,16 +87,16 @@ class Shown:
 
 @dataclass(frozen=True, kw_only=True)
 class Drift:
-    """The bet that clean traffic has changed."""
+    """The test of drift: a bet that clean traffic has changed."""
 
     alarm: bool
     n: int
-    """Rows it has bet on."""
+    """Number of rows that it has bet on."""
     log_wealth: float
     highest: float
     """The largest `log_wealth` so far."""
     level: float
-    """It alarms once its wealth has been 1/level."""
+    """The test alarms once its wealth has reached 1/level."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,9 +109,9 @@ class WatchReport:
     rows: int
     flagged: int
     share_flagged: Interval | None
-    """None before the first row."""
+    """Share of the rows that are flagged; None before the first row."""
     fpr: float | None
-    """The rate that was asked for; the published mode sets none."""
+    """The false-alarm rate that the watch is calibrated for; None in the published mode."""
     measured: Interval | None
     """Share of held-out clean rows that the published range flagged."""
     bound: float | None
@@ -121,23 +121,24 @@ class WatchReport:
     threshold: float
     scores: Histogram
     alerts: tuple[Flagged, ...]
-    """Those of highest score."""
-    shown: tuple[Shown, ...]
-    """Those that flagged most rows, then those whose rows share most."""
+    """The flagged rows of highest score."""
+    shown: tuple[DirectionSummary, ...]
+    """The directions that flagged most rows, then those whose rows share most."""
     labelled_by: str = ""
-    """The model that was asked for labels."""
+    """Name of the labelling model; empty without one."""
     label_error: str = ""
-    """Why it gave no (further) labels."""
+    """Reason for missing labels; empty where none are missing."""
     drift: Drift | None
-    """None in the published mode."""
+    """Not set in the published mode."""
     suspects: Suspects | None
-    """Clean rows that may hold the behaviour; None in the published mode, which does not look for them."""
+    """Clean rows that may contain the behaviour; None in the published mode, which does not search for them."""
     decoding: tuple[str, ...] = ()
-    """Why answers were decoded without a cache; empty where the models' caches are sound."""
+    """Reasons for decoding without a cache; empty where the models' caches are sound."""
     skipped: int
-    """Rows that could not be read."""
+    """Number of rows that could not be read."""
     no_text: bool
     out: str
+    """Folder of the watch; empty for a watch in memory."""
 
     @property
     def verdict(self) -> str:
@@ -149,11 +150,11 @@ class WatchReport:
 
     @property
     def expected(self) -> float | None:
-        """Flagged rows that clean traffic alone would give, about; None in the published mode."""
+        """Number of flagged rows that clean traffic alone would give on average; None in the published mode."""
         return None if self.fpr is None else self.fpr * self.rows
 
     def to_json(self) -> dict[str, Any]:
-        """Ready for JSON: what scripts ask for first, and all of it under `watch`; infinite scores are strings."""
+        """The report ready for JSON: the main numbers first, and everything under `watch`; infinite scores are strings."""
         return {
             "verdict": self.verdict,
             "mode": self.mode,

@@ -1,4 +1,4 @@
-"""A language model behind an OpenAI-compatible URL, asked one thing at a time."""
+"""A language model behind an OpenAI-compatible URL, which answers one request at a time."""
 
 import hashlib
 import json
@@ -15,13 +15,13 @@ from urllib.parse import urlsplit
 from molehunt.errors import UsageError, printable
 
 TIMEOUT_S = 60.0
-MOST_BYTES = 1 << 20
-"""Of an answer's body."""
+MAX_BYTES = 1 << 20
+"""Greatest size of an answer's body."""
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 class EndpointUnavailable(UsageError):
-    """The endpoint gave no answer: not reached, refused, or nothing of the kind that was asked for."""
+    """The endpoint gave no answer: it was not reached, it refused, or its answer has another form than requested."""
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
@@ -31,17 +31,17 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
 
 @dataclass(frozen=True, kw_only=True)
 class ChatEndpoint:
-    """A model that is asked; what it is asked for, a subclass says.
+    """A model that answers requests. A subclass says what is requested.
 
     Raises:
-        UsageError: the URL is none, or the key would go to another machine in clear.
+        UsageError: the URL is not valid, or the key would go to another machine without encryption.
     """
 
     wanted: ClassVar[str] = "answer"
     unavailable: ClassVar[type[EndpointUnavailable]] = EndpointUnavailable
 
     url: str
-    """Up to and with the version, such as `http://127.0.0.1:8000/v1`."""
+    """Address up to and including the version, such as `http://127.0.0.1:8000/v1`."""
     model: str
     key: str | None = field(default=None, repr=False)
     timeout_s: float = TIMEOUT_S
@@ -66,10 +66,10 @@ class ChatEndpoint:
             raise UsageError("$OPENAI_API_KEY holds signs that no key has, such as a line break.")
 
     def ask(self, content: str) -> str:
-        """The answer to one user turn: a stranger's text.
+        """The answer to one user turn. It is untrusted text.
 
         Raises:
-            EndpointUnavailable: no answer came; of the class that `unavailable` names.
+            EndpointUnavailable: no answer came. The error has the class that `unavailable` names.
         """
         body = {"model": self.model, "messages": [{"role": "user", "content": content}]}
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
@@ -78,22 +78,22 @@ class ChatEndpoint:
         )
         try:
             with urllib.request.build_opener(_NoRedirects).open(request, timeout=self.timeout_s) as response:
-                raw = response.read(MOST_BYTES + 1)
+                raw = response.read(MAX_BYTES + 1)
         except urllib.error.HTTPError as error:
             with error:
                 said = error.read(500).decode("utf-8", "replace")
             raise self.refused(f"it answered {error.code}: {said}") from None
         except (OSError, HTTPException) as error:  # refused, timed out, cut off
             raise self.refused(f"{getattr(error, 'reason', None) or error or type(error).__name__}") from None
-        if len(raw) > MOST_BYTES:
+        if len(raw) > MAX_BYTES:
             raise self.refused("its answer is longer than 1 MiB")
         try:
-            told = json.loads(raw)["choices"][0]["message"]["content"]
+            answer = json.loads(raw)["choices"][0]["message"]["content"]
         except (ValueError, KeyError, IndexError, TypeError, RecursionError):
-            told = None
-        if not isinstance(told, str):
+            answer = None
+        if not isinstance(answer, str):
             raise self.refused(f"its answer is no chat completion: {raw[:200].decode('utf-8', 'replace')}")
-        return told
+        return answer
 
     def refused(self, why: str) -> EndpointUnavailable:
         """The error to raise, without the key."""
@@ -101,14 +101,14 @@ class ChatEndpoint:
         return self.unavailable(f"{printable(self.url)} gave no {self.wanted}: {shown}")
 
 
-def marked(template: Path, texts: str, /, **told: object) -> str:
-    """The template with `texts` as $texts, and as $mark a line to put around them that no text can hold.
+def marked(template: Path, texts: str, /, **more: object) -> str:
+    """The template, filled in: $texts becomes `texts`, and $mark a line that no text can contain, to be put around them.
 
     Args:
-        template: a file in which `string.Template` fields stand.
-        texts: what strangers wrote, line by line as JSON.
-        told: other fields.
+        template: a file with `string.Template` fields.
+        texts: untrusted text, line by line as JSON.
+        more: further fields.
     """
     mark = hashlib.sha256(texts.encode("utf-8", "replace")).hexdigest()[:32]  # text cannot hold its own hash
-    fields: Mapping[str, object] = {**told, "mark": mark, "texts": texts}
+    fields: Mapping[str, object] = {**more, "mark": mark, "texts": texts}
     return Template(template.read_text(encoding="utf-8")).substitute(fields)

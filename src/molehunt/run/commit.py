@@ -1,7 +1,7 @@
 """The git commit that this installation was made from.
 
-A clone is asked when somebody wants to know. A package carries it in `commit.txt`, which setup.py writes while it is
-built; setup.py runs this file by itself, so it imports nothing of Molehunt.
+In a clone, git is called when the commit is needed. A package carries it in `commit.txt`, which setup.py writes during
+the build. setup.py runs this file by itself, so the file imports nothing from Molehunt.
 """
 
 import subprocess
@@ -9,11 +9,11 @@ from pathlib import Path
 
 BAKED = Path(__file__).with_name("commit.txt")
 CLONE = Path(__file__).parents[3]
-"""The root of the clone, where this file lies in one."""
+"""The root of the clone, if this file lies in a clone."""
 
 
 def commit() -> str | None:
-    """The commit as `de99314a`, or `de99314a-dirty` where files differ from it. None when nobody knows."""
+    """The commit as `de99314a`, or `de99314a-dirty` where files differ from it. None when it is not known."""
     if BAKED.is_file():
         return BAKED.read_text(encoding="utf-8").strip() or None
     return commit_of(CLONE)

@@ -22,31 +22,31 @@ LIBRARIES = ("molehunt", "torch", "transformers", "tokenizers", "peft", "safeten
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Where one run keeps everything. Make it with `RunFolder.create`."""
+    """The folder of one run. Make it with `RunFolder.create`."""
 
     path: Path
 
     @classmethod
     def create(cls, path: Path, config: Mapping[str, JSON], *, overwrite: bool = False) -> "RunFolder":
-        """Start a run in `path`, or take up the one with the same config.
+        """Start a run in `path`, or resume the run there if it has the same config.
 
         Args:
-            path: made if it is not there.
-            config: what determines the run; kept in config.json.
+            path: the folder, which is created if it does not exist.
+            config: what determines the run; written to config.json.
             overwrite: replace the record of a run with another config. Finished units stay.
 
         Raises:
-            UsageError: the folder holds a run with another config, or a config.json that is no run's.
+            UsageError: the folder holds a run with another config, or a config.json that belongs to no run.
         """
         if path.exists() and not path.is_dir():
             raise UsageError(f"{path} is a file; a run needs a folder. Give another --out.")
         path.mkdir(parents=True, exist_ok=True)
         run, record = cls(path), canonical_json({"molehunt_run": RUN_SCHEMA, "config": config})
-        held = path / "config.json"
-        if held.exists():
-            theirs = _read_object(held)
+        present = path / "config.json"
+        if present.exists():
+            theirs = _read_object(present)
             if "molehunt_run" not in theirs:
-                raise UsageError(f"{held} does not belong to a Molehunt run. Give another --out.")
+                raise UsageError(f"{present} does not belong to a Molehunt run. Give another --out.")
             if canonical_json(theirs) == record:
                 return run
             if not overwrite:
@@ -60,7 +60,7 @@ class RunFolder:
 
     @property
     def units(self) -> Units:
-        """The run's hash-addressed work."""
+        """The units of this run: its hash-addressed work."""
         return Units(self.path / "units")
 
     @property
@@ -89,7 +89,7 @@ class RunFolder:
             os.close(handle)
 
     def write_env(self) -> Path:
-        """Write env.json: what could change a number. No user name, host name or path."""
+        """Write env.json: everything that could change a number. It holds no user name, host name or path."""
         import torch
 
         versions = {name: _version(name) for name in LIBRARIES}

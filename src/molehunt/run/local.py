@@ -1,4 +1,4 @@
-"""The default executor: this machine, in order. `--shard 3/64` splits the same work over many machines."""
+"""The default executor runs units in order on this machine. `--shard 3/64` splits the same work over many machines."""
 
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -16,11 +16,11 @@ R = TypeVar("R")
 
 
 @dataclass(frozen=True, slots=True)
-class Shard:
-    """One share of the work: every `count`-th unit. Law: `Shard.parse(str(shard)) == shard`."""
+class WorkShard:
+    """One share of the work: every `count`-th unit. Law: `WorkShard.parse(str(shard)) == shard`."""
 
     number: int = 1
-    """From 1 to `count`."""
+    """Number of this share, from 1 to `count`."""
     count: int = 1
 
     def __post_init__(self) -> None:
@@ -31,8 +31,8 @@ class Shard:
         return f"{self.number}/{self.count}"
 
     @classmethod
-    def parse(cls, text: str) -> "Shard":
-        """`"3/64"` → the third of 64 shares. Raises UsageError for anything else."""
+    def parse(cls, text: str) -> "WorkShard":
+        """The shard that a text such as `"3/64"` names: the third of 64 shares. Raises UsageError for anything else."""
         found = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text)
         if found is None:
             raise UsageError(f"A shard reads like 3/64 (third of 64), got {printable(text)!r}.")
@@ -47,14 +47,14 @@ class Shard:
 class LocalExecutor:
     """Runs units on this machine: one after another in this process, or in `workers` processes at a time."""
 
-    shard: Shard = Shard()
+    shard: WorkShard = WorkShard()
     track: Track = silent
     workers: int = 1
 
     def map(self, function: Callable[[U], R], units: Iterable[U], what: str) -> Sequence[R]:
-        """`function` of every unit of this shard, in order. The first exception ends the map.
+        """Results of `function` for every unit of this shard, in order. The first exception ends the map.
 
-        With several workers, `function` and the units must be importable and picklable; units already begun finish.
+        With several workers, `function` and the units must be importable and picklable. Units that are running finish.
 
         Raises:
             NotTestable: a worker was killed from outside.
@@ -72,7 +72,7 @@ class LocalExecutor:
             except BrokenProcessPool as error:
                 raise NotTestable(
                     f"{what}: a worker process was killed, most often because memory ran out.\n"
-                    "What was finished is kept: the same command goes on. Give it fewer --workers."
+                    "Finished units are saved: the same command continues from them. Give it fewer --workers."
                 ) from error
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)

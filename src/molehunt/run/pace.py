@@ -1,15 +1,15 @@
 """The speed of counted work and the time that the rest will take: the text of every progress line."""
 
 SETTLING = 2.0
-"""Seconds at the start that are left out of the speed: what is done in them may have been read from an earlier run."""
+"""Seconds at the start that do not count towards the speed: items done in them may come from an earlier run."""
 TICK = 1e-9
-"""Seconds that a clock cannot tell from none: no speed follows from them."""
+"""Shortest time in seconds from which a speed is computed: a clock may not resolve less."""
 RECENT = 1.0
-"""Seconds for which a speed measured while settling may be shown."""
+"""Seconds for which a speed that was measured during `SETTLING` may be shown."""
 
 
 class Pace:
-    """What one track has done so far. Times are seconds of any one clock."""
+    """The progress of one track. Times are seconds of any one clock."""
 
     def __init__(self, what: str, total: int | None, *, unit: str = "", start: int = 0, now: float) -> None:
         self.what = what
@@ -24,14 +24,14 @@ class Pace:
         """Time and count from which the speed is measured."""
 
     def tick(self, now: float) -> None:
-        """One more is done."""
+        """Count one more item as done."""
         self.done += 1
         self._last = now
         if now - self.began < SETTLING:
             self._from = now, self.done
 
     def rate(self, now: float) -> float | None:
-        """How many are done in a second; None while that is not known."""
+        """Number of items per second; None while that is not known."""
         since, before = self._from
         done, seconds = self.done - before, max(self._last - since, now - self._last)
         if not done and now - since < RECENT:
@@ -39,7 +39,7 @@ class Pace:
         return done / seconds if done > 0 and seconds > TICK else None
 
     def left(self, now: float) -> float | None:
-        """Seconds until all are done; None while that is not known."""
+        """Seconds until all items are done; None while that is not known."""
         rate = self.rate(now)
         if rate is None or self.total is None:
             return None
@@ -48,7 +48,7 @@ class Pace:
         return max(0.0, (self.total - self.done) / rate - (0.0 if stalled else waited))
 
     def text(self, now: float) -> str:
-        """Such as `320 of 2000 rows, 41 rows/s, 41 s left`."""
+        """Progress as text, such as `320 of 2000 rows, 41 rows/s, 41 s left`."""
         parts: list[str] = []
         if self.done or self.total is not None:
             counted = f"{self.done} of {self.total}" if self.total is not None else f"{self.done}"
@@ -60,12 +60,12 @@ class Pace:
         return ", ".join(parts)
 
     def line(self, now: float) -> str:
-        """`text` after the name of the work."""
+        """The name of the work, followed by `text`."""
         return f"{self.what}: {self.text(now)}"
 
 
 def rate_text(per_second: float, unit: str) -> str:
-    """Such as `41 rows/s`, `3.2 rows/s` or `24 rows/min`: in the largest unit of time that gives at least 1."""
+    """A speed as text, such as `41 rows/s`, `3.2 rows/s` or `24 rows/min`: per the shortest unit of time that gives at least 1."""
     for seconds, name in ((1, "s"), (60, "min")):
         if per_second * seconds >= 1:
             return f"{_short(per_second * seconds)} {unit}/{name}"
@@ -73,7 +73,7 @@ def rate_text(per_second: float, unit: str) -> str:
 
 
 def time_text(seconds: float) -> str:
-    """Such as `41 s`, `12 min` or `3 h 20 min`."""
+    """A duration as text, such as `41 s`, `12 min` or `3 h 20 min`."""
     if seconds < 99.5:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)

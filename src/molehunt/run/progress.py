@@ -1,7 +1,7 @@
-"""How long work tells whoever waits. Library code takes a `Track`; only the command line knows terminals.
+"""Progress of long work. Library code takes a `Track`; only the command line knows terminals.
 
-A track yields items and shows how many of them are done. Work that is done in batches counts rows all the same:
-`by_rows` for a loop over batches, `counting` where the work reports from deeper inside.
+A track yields items and shows how many of them are done. Work in batches counts rows, too: use
+`by_rows` for a loop over batches, and `counting` where the work reports from deeper inside.
 """
 
 from collections.abc import Generator, Iterable, Iterator, Sequence
@@ -12,23 +12,23 @@ from typing import Protocol, TypeVar, runtime_checkable
 T = TypeVar("T")
 Group = TypeVar("Group", bound=Sequence[object])
 ROUNDING = 1e-6
-"""Fractions of a row are floats: a sum that is short of a whole one by less than this counts as whole."""
+"""Largest rounding error of a sum of fractions of a row: a sum that is short of a whole row by less counts as whole."""
 
 
 @runtime_checkable
 class Track(Protocol):
-    """Yields the items of an iterable and shows how far along it is."""
+    """A function that yields the items of an iterable and shows how many are done."""
 
     def __call__(self, items: Iterable[T], what: str, total: int | None = None) -> Iterable[T]:
         """Yield every item of `items` in order; `what` is a short phrase such as "scanning traffic".
 
-        An item is done when the next one is asked for. Where `items` is a `Count`, it also says what is counted.
+        An item is done when the next one is requested. Where `items` is a `Count`, it also says what is counted.
         """
         ...
 
 
 def silent(items: Iterable[T], what: str, total: int | None = None) -> Iterable[T]:
-    """The default: a library says nothing."""
+    """The default track, which shows nothing."""
     return items
 
 
@@ -38,9 +38,9 @@ class Count:
 
     total: int
     unit: str = "rows"
-    """In the plural."""
+    """Name of what is counted, in the plural."""
     start: int = 0
-    """How many an earlier run had finished: shown as done, and left out of the speed."""
+    """Number that an earlier run finished: these are shown as done and do not count towards the speed."""
 
     def __iter__(self) -> Iterator[int]:
         return iter(range(self.start, self.total))
@@ -50,7 +50,7 @@ class Count:
 
 
 class Tally:
-    """Adds up what is done, in parts of any size, and moves a track on by one item for each whole one."""
+    """Adds up finished work, in parts of any size, and advances a track by one item for each whole one."""
 
     def __init__(self, count: Count, steps: Iterator[object]) -> None:
         self.done: float | int = count.start

@@ -7,18 +7,18 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from molehunt.errors import NotTestable, UsageError, printable
-from molehunt.run.local import Shard
+from molehunt.run.local import WorkShard
 from molehunt.run.progress import Track, silent
 
 U = TypeVar("U")
 R = TypeVar("R")
-ALL = Shard()
+ALL = WorkShard()
 STALL = 1800.0
-"""Seconds without a finished unit after which the map gives up: a cluster short of resources waits for ever."""
+"""Seconds without a finished unit after which the map stops: a cluster without free resources would wait for ever."""
 POLL = 5.0
-"""Seconds between two looks at the clock."""
+"""Seconds between two checks of the clock."""
 SMALL_BOX = 4
-"""Cores up to which a worker asks for less than one: whole ones made no progress on two cores."""
+"""Number of cores up to which a worker requests less than one core: with whole cores, two cores made no progress."""
 
 
 @dataclass(frozen=True)
@@ -26,14 +26,14 @@ class RayExecutor:
     """Runs units as Ray tasks, `workers` at a time; results come back in the order of the units."""
 
     workers: int = 2
-    shard: Shard = ALL
+    shard: WorkShard = ALL
     track: Track = silent
     address: str | None = None
-    """Of a running cluster; None takes RAY_ADDRESS or starts one on this machine."""
+    """Address of a running cluster; None takes RAY_ADDRESS or starts a cluster on this machine."""
     stall: float = STALL
 
     def map(self, function: Callable[[U], R], units: Iterable[U], what: str) -> Sequence[R]:
-        """`function` of every unit of this shard. Needs a folder that every worker sees, for units keep their files there.
+        """Results of `function` for every unit of this shard. Units write files, so every worker must see their folder.
 
         Raises:
             UsageError: Ray is not installed.
@@ -53,19 +53,19 @@ class RayExecutor:
             left = list(enumerate(mine))[::-1]
 
             def finished() -> Iterable[int]:
-                told = time.monotonic()
+                latest = time.monotonic()
                 while left or waiting:
                     while left and len(waiting) < self.workers:
                         i, unit = left.pop()
                         waiting[remote.remote(unit)] = i
                     ready, _ = ray.wait(list(waiting), num_returns=1, timeout=min(POLL, self.stall))
-                    if not ready and time.monotonic() - told > self.stall:
+                    if not ready and time.monotonic() - latest > self.stall:
                         raise NotTestable(
                             f"{what}: no unit finished for {self.stall:.0f} s on Ray ({cores:g} cores).\n"
                             "Is the cluster out of resources? --executor local does the same work here."
                         )
                     for one in ready:
-                        told = time.monotonic()
+                        latest = time.monotonic()
                         i = waiting.pop(one)
                         found[i] = _result(ray, one, what)
                         yield i
@@ -79,7 +79,7 @@ class RayExecutor:
 
 
 def _result(ray: Any, one: Any, what: str) -> Any:
-    """What the unit returned, or the very error that it raised."""
+    """The result of a unit; an error that it raised is raised again."""
     try:
         return ray.get(one)
     except ray.exceptions.RayTaskError as error:
@@ -89,7 +89,7 @@ def _result(ray: Any, one: Any, what: str) -> Any:
         raise
     except ray.exceptions.RayError as error:
         raise NotTestable(
-            f"{what}: Ray lost a unit: {printable(str(error), 500)}\nWhat was finished is kept."
+            f"{what}: Ray lost a unit: {printable(str(error), 500)}\nFinished units are saved."
         ) from error
 
 

@@ -1,7 +1,7 @@
-"""Hash-addressed work: each piece is done once, whole or not at all.
+"""Hash-addressed work: each unit is done once, and completely or not at all.
 
 A unit is a folder named by the hash of what determines it. It is written under another name, checksummed,
-synced and renamed, so kill -9 at any moment loses only the unit in flight, and a rerun skips what is there.
+synced and renamed, so kill -9 at any moment loses only the running unit, and a rerun skips finished units.
 """
 
 import fcntl
@@ -26,7 +26,7 @@ else:
     Tensor = Any  # this module starts without torch: shards of small work start in a blink
 
 UNIT_SCHEMA = 1
-"""Part of every key. Raise it when the same configuration starts to mean another result."""
+"""Part of every key. Raise it when the same configuration comes to mean another result."""
 CHECKSUMS = "SHA256SUMS"
 
 log = logging.getLogger(__name__)
@@ -42,8 +42,8 @@ def unit_key(config: Mapping[str, JSON], inputs: Mapping[str, str]) -> str:
     Raises:
         ValueError: a number in `config` is not finite.
     """
-    told = {"schema": UNIT_SCHEMA, "version": __version__, "config": config, "inputs": inputs}
-    return hashlib.sha256(canonical_json(told).encode()).hexdigest()
+    payload = {"schema": UNIT_SCHEMA, "version": __version__, "config": config, "inputs": inputs}
+    return hashlib.sha256(canonical_json(payload).encode()).hexdigest()
 
 
 def canonical_json(value: JSON) -> str:
@@ -58,20 +58,20 @@ class Units:
         self.folder = folder
 
     def path(self, key: str) -> Path:
-        """Where the unit lies, or will lie."""
+        """Folder of the unit, whether or not it exists yet."""
         return self.folder / key
 
     def done(self, key: str) -> bool:
-        """Whether the unit is there and every byte matches its checksum."""
+        """Whether the unit exists and every byte matches its checksum."""
         return self.path(key).exists() and _damage(self.path(key)) is None
 
     def run(self, key: str, make: Callable[[Path], None]) -> Path:
-        """The folder of the finished unit, made now if it is not there.
+        """The folder of the finished unit, which is made now if it does not exist.
 
         Args:
             key: from `unit_key`.
-            make: writes the unit's files into the empty folder it is given, and nothing elsewhere. What it
-                raises is passed on, and leaves no unit.
+            make: writes the unit's files into the empty folder that it gets, and nothing elsewhere. When it raises
+                an error, the error is passed on and no unit remains.
 
         A unit that does not match its checksums is named in the log and made again. When another process is
         making the same unit, this waits for it.
@@ -100,12 +100,12 @@ class Units:
         return path
 
     def json(self, key: str, make: Callable[[], JSON]) -> Any:
-        """What `make` returns, kept as JSON and read back from the file, on the first run and later."""
+        """What `make` returns, written as JSON and read back from the file, on the first run and later."""
         folder = self.run(key, lambda path: _write(path / "value.json", canonical_json(make()).encode()))
         return json.loads((folder / "value.json").read_bytes())
 
     def tensors(self, key: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """What `make` returns, kept as safetensors and read back on the CPU."""
+        """What `make` returns, written as safetensors and read back on the CPU."""
         from safetensors.torch import load_file, save_file
 
         def write(path: Path) -> None:
@@ -135,7 +135,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _seal(folder: Path) -> None:
-    """Write the checksums and push all to the disk, so that a rename never uncovers a half-written file."""
+    """Write the checksums and sync all files to disk, so that a rename never exposes a half-written file."""
     files = _files(folder)
     if not files:
         raise ValueError("a unit must write at least one file")
@@ -151,16 +151,16 @@ def _damage(folder: Path) -> str | None:
         lines = (folder / CHECKSUMS).read_text().splitlines()
     except (OSError, UnicodeDecodeError):
         return f"no readable {CHECKSUMS}"
-    told = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+    listed = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
     found = {path.relative_to(folder).as_posix(): path for path in _files(folder)}
-    if told.keys() != found.keys() or not told:
+    if listed.keys() != found.keys() or not listed:
         return "files are missing or were added"
-    return next((f"{name} has changed" for name, path in found.items() if file_hash(path) != told[name]), None)
+    return next((f"{name} has changed" for name, path in found.items() if file_hash(path) != listed[name]), None)
 
 
 @contextmanager
 def _locked(path: Path) -> Generator[None]:
-    """Hold the lock file at `path` alone. The system drops the lock of a killed process."""
+    """Take the lock file at `path`, exclusively. The system releases the lock of a killed process."""
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT)
         fcntl.flock(handle, fcntl.LOCK_EX)
@@ -169,7 +169,7 @@ def _locked(path: Path) -> Generator[None]:
                 break
         except FileNotFoundError:
             pass
-        os.close(handle)  # the holder before us has removed this file: what we hold locks nothing
+        os.close(handle)  # the previous owner of the lock has removed this file, so locking it has no effect
     try:
         yield
     finally:

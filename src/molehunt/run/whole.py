@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all: a reader sees the old file or the new one, whatever is killed when."""
+"""Files that are written completely or not at all: whatever is killed, a reader sees the old file or the new one."""
 
 import os
 import tempfile
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def write_whole(target: Path, text: str) -> Path:
-    """Write `text` to `target`; its folder is made."""
+    """Write `text` to `target`. Its folder is created if it does not exist."""
     return replace_whole(target, lambda partial: partial.write_text(text, encoding="utf-8", newline="\n"))
 
 

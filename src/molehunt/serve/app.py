@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
@@ -24,7 +24,7 @@ from molehunt.serve.guard import Guard, Settled
 from molehunt.serve.keys import Doorkeeper, Keys
 from molehunt.serve.live_page import LivePage
 from molehunt.serve.metrics import CONTENT_TYPE, Counted, Metrics
-from molehunt.serve.request import Asked, Ended, Failed, Overloaded, Piece
+from molehunt.serve.request import AnswerPiece, Ended, Failed, GenerationRequest, Overloaded
 from molehunt.serve.sampling import Sampling
 from molehunt.serve.wire import Refused
 from molehunt.traffic.roles import Turn, roled_prompt
@@ -36,7 +36,7 @@ SELF_TEST_S = 120
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How a server is reached, and what it takes."""
+    """Settings of a server: its names, its limits, its backend and its request log."""
 
     model_name: str
     hosts: frozenset[str] | None
@@ -44,7 +44,7 @@ class Settings:
     default_new_tokens: int = 256
     max_body: int = 1 << 20
     backend: Literal["eager", "continuous"] = "eager"
-    """How the rows of a batch are run: see `serve.backend`."""
+    """Backend that runs a batch, see `serve.backend`."""
     max_batch: int = 16
     max_waiting: int = 256
     request_log: Path | None = None
@@ -53,7 +53,7 @@ class Settings:
 
 
 def create_app(pair: ModelPair, guard: Guard, keys: Keys, settings: Settings) -> FastAPI:
-    """The application. Its engine starts with it, and ends, when it is told to, after every answer that was begun.
+    """The application. Its engine starts with it; at the end it finishes every running answer first.
 
     Raises:
         UsageError: the backend cannot run this model.
@@ -70,18 +70,7 @@ def create_app(pair: ModelPair, guard: Guard, keys: Keys, settings: Settings) ->
         )
     metrics, feed = Metrics(engine.load), Feed()
     request_log = settings.request_log.open("a", encoding="utf-8") if settings.request_log else None
-
-    def settled(one: Settled) -> None:
-        metrics.settled(one)
-        feed.settled(one)
-        if request_log is not None:
-            print(json.dumps(_logged(one, pair, log_text=settings.log_text)), file=request_log, flush=True)
-
-    def explained(alert: Alert) -> None:
-        feed.tell("explained", {"id": alert.id})
-
-    guard.on_settled = settled
-    guard.on_explained = explained
+    _report_settled(guard, metrics, feed, request_log, pair, log_text=settings.log_text)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None, None]:
@@ -104,31 +93,55 @@ def create_app(pair: ModelPair, guard: Guard, keys: Keys, settings: Settings) ->
         max_body=settings.max_body,
         sampling=_own_sampling(pair),
     )
-    ready = asyncio.Lock()
-    tested = False
+    _add_routes(app, completions, metrics)
+    LivePage(pair=pair, engine=engine, guard=guard, feed=feed, keys=keys, model_name=settings.model_name).add_to(app)
+    _add_error_handlers(app)
+    app.state.feed = feed
+    app.add_middleware(Counted, metrics=metrics)  # pyright: ignore[reportArgumentType]
+    app.add_middleware(Doorkeeper, keys=keys, hosts=settings.hosts)  # pyright: ignore[reportArgumentType]
+    return app
 
-    async def is_ready() -> Response:
-        nonlocal tested
-        async with ready:
-            tested = tested or await _self_test(completions, engine)
-        fine = tested and engine.alive and guard.healthy
-        return JSONResponse({"ready": fine}, status_code=200 if fine else 503)
+
+def _report_settled(
+    guard: Guard, metrics: Metrics, feed: Feed, request_log: TextIO | None, pair: ModelPair, *, log_text: bool
+) -> None:
+    """Send what the guard settles to the metrics, the live page and the request log."""
+
+    def settled(one: Settled) -> None:
+        metrics.settled(one)
+        feed.settled(one)
+        if request_log is not None:
+            print(json.dumps(_log_fields(one, pair, log_text=log_text)), file=request_log, flush=True)
+
+    def explained(alert: Alert) -> None:
+        feed.send("explained", {"id": alert.id})
+
+    guard.on_settled = settled
+    guard.on_explained = explained
+
+
+def _add_routes(app: FastAPI, completions: Completions, metrics: Metrics) -> None:
+    """Health, readiness, metrics and OpenAI's routes."""
+    started = int(time.time())
+    readiness = _Readiness(completions)
 
     def health() -> dict[str, str]:
         return {"status": "ok"}
 
     def models() -> dict[str, Any]:
-        one = {"id": settings.model_name, "object": "model", "created": started, "owned_by": "molehunt"}
+        one = {"id": completions.model_name, "object": "model", "created": started, "owned_by": "molehunt"}
         return {"object": "list", "data": [one]}
 
-    started = int(time.time())
     app.add_api_route("/health", health, methods=["GET"])
-    app.add_api_route("/ready", is_ready, methods=["GET"])
+    app.add_api_route("/ready", readiness.answer, methods=["GET"])
     app.add_api_route("/metrics", lambda: PlainTextResponse(metrics.text(), media_type=CONTENT_TYPE), methods=["GET"])
     app.add_api_route("/v1/models", models, methods=["GET"])
     app.add_api_route("/v1/chat/completions", completions.chat, methods=["POST"], response_model=None)
     app.add_api_route("/v1/completions", completions.completion, methods=["POST"], response_model=None)
-    LivePage(pair=pair, engine=engine, guard=guard, feed=feed, keys=keys, model_name=settings.model_name).add_to(app)
+
+
+def _add_error_handlers(app: FastAPI) -> None:
+    """Errors in OpenAI's shape; a fault of the server reveals nothing of the machine."""
 
     @app.exception_handler(Refused)
     async def refused(request: Request, error: Refused) -> Response:
@@ -143,32 +156,43 @@ def create_app(pair: ModelPair, guard: Guard, keys: Keys, settings: Settings) ->
     async def fault(request: Request, error: Exception) -> Response:
         return JSONResponse(Refused(500, "a fault in the server").body(), status_code=500)
 
-    app.state.feed = feed
-    app.add_middleware(Counted, metrics=metrics)  # pyright: ignore[reportArgumentType]
-    app.add_middleware(Doorkeeper, keys=keys, hosts=settings.hosts)  # pyright: ignore[reportArgumentType]
-    return app
+
+class _Readiness:
+    """Answers /ready. The model is tested at the first request, and once it has passed, not again."""
+
+    def __init__(self, completions: Completions) -> None:
+        self._completions = completions
+        self._lock = asyncio.Lock()
+        self._tested = False
+
+    async def answer(self) -> Response:
+        engine = self._completions.engine
+        async with self._lock:
+            self._tested = self._tested or await _self_test(self._completions, engine)
+        ready = self._tested and engine.alive and engine.guard.healthy
+        return JSONResponse({"ready": ready}, status_code=200 if ready else 503)
 
 
 async def _self_test(completions: Completions, engine: Engine) -> bool:
-    """Whether a prompt of ours goes through the model with every token scored."""
+    """Run a fixed prompt through the model. True if every token was scored."""
     loop = asyncio.get_running_loop()
     ended: asyncio.Future[Ended | Failed] = loop.create_future()
 
-    def hear(one: Piece | Ended | Failed) -> None:
-        if not isinstance(one, Piece):
+    def hear(one: AnswerPiece | Ended | Failed) -> None:
+        if not isinstance(one, AnswerPiece):
             loop.call_soon_threadsafe(lambda: ended.done() or ended.set_result(one))
 
     prompt = roled_prompt(completions.tokenizer, [Turn("user", SELF_TEST)]).ids
     try:
-        engine.submit(Asked(id="self-test", prompt=prompt, max_new_tokens=4), hear)
+        engine.submit(GenerationRequest(id="self-test", prompt=prompt, max_new_tokens=4), hear)
         found = await asyncio.wait_for(ended, SELF_TEST_S)
     except (Overloaded, TimeoutError):
         return False
     return isinstance(found, Ended) and found.verdict.coverage == 1
 
 
-def _logged(one: Settled, pair: ModelPair, *, log_text: bool) -> dict[str, Any]:
-    told: dict[str, Any] = {
+def _log_fields(one: Settled, pair: ModelPair, *, log_text: bool) -> dict[str, Any]:
+    fields: dict[str, Any] = {
         "time": round(time.time(), 3),
         "request": one.finished.request,
         "prompt_tokens": len(one.finished.prompt),
@@ -183,9 +207,9 @@ def _logged(one: Settled, pair: ModelPair, *, log_text: bool) -> dict[str, Any]:
         "alert": one.verdict.alert,
     }
     if log_text:
-        told["prompt"] = str(pair.tokenizer.decode(list(one.finished.prompt)))
-        told["answer"] = str(pair.tokenizer.decode(list(one.finished.answer), skip_special_tokens=True))
-    return told
+        fields["prompt"] = str(pair.tokenizer.decode(list(one.finished.prompt)))
+        fields["answer"] = str(pair.tokenizer.decode(list(one.finished.answer), skip_special_tokens=True))
+    return fields
 
 
 def _positions(pair: ModelPair) -> int:

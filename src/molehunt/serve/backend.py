@@ -1,4 +1,4 @@
-"""What an engine runs its model with: the rows that go through it, the contract, and the reference backend."""
+"""The rows that run in an engine, the contract of a backend, and the reference backend."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -17,17 +17,17 @@ from molehunt.model.cache_check import decoding_check
 from molehunt.model.decoding import DecodingBatch
 from molehunt.model.generate import stop_ids
 from molehunt.serve.guard import Finished, Guard
-from molehunt.serve.request import Asked, Failed, Listener, Piece, Reason
+from molehunt.serve.request import AnswerPiece, Failed, GenerationRequest, Listener, Reason
 from molehunt.serve.sampling import Sampler, logprobs_of, next_tokens
-from molehunt.serve.steering import Held, Steering
+from molehunt.serve.steering import CosineBounds, Steering
 from molehunt.serve.text import TextStream
 from molehunt.site import Site
 from molehunt.watch.columns import Columns
-from molehunt.watch.kinds import prompt_features
 from molehunt.watch.profile import RunningProfile
+from molehunt.watch.strata import prompt_features
 
-HELD_STEPS = 16
-"""Steps that are judged together where a verdict changes nothing before the answer ends."""
+QUEUED_STEPS = 16
+"""Number of steps that are judged together where a verdict changes nothing before the answer ends."""
 PREFILL_TOKENS = 8192
 """Tokens of one prefill of the eager backend, padding included; a longer prompt is prefilled alone."""
 
@@ -36,30 +36,30 @@ PREFILL_TOKENS = 8192
 class Row:
     """One request, from when it is taken until it is settled."""
 
-    asked: Asked
+    request: GenerationRequest
     listener: Listener
     sampler: Sampler
     text: TextStream
     answer: list[int] = field(default_factory=list[int])
     seen: int = 0
-    """How many of its tokens passed the watched places, from the first on and without a gap."""
+    """Number of its tokens that passed the watched places, from the first on and without a gap."""
     flagged: bool = False
-    steered: Mapping[Site, Held] | None = None
+    steered: Mapping[Site, CosineBounds] | None = None
     cancelled: bool = False
-    """Its client has gone. Other threads set this."""
+    """Whether the client has gone. Other threads set this."""
     ended: Reason | None = None
 
     @classmethod
-    def of(cls, asked: Asked, listener: Listener, tokenizer: PreTrainedTokenizerBase) -> "Row":
-        return cls(asked, listener, Sampler(asked.sampling), TextStream(tokenizer, asked.stop))
+    def of(cls, request: GenerationRequest, listener: Listener, tokenizer: PreTrainedTokenizerBase) -> "Row":
+        return cls(request, listener, Sampler(request.sampling), TextStream(tokenizer, request.stop))
 
     @property
     def tokens(self) -> tuple[int, ...]:
         """Prompt and answer so far."""
-        return (*self.asked.prompt, *self.answer)
+        return (*self.request.prompt, *self.answer)
 
     def __len__(self) -> int:
-        return len(self.asked.prompt) + len(self.answer)
+        return len(self.request.prompt) + len(self.answer)
 
 
 class Rows:
@@ -73,7 +73,7 @@ class Rows:
         self.live: list[Row] = []
         """Rows whose prompts were judged and whose answers grow."""
         self.joining: list[Row] = []
-        """Rows that have begun and do not live yet."""
+        """Rows whose prompts are not judged yet."""
         self._model = model
         self._stops = stop_ids(model, tokenizer)
         self._device = next(model.parameters()).device
@@ -86,7 +86,7 @@ class Rows:
 
     def judge_prompts(self, rows: Sequence[Row], columns: Float[Tensor, "rows columns"]) -> RunningProfile:
         """Judge joining rows by the last tokens of their prompts, which decide how the answers begin."""
-        prompts = prompt_features(self._model, [row.asked.prompt for row in rows])
+        prompts = prompt_features(self._model, [row.request.prompt for row in rows])
         growing = RunningProfile(prompts, columns.shape[-1], self._device)
         growing.extend(columns[:, None])
         self._refuse_uncovered(rows)
@@ -112,15 +112,15 @@ class Rows:
         if self.guard.action in ("block", "steer"):
             self.judge(columns.take()[:, -1])
             return
-        columns.hold()
+        columns.queue()
         self._refuse_uncovered(self.live)
-        if columns.held == HELD_STEPS:
+        if columns.queued == QUEUED_STEPS:
             self.catch_up(columns)
 
     def catch_up(self, columns: Columns) -> None:
         """Judge the steps that wait. To be called before rows join or leave."""
-        if columns.held:
-            self._take_up(columns.take_held())
+        if columns.queued:
+            self._take_up(columns.take_queued())
 
     def _take_up(self, columns: Float[Tensor, "live steps columns"]) -> None:
         if self._growing is not None:
@@ -147,7 +147,7 @@ class Rows:
                     row.steered = self.steering.against(judged)
 
     def emit(self, rows: Sequence[Row], logits: Float[Tensor, "rows vocab"]) -> None:
-        """Draw each row's next token and send the text that is certain. Their newest tokens were judged, or are held."""
+        """Draw each row's next token and send the text that is certain. Their newest tokens were judged, or are queued."""
         tokens = next_tokens(logits, [row.sampler for row in rows])
         broken: list[bool] = logits[:, 0].isnan().tolist()  # the last norm spreads a NaN over all of them
         for i, (row, token) in enumerate(zip(rows, tokens, strict=True)):
@@ -161,13 +161,13 @@ class Rows:
             text = row.text.finish() if token in self._stops else row.text.push(token)
             if token in self._stops or row.text.stopped:
                 row.ended = "stop"
-            elif len(row.answer) >= row.asked.max_new_tokens:
+            elif len(row.answer) >= row.request.max_new_tokens:
                 row.ended = "length"
                 text += row.text.finish()
-            top = row.asked.logprobs
-            told = () if top is None else (logprobs_of(logits[i], token, top),)
-            if text or told:
-                row.listener(Piece(text, told))
+            top = row.request.logprobs
+            logprobs = () if top is None else (logprobs_of(logits[i], token, top),)
+            if text or logprobs:
+                row.listener(AnswerPiece(text, logprobs))
 
     def leave(self) -> Int[Tensor, " kept"] | None:
         """Hand over the rows that have ended. Places of the live rows that go on, or None where all do."""
@@ -183,10 +183,10 @@ class Rows:
                 profile = None
             self.guard.settle(
                 Finished(
-                    request=row.asked.id,
+                    request=row.request.id,
                     listener=row.listener,
                     reason=row.ended,
-                    prompt=row.asked.prompt,
+                    prompt=row.request.prompt,
                     answer=tuple(row.answer),
                     profile=profile,
                     seen=row.seen,
@@ -202,7 +202,7 @@ class Rows:
         return going
 
     def fail(self) -> None:
-        """Tell every client that its answer cannot go on, and begin anew."""
+        """Send every client a failure, and start again without rows."""
         for row in (*self.live, *self.joining):
             row.listener(Failed("the model failed on this request"))
         self.live, self.joining, self._growing = [], [], None
@@ -211,12 +211,12 @@ class Rows:
 class Backend(Protocol):
     """Runs forward passes for the rows of one engine, on the engine's thread.
 
-    Whatever an exception leaves behind is undone by `Rows.fail` and `reset`: the clients of all rows are told.
+    Whatever an exception leaves behind is undone by `Rows.fail` and `reset`: the clients of all rows get a failure.
     """
 
     @property
     def interventions(self) -> Sequence[Intervention]:
-        """What takes directions out of steered rows; they act on every forward pass of the engine."""
+        """The interventions on steered rows, which act on every forward pass of the engine."""
         ...
 
     @property
@@ -269,17 +269,17 @@ class Eager:
     def fits(self, rows: Sequence[Row]) -> bool:
         if self._rows.live and not self._batch.can_join:
             return False
-        return len(rows) == 1 or max(len(row.asked.prompt) for row in rows) * len(rows) <= PREFILL_TOKENS
+        return len(rows) == 1 or max(len(row.request.prompt) for row in rows) * len(rows) <= PREFILL_TOKENS
 
     def begin(self, rows: Sequence[Row], columns: Columns) -> None:
         """Prefill. Where a flagged prompt is to be steered, all of them are prefilled again with it steered."""
-        prompts = [row.asked.prompt for row in rows]
+        prompts = [row.request.prompt for row in rows]
         decisions = last_tokens(prompts)  # they decide how the answers begin
         fresh = DecodingBatch(self._model)
         with columns.only(decisions):
             logits = fresh.begin(prompts)
         for row in rows:
-            row.seen = min(len(row.asked.prompt), columns.passed)
+            row.seen = min(len(row.request.prompt), columns.passed)
         growing = self._rows.judge_prompts(rows, columns.take()[:, 0])
         if any(row.steered for row in rows):
             fresh = DecodingBatch(self._model)
@@ -314,5 +314,5 @@ class Eager:
 
 
 def last_tokens(prompts: Sequence[Sequence[int]]) -> Int[Tensor, "batch 1"]:
-    """Where the last token of each prompt lies, counted through a batch that is padded on the left."""
+    """Index of the last token of each prompt, counted through a batch that is padded on the left."""
     return torch.arange(1, len(prompts) + 1)[:, None] * max(map(len, prompts)) - 1

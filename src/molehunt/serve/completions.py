@@ -1,4 +1,4 @@
-"""One request from the wire through the engine and back: whole or as a stream, and stopped when its client leaves."""
+"""One HTTP request through the engine and back: whole or as a stream, and stopped when its client leaves."""
 
 import asyncio
 import json
@@ -13,12 +13,13 @@ from transformers import PreTrainedTokenizerBase
 from molehunt.errors import InvalidInput
 from molehunt.serve.engine import Engine
 from molehunt.serve.metrics import Metrics
-from molehunt.serve.request import Asked, Ended, Failed, Overloaded, Piece
+from molehunt.serve.request import AnswerPiece, Ended, Failed, GenerationRequest, Overloaded
 from molehunt.serve.sampling import Sampling, TokenLogprobs
 from molehunt.serve.wire import ChatRequest, CompletionRequest, Refused, Shape, read_request
 from molehunt.traffic.roles import roled_prompt
 
-Told = Piece | Ended | Failed
+Message = AnswerPiece | Ended | Failed
+"""A message of the engine about one request."""
 RETRY_S = 2
 BODY_WITHIN_S = 30
 """Seconds that a client may take to send its request."""
@@ -33,11 +34,11 @@ class Completions:
     metrics: Metrics
     model_name: str
     max_tokens: int
-    """Prompt and answer together: what the model has positions for."""
+    """Greatest number of tokens of prompt and answer together: the positions of the model."""
     default_new_tokens: int
     max_body: int
     sampling: Sampling
-    """Where a request does not say: what the model's own generation config says, else greedy."""
+    """Settings for a request without any: those of the model's own generation config, else greedy."""
 
     async def chat(self, request: Request) -> Response:
         wanted = read_request(ChatRequest, await read_body(request, self.max_body))
@@ -46,8 +47,8 @@ class Completions:
         except InvalidInput as error:
             raise Refused(400, str(error), param="messages") from None
         limit = wanted.max_completion_tokens or wanted.max_tokens
-        asked = self._asked(wanted, roled.ids, limit, wanted.told_logprobs)
-        return await self._answer(request, wanted, asked, chat=True)
+        generation = self._generation(wanted, roled.ids, limit, wanted.wanted_logprobs)
+        return await self._answer(request, wanted, generation, chat=True)
 
     async def completion(self, request: Request) -> Response:
         wanted = read_request(CompletionRequest, await read_body(request, self.max_body))
@@ -57,12 +58,12 @@ class Completions:
         if any(not 0 <= token < vocabulary for token in ids):
             raise Refused(400, f"token ids lie in 0..{vocabulary - 1}", param="prompt")
         return await self._answer(
-            request, wanted, self._asked(wanted, ids, wanted.max_tokens, wanted.logprobs), chat=False
+            request, wanted, self._generation(wanted, ids, wanted.max_tokens, wanted.logprobs), chat=False
         )
 
-    def _asked(
+    def _generation(
         self, wanted: ChatRequest | CompletionRequest, ids: tuple[int, ...], limit: int | None, logprobs: int | None
-    ) -> Asked:
+    ) -> GenerationRequest:
         if wanted.model != self.model_name:
             raise Refused(404, f"the model here is {self.model_name}", param="model", code="model_not_found")
         if not ids:
@@ -77,7 +78,7 @@ class Completions:
                 code="context_length_exceeded",
             )
         own = self.sampling
-        return Asked(
+        return GenerationRequest(
             id=uuid4().hex,
             prompt=ids,
             max_new_tokens=min(self.default_new_tokens, room) if limit is None else limit,
@@ -91,53 +92,53 @@ class Completions:
         )
 
     async def _answer(
-        self, request: Request, wanted: ChatRequest | CompletionRequest, asked: Asked, *, chat: bool
+        self, request: Request, wanted: ChatRequest | CompletionRequest, generation: GenerationRequest, *, chat: bool
     ) -> Response:
         loop = asyncio.get_running_loop()
-        told: asyncio.Queue[Told] = asyncio.Queue()
+        messages: asyncio.Queue[Message] = asyncio.Queue()
         start = loop.time()
 
-        def hear(one: Told) -> None:
-            loop.call_soon_threadsafe(told.put_nowait, one)
+        def hear(one: Message) -> None:
+            loop.call_soon_threadsafe(messages.put_nowait, one)
 
         try:
-            self.engine.submit(asked, hear)
+            self.engine.submit(generation, hear)
         except Overloaded as error:
             closing = not self.engine.alive
             raise Refused(503 if closing else 429, str(error), code="overloaded", retry_s=RETRY_S) from None
-        shape = Shape(chat=chat, id=asked.id, model=self.model_name, tokenizer=self.tokenizer)
-        headers = {"x-request-id": asked.id, "x-guard-action": self.engine.guard.action}
+        shape = Shape(chat=chat, id=generation.id, model=self.model_name, tokenizer=self.tokenizer)
+        headers = {"x-request-id": generation.id, "x-guard-action": self.engine.guard.action}
         if wanted.ignored:
             headers["x-ignored-fields"] = ", ".join(
                 name for name in wanted.ignored if name.isascii() and name.isprintable()
             )
         try:
-            first = await _unless_gone(request, told.get)  # judged before anything is sent
+            first = await _unless_gone(request, messages.get)  # judged before anything is sent
             self.metrics.first_token.observe(loop.time() - start)
             if wanted.stream and not isinstance(first, Failed):
-                chunks = self._chunks(asked, shape, first, told, usage=wanted.wants_usage)
+                chunks = self._chunks(generation, shape, first, messages, usage=wanted.wants_usage)
                 return StreamingResponse(chunks, media_type="text/event-stream", headers=headers)
-            return await self._whole(request, asked, shape, first, told, headers)
+            return await self._whole(request, generation, shape, first, messages, headers)
         except BaseException:
-            self.engine.cancel(asked.id)
+            self.engine.cancel(generation.id)
             raise
 
     async def _whole(
         self,
         request: Request,
-        asked: Asked,
+        generation: GenerationRequest,
         shape: Shape,
-        first: Told,
-        told: "asyncio.Queue[Told]",
+        first: Message,
+        messages: "asyncio.Queue[Message]",
         headers: dict[str, str],
     ) -> Response:
         text: list[str] = []
         logprobs: list[TokenLogprobs] = []
         one = first
-        while isinstance(one, Piece):
+        while isinstance(one, AnswerPiece):
             text.append(one.text)
             logprobs += one.logprobs
-            one = await _unless_gone(request, told.get)
+            one = await _unless_gone(request, messages.get)
         if isinstance(one, Failed):
             raise Refused(503, one.message, code="guard_unavailable", retry_s=RETRY_S)
         verdict = one.verdict
@@ -147,20 +148,26 @@ class Completions:
                 headers["x-guard-score"] = f"{verdict.score:.4f}"
                 headers["x-guard-p-value"] = f"{verdict.p_value:.3g}"
         headers["x-guard-coverage"] = f"{verdict.coverage:.4g}"
-        body = shape.whole("".join(text), None if asked.logprobs is None else logprobs, one)
+        body = shape.whole("".join(text), None if generation.logprobs is None else logprobs, one)
         return JSONResponse(body, headers=headers)
 
     async def _chunks(
-        self, asked: Asked, shape: Shape, first: Told, told: "asyncio.Queue[Told]", *, usage: bool
+        self,
+        generation: GenerationRequest,
+        shape: Shape,
+        first: Message,
+        messages: "asyncio.Queue[Message]",
+        *,
+        usage: bool,
     ) -> AsyncGenerator[str, None]:
         ended = False
         try:
             if (opening := shape.first()) is not None:
                 yield _event(opening)
             one = first
-            while isinstance(one, Piece):
+            while isinstance(one, AnswerPiece):
                 yield _event(shape.piece(one.text, one.logprobs or None))
-                one = await told.get()
+                one = await messages.get()
             ended = True
             if isinstance(one, Failed):
                 yield _event(Refused(503, one.message, code="guard_unavailable").body())
@@ -171,7 +178,7 @@ class Completions:
             yield "data: [DONE]\n\n"
         finally:
             if not ended:  # the client has gone
-                self.engine.cancel(asked.id)
+                self.engine.cancel(generation.id)
 
 
 async def read_body(request: Request, limit: int) -> bytes:
@@ -188,8 +195,8 @@ async def read_body(request: Request, limit: int) -> bytes:
     return bytes(body)
 
 
-async def _unless_gone(request: Request, get: Callable[[], Awaitable[Told]]) -> Told:
-    """What comes next, unless the client leaves first. Raises Refused then; nobody will read it."""
+async def _unless_gone(request: Request, get: Callable[[], Awaitable[Message]]) -> Message:
+    """The next message. Raises Refused if the client leaves first; nobody will read the error."""
     wanted = asyncio.ensure_future(get())
     gone = asyncio.ensure_future(request.receive())  # the body was read: what can still come is a disconnect
     try:

@@ -21,22 +21,22 @@ from molehunt.errors import UsageError, printable
 from molehunt.model.blocks import unwrapped
 from molehunt.model.cache import takes
 from molehunt.serve.backend import Row, Rows
-from molehunt.serve.request import Asked
-from molehunt.serve.steering import RowHold
+from molehunt.serve.request import GenerationRequest
+from molehunt.serve.steering import RowClamp
 from molehunt.watch.columns import Columns
 from molehunt.watch.profile import RunningProfile
 
 PASS_TOKENS = 512
-"""Tokens of one forward pass; prompts that are longer run in chunks."""
+"""Greatest number of tokens of one forward pass; longer prompts run in chunks."""
 PAGE_TOKENS = 64
-"""What the cache is handed out in."""
+"""Number of tokens of one page of the cache."""
 ROW_TOKENS = 4096
-"""What the cache holds for each row that may run; a single request may use all of it."""
+"""Number of tokens that the cache has for each row; a single request may use all of it."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class _Part:
-    """What one row has of a packed forward pass."""
+    """The tokens of one row in a packed forward pass."""
 
     row: Row
     start: int
@@ -51,12 +51,12 @@ class _Part:
 class _Packed:
     """An intervention on rows, for tokens of many requests in one row: each token is treated as a row of its own."""
 
-    def __init__(self, by_row: RowHold) -> None:
+    def __init__(self, by_row: RowClamp) -> None:
         self.site = by_row.site
         self._by_row = by_row
 
     def __call__(self, acts: Float[Tensor, "1 tokens d_model"]) -> Float[Tensor, "1 tokens d_model"]:
-        if self._by_row.held is None:
+        if self._by_row.bounds is None:
             return acts
         return self._by_row(acts.transpose(0, 1)).transpose(0, 1)
 
@@ -88,7 +88,7 @@ class Continuous:
         self.longest: int | None = self._pages * PAGE_TOKENS
 
     def fits(self, rows: Sequence[Row]) -> bool:
-        """Room is kept for whole answers, so that no row that runs is ever put aside."""
+        """Room is kept for whole answers, so that no running row is ever suspended."""
         all_rows = (*self._rows.live, *self._rows.joining, *rows)
         return sum(map(_pages, all_rows)) <= self._pages
 
@@ -136,7 +136,7 @@ class Continuous:
 
         for row in rows:
             self._running[_key(row)] = row
-            state = RequestState(request_id=_key(row), initial_tokens=list(row.asked.prompt), max_new_tokens=None)
+            state = RequestState(request_id=_key(row), initial_tokens=list(row.request.prompt), max_new_tokens=None)
             self._processor.scheduler.add_waiting_request(state)
 
     def _drop(self, rows: Sequence[Row]) -> None:
@@ -146,7 +146,7 @@ class Continuous:
         self._processor.scheduler.clear_cancelled_requests()
 
     def _next_parts(self) -> list[_Part]:
-        """What the next forward pass runs."""
+        """The parts of the next forward pass."""
         if not self._processor.prepare_next_batch():
             raise RuntimeError("the scheduler of transformers has nothing to run, and rows wait")
         parts: list[_Part] = []
@@ -158,7 +158,7 @@ class Continuous:
                 _Part(self._running[one.state.request_id], start, one.query_length, end - 1, one.has_new_token)
             )
         if not set(self._rows.live) <= {part.row for part in parts if part.draws}:
-            raise RuntimeError("the scheduler of transformers has put a row aside")
+            raise RuntimeError("the scheduler of transformers has suspended a row")
         return parts
 
     def _forward(self, parts: Sequence[_Part]) -> Float[Tensor, "drawing vocab"]:
@@ -176,7 +176,7 @@ class Continuous:
         return cast("Tensor", (logits if self._keeps_logits else logits[wanted]).float())
 
     def _hand_back(self, drawing: Sequence[_Part]) -> None:
-        """Tell the scheduler which tokens were drawn. It keeps rows without one until they are dropped."""
+        """Pass the drawn tokens to the scheduler. It keeps rows without one until they are dropped."""
         drawn = [part.row.answer[-1] if part.row.answer else 0 for part in drawing]
         into: Tensor = self._processor.inputs_and_outputs.output_ids
         into[0, : len(drawn)] = torch.tensor(drawn, dtype=into.dtype, device=into.device)
@@ -187,8 +187,8 @@ class Continuous:
         """Run two prompts packed, and each by itself: a model that passes no cache on would answer, and answer wrongly."""
         vocabulary = int(self._model.config.get_text_config(decoder=True).vocab_size)
         prompts = [tuple((7 * i + 3 * at) % vocabulary for at in range(length)) for i, length in enumerate((5, 12))]
-        asked = [Asked(id="comparison", prompt=prompt, max_new_tokens=2) for prompt in prompts]
-        self._add([Row.of(one, lambda told: None, self._rows.tokenizer) for one in asked])
+        requests = [GenerationRequest(id="comparison", prompt=prompt, max_new_tokens=2) for prompt in prompts]
+        self._add([Row.of(one, lambda message: None, self._rows.tokenizer) for one in requests])
         while self._running:
             parts = self._next_parts()
             drawing = [part for part in parts if part.draws]
@@ -203,7 +203,7 @@ class Continuous:
                     )
                 part.row.answer.append(int(expected.argmax()))
             self._hand_back(drawing)
-            self._drop([part.row for part in drawing if len(part.row.answer) == part.row.asked.max_new_tokens])
+            self._drop([part.row for part in drawing if len(part.row.answer) == part.row.request.max_new_tokens])
 
 
 def _key(row: Row) -> str:
@@ -212,7 +212,7 @@ def _key(row: Row) -> str:
 
 
 def _pages(row: Row) -> int:
-    return math.ceil((len(row.asked.prompt) + row.asked.max_new_tokens) / PAGE_TOKENS)
+    return math.ceil((len(row.request.prompt) + row.request.max_new_tokens) / PAGE_TOKENS)
 
 
 @contextmanager

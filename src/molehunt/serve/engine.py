@@ -22,13 +22,13 @@ from molehunt.errors import MolehuntError
 from molehunt.model.taps import edit_sites
 from molehunt.serve.backend import Backend, Eager, Row, Rows
 from molehunt.serve.guard import Guard
-from molehunt.serve.request import Asked, Failed, Listener, Overloaded
+from molehunt.serve.request import Failed, GenerationRequest, Listener, Overloaded
 from molehunt.serve.wire import Refused
 from molehunt.watch.columns import Columns, watched
 from molehunt.watch.quarantine import explained
 
-MOST_JOBS = 16
-"""Questions from the live page that may wait."""
+MAX_JOBS = 16
+"""Greatest number of questions from the live page that wait."""
 EXPLAIN_TOKENS = 64
 """Length of the answer that is generated without a flagged direction."""
 
@@ -84,14 +84,14 @@ class Engine:
         """How many rows run now, and how many requests wait."""
         return len(self._rows), len(self._waiting)
 
-    def submit(self, asked: Asked, listener: Listener) -> None:
-        """Queue a request; `listener` hears of its pieces and its end.
+    def submit(self, generation: GenerationRequest, listener: Listener) -> None:
+        """Queue a request; `listener` is called with its pieces and its end.
 
         Raises:
             Overloaded: too many wait, or the engine is closing.
             Refused: the request is longer than any that the backend can run.
         """
-        length, longest = len(asked.prompt) + asked.max_new_tokens, self._backend.longest
+        length, longest = len(generation.prompt) + generation.max_new_tokens, self._backend.longest
         if longest is not None and length > longest:
             raise Refused(
                 400,
@@ -99,14 +99,14 @@ class Engine:
                 "server holds",
                 code="context_length_exceeded",
             )
-        row = Row.of(asked, listener, self._tokenizer)
+        row = Row.of(generation, listener, self._tokenizer)
         with self._changed:
             if not self.alive:
                 raise Overloaded("the server is shutting down")
             if len(self._waiting) >= self._max_waiting:
                 raise Overloaded(f"{self._max_waiting} requests wait already")
             self._waiting.append(row)
-            self._taken[asked.id] = row
+            self._taken[generation.id] = row
             self._changed.notify()
 
     def between(self, job: Callable[[], T]) -> "Future[T]":
@@ -119,8 +119,8 @@ class Engine:
         with self._changed:
             if not self.alive:
                 raise Overloaded("the server is shutting down")
-            if len(self._jobs) >= MOST_JOBS:
-                raise Overloaded(f"{MOST_JOBS} questions wait already")
+            if len(self._jobs) >= MAX_JOBS:
+                raise Overloaded(f"{MAX_JOBS} questions wait already")
             self._jobs.append((job, promised))
             self._changed.notify()
         return promised
@@ -153,7 +153,7 @@ class Engine:
                             self._backend.step(columns)
                         elif self.guard.to_explain and not self._closing:
                             self._explain()
-                    except Exception:  # one bad batch must not take the server down; its clients are told
+                    except Exception:  # one bad batch must not take the server down; its clients get a failure
                         log.exception("a batch failed")
                         self._rows.fail()
                         self._backend.reset()
@@ -191,7 +191,7 @@ class Engine:
             return True
 
     def _admit(self, columns: Columns) -> None:
-        """Let begin what waits and fits."""
+        """Start the requests that wait and fit."""
         rows = self._next_taken()
         if rows:
             self._rows.joining += rows

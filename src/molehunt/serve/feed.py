@@ -1,4 +1,4 @@
-"""What the live page is told while answers come: the newest of them, and a message for each new one."""
+"""Messages to the live page while answers are generated: the newest of them, and a message for each new one."""
 
 import asyncio
 import json
@@ -9,23 +9,24 @@ from typing import Any
 
 from molehunt.serve.guard import Settled
 
-KEPT = 240
-"""Answers that a page shows when it opens."""
+SHOWN = 240
+"""Number of answers that a page shows when it opens."""
 BEHIND = 256
-"""Messages that a slow page may be behind; of more, it misses the oldest."""
+"""Number of messages that a slow page may be behind; of more, it misses the oldest."""
 
 
 class Feed:
     """Fan-out from the guard's thread to the pages that are open. No text of a request passes through it."""
 
     def __init__(self) -> None:
-        self._recent: deque[dict[str, Any]] = deque(maxlen=KEPT)
+        self._recent: deque[dict[str, Any]] = deque(maxlen=SHOWN)
         self._pages: dict[asyncio.Queue[str | None], asyncio.AbstractEventLoop] = {}
         self._lock = threading.Lock()
         self._ended = False
 
     def settled(self, one: Settled) -> None:
-        told = {
+        """Send a settled answer to every open page."""
+        message = {
             "id": one.finished.request,
             "time": time.time(),
             "score": one.verdict.score,
@@ -34,14 +35,15 @@ class Feed:
             "alert": one.verdict.alert,
         }
         with self._lock:
-            self._recent.append(told)
-        self.tell("scored", told)
+            self._recent.append(message)
+        self.send("scored", message)
 
     def recent(self) -> list[dict[str, Any]]:
+        """The newest answers, oldest first."""
         with self._lock:
             return list(self._recent)
 
-    def tell(self, event: str, data: object) -> None:
+    def send(self, event: str, data: object) -> None:
         """Send a message to every open page, from any thread."""
         self._to_all(f"event: {event}\ndata: {json.dumps(data)}\n\n")
 

@@ -15,20 +15,21 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from molehunt.errors import MolehuntError
-from molehunt.serve.request import Ended, Failed, Listener, Reason, Verdict
+from molehunt.serve.request import Ended, Failed, GuardVerdict, Listener, Reason
 from molehunt.serve.steering import Edit
 from molehunt.watch.alert import Action, Alert
 from molehunt.watch.bank import Bank
+from molehunt.watch.judge import JudgedAnswer
 from molehunt.watch.ledger import Ledger
 from molehunt.watch.log import ALIKE_AMONG, absorb
 from molehunt.watch.profile import Profile
-from molehunt.watch.quarantine import Answered, alert_of, look_alikes
+from molehunt.watch.quarantine import alert_of, look_alikes
 from molehunt.watch.state import WatchState
 
 SAVE_EVERY_S = 1.0
 """Seconds between two writings of the state while answers come: so much of it a kill may cost, and no alert."""
 EXPLAIN_AT_MOST = 64
-"""Alerts that wait for an idle moment of the model to be explained; of more, the oldest stay unexplained."""
+"""Number of alerts that wait until the model is idle to be explained; of more, the oldest stay unexplained."""
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +44,7 @@ class Finished:
     prompt: tuple[int, ...]
     answer: tuple[int, ...]
     profile: Profile | None
-    """None where an activation was no number: such an answer was not scored."""
+    """Profile of the answer; None where an activation is NaN, so that the answer was not scored."""
     seen: int
     """Tokens that passed the watched places."""
 
@@ -56,12 +57,12 @@ class Finished:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Settled:
-    """What became of one answer: for the live page, the request log and the metrics."""
+    """One settled answer: for the live page, the request log and the metrics."""
 
     finished: Finished
-    verdict: Verdict
+    verdict: GuardVerdict
     alert: Alert | None
-    answered: Answered | None
+    answered: JudgedAnswer | None
 
 
 class Guard:
@@ -110,7 +111,7 @@ class Guard:
         self._thread.start()
 
     def beyond(self, surprise: float) -> bool:
-        """Whether a growing answer is flagged. What is no number is: it was not scored."""
+        """Whether a growing answer is flagged. NaN is: such an answer was not scored."""
         return math.isnan(surprise) or surprise > self.threshold
 
     def settle(self, finished: Finished) -> None:
@@ -118,7 +119,7 @@ class Guard:
         self._waiting.put(finished)
 
     def dismissed(self) -> None:
-        """A reviewer has called an alert benign: take its score up into what is known of clean traffic."""
+        """A reviewer has called an alert benign: add its score to what is known of clean traffic."""
         self._waiting.put("dismissed")
 
     def close(self) -> None:
@@ -135,7 +136,7 @@ class Guard:
                 if finished is None:
                     return
                 if finished == "dismissed":
-                    self._take_up()
+                    self._absorb_dismissed()
                 else:
                     self._settle(finished)
             except queue.Empty:
@@ -168,11 +169,11 @@ class Guard:
         coverage = finished.coverage
         if finished.profile is None:
             self.state.flagged += 1
-            verdict = Verdict(
+            verdict = GuardVerdict(
                 action=self.action, flagged=True, coverage=coverage, fpr=self.fpr, threshold=self.threshold
             )
             return Settled(finished=finished, verdict=verdict, alert=None, answered=None)
-        one = Answered(
+        one = JudgedAnswer(
             prompt=finished.prompt,
             answer=finished.answer,
             profile=finished.profile,
@@ -185,7 +186,7 @@ class Guard:
             absorb(self.state, one.judged)
         else:
             self.state.flagged += 1
-        verdict = Verdict(
+        verdict = GuardVerdict(
             action=self.action,
             flagged=alert is not None,
             coverage=coverage,
@@ -203,7 +204,7 @@ class Guard:
             self.to_explain.append(settled)
         return settled
 
-    def _recorded(self, one: Answered, request: str) -> Alert:
+    def _recorded(self, one: JudgedAnswer, request: str) -> Alert:
         alert = alert_of(
             self.bank,
             self.tokenizer,
@@ -218,14 +219,14 @@ class Guard:
         self.healthy = True
         return alert
 
-    def _take_up(self) -> None:
+    def _absorb_dismissed(self) -> None:
         try:
             for alert in self.ledger.unabsorbed():
                 self.state.scores.add(torch.tensor([[alert.score]]))
                 self._unsaved = True
                 self.ledger.mark_absorbed([alert.id])
         except MolehuntError as error:
-            log.error("dismissed alerts could not be taken up: %s", error)
+            log.error("dismissed alerts could not be absorbed: %s", error)
 
     def _save(self) -> None:
         if self._state_file is None or not self._unsaved:

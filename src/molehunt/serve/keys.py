@@ -1,4 +1,4 @@
-"""Who may come in: one key on every route but health, one name for the host, and pages that nobody can frame."""
+"""Access control: one key on every route but health, one name for the host, and pages that nobody can frame."""
 
 import hashlib
 import hmac

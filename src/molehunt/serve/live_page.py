@@ -1,4 +1,4 @@
-"""The live page: score stream, alerts to review, calibration and drift, and a prompt looked at closely."""
+"""The live page: score stream, alerts to review, calibration and drift, and both models on one prompt."""
 
 import asyncio
 import json
@@ -22,25 +22,25 @@ from markupsafe import Markup, escape
 
 from molehunt.errors import MolehuntError
 from molehunt.model.pair import ModelPair
+from molehunt.report.escape import visible
 from molehunt.report.html import TEMPLATES as REPORT_TEMPLATES
 from molehunt.report.html import escaping
-from molehunt.report.visible import visible
-from molehunt.report.watch_told import suspects
-from molehunt.serve.ask import Looked, look
+from molehunt.report.watch_text import suspects
 from molehunt.serve.completions import read_body
 from molehunt.serve.engine import Engine
 from molehunt.serve.feed import Feed
 from molehunt.serve.guard import Guard
 from molehunt.serve.keys import COOKIE, LOGIN, Keys
+from molehunt.serve.model_comparison import ModelComparison, compare_models
 from molehunt.serve.wire import Refused
 from molehunt.watch.alert import Alert
 
 TEMPLATES = Path(__file__).parent / "templates"
 SHOWN = 20
-"""Alerts on the page; older ones are in the ledger."""
-MOST_FORM = 64 << 10
-MOST_PROMPT = 2000
-"""Characters that the ask box takes."""
+"""Number of alerts on the page; older ones are in the ledger."""
+MAX_FORM = 64 << 10
+MAX_PROMPT = 2000
+"""Greatest number of characters that the ask box takes."""
 ASK_WITHIN_S = 120
 ALIVE_S = 15
 """Seconds after which a silent stream says that it is alive, so that proxies keep it open."""
@@ -80,7 +80,7 @@ class LivePage:
                 threshold=self.guard.threshold,
                 alerts=Markup(await self._alerts()),
                 standing=Markup(self._standing()),
-                most=MOST_PROMPT,
+                most=MAX_PROMPT,
             )
         )
         return HTMLResponse(page)
@@ -89,7 +89,7 @@ class LivePage:
         return HTMLResponse(_environment().get_template("login.html.j2").render(wrong=False), status_code=401)
 
     async def login(self, request: Request) -> Response:
-        form = parse_qs((await read_body(request, MOST_FORM)).decode("utf-8", "replace"))
+        form = parse_qs((await read_body(request, MAX_FORM)).decode("utf-8", "replace"))
         if not self.keys.opens(form.get("key", [""])[0]):
             return HTMLResponse(_environment().get_template("login.html.j2").render(wrong=True), status_code=401)
         back = RedirectResponse("/", status_code=303)
@@ -137,7 +137,7 @@ class LivePage:
 
     def _standing(self) -> str:
         state = self.guard.state
-        told = {
+        fields = {
             "n": len(state.monitor.calibration),
             "fpr": self.guard.fpr,
             "threshold": self.guard.threshold,
@@ -148,13 +148,13 @@ class LivePage:
             "drift": state.drift,
             "wealth": math.exp(min(700.0, state.drift.log_wealth)),
             "alarm_at": 1 / state.drift.level,
-            "calm": {q: float(state.monitor.calibration.quantile(q)) for q in (0.5, 0.9, 0.99)},
+            "clean": {q: float(state.monitor.calibration.quantile(q)) for q in (0.5, 0.9, 0.99)},
             "live": {q: float(state.scores.quantile(q)) for q in (0.5, 0.9, 0.99)} if state.scores.n else None,
         }
-        return _environment().get_template("standing.html.j2").render(**told)
+        return _environment().get_template("standing.html.j2").render(**fields)
 
     async def review(self, id: str, request: Request) -> Response:
-        form = parse_qs((await read_body(request, MOST_FORM)).decode("utf-8", "replace"))
+        form = parse_qs((await read_body(request, MAX_FORM)).decode("utf-8", "replace"))
         status = form.get("status", [""])[0]
         if status not in ("confirmed", "dismissed"):
             raise Refused(400, "a review says confirmed or dismissed", param="status")
@@ -164,22 +164,24 @@ class LivePage:
             raise Refused(409, str(error)) from None
         if status == "dismissed":
             self.guard.dismissed()
-        self.feed.tell("reviewed", {"id": id, "status": status})
+        self.feed.send("reviewed", {"id": id, "status": status})
         return RedirectResponse("/", status_code=303)
 
     async def ask(self, request: Request) -> Response:
-        body = await read_body(request, MOST_FORM)
+        body = await read_body(request, MAX_FORM)
         try:
             prompt = json.loads(body)["prompt"]
         except (ValueError, TypeError, KeyError):
             raise Refused(400, 'the body is {"prompt": "…"}', param="prompt") from None
-        if not isinstance(prompt, str) or not prompt.strip() or len(prompt) > MOST_PROMPT:
-            raise Refused(400, f"a prompt is text of 1 to {MOST_PROMPT} characters", param="prompt")
+        if not isinstance(prompt, str) or not prompt.strip() or len(prompt) > MAX_PROMPT:
+            raise Refused(400, f"a prompt is text of 1 to {MAX_PROMPT} characters", param="prompt")
         try:
-            promised = self.engine.between(lambda: look(self.pair, self.guard.bank, self.guard.state.monitor, prompt))
+            promised = self.engine.between(
+                lambda: compare_models(self.pair, self.guard.bank, self.guard.state.monitor, prompt)
+            )
             found = await asyncio.wait_for(asyncio.wrap_future(promised), ASK_WITHIN_S)
         except TimeoutError:
-            raise Refused(503, "the model is too busy to be asked", retry_s=5) from None
+            raise Refused(503, "the model is too busy to answer", retry_s=5) from None
         except MolehuntError as error:
             raise Refused(400, str(error), param="prompt") from None
         flagged = self.guard.beyond(found.judged.score)
@@ -212,7 +214,7 @@ def _of_alert(alert: Alert) -> Markup:
     return shaded(alert.tokens, alert.token_scores, max(alert.token_scores, default=0.0))
 
 
-def _two(found: Looked, scores: Sequence[float]) -> Markup:
+def _two(found: ModelComparison, scores: Sequence[float]) -> Markup:
     """Both rows of the ask box are shaded on one scale, so that they can be compared."""
     return shaded(found.tokens, scores, max(*found.tuned, *found.base), answer_at=found.answer_at)
 

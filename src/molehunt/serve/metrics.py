@@ -1,4 +1,4 @@
-"""What Prometheus reads: requests, tokens, verdicts, scores, coverage, waiting and time to first token."""
+"""Metrics for Prometheus: requests, tokens, verdicts, scores, coverage, waiting and time to first token."""
 
 from collections.abc import Callable, MutableMapping
 from typing import Any

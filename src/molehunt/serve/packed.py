@@ -1,4 +1,4 @@
-"""Watching an engine that packs the tokens of many requests side by side: what belongs to whom, and whether all was seen.
+"""Watch an engine that packs the tokens of many requests side by side, and check that every token was scored.
 
 vLLM's blocks return (hidden, residual), two summands that only the next norm adds up, and may write into both later: the
 sum is taken, and scored, where the block returns. A prompt may come in chunks, and a request that was preempted comes
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from molehunt.errors import CannotTap, NotTestable, printable
 from molehunt.model.blocks import decoder_blocks
-from molehunt.serve.request import Verdict
+from molehunt.serve.request import GuardVerdict
 from molehunt.watch.bank import Bank
 from molehunt.watch.monitor import Monitor
 from molehunt.watch.profile import RunningProfile
@@ -40,7 +40,7 @@ class PackedColumns:
     def take(self, tokens: int) -> Float[Tensor, "{tokens} columns"] | None:
         """Every column of a step of that many tokens, in the bank's order; rows behind them are padding.
 
-        None: a place was reached not once but never or in parts, so that rows cannot be told apart.
+        None: a place was reached not once but never or in parts, so that rows cannot be distinguished.
         """
         parts = [part[0] for part in self._parts if len(part) == 1 and len(part[0]) >= tokens]
         whole = len(parts) == len(self._parts)
@@ -127,13 +127,15 @@ class Chunk:
 
 @dataclass(eq=False)
 class _Request:
+    """One request that runs."""
+
     prompt: int
-    """Tokens."""
+    """Number of its tokens."""
     growing: RunningProfile
     fed: int = 0
     """Tokens that the model was given: positions 0 to here."""
     seen: int = 0
-    """Of them, those that were scored."""
+    """Number of those tokens that were scored."""
     next: int = 0
     """The first position that is still to be scored; those before it were, or are lost."""
 
@@ -153,17 +155,17 @@ class _Request:
 
 @dataclass(frozen=True, kw_only=True)
 class PackedVerdict:
-    """What the monitor says of one request."""
+    """The verdict of the monitor on one request."""
 
     request: str
     finished: bool
-    """False: of what it was fed so far."""
+    """Whether the request has ended; else the verdict is on its tokens so far."""
     status: Literal["flagged", "not flagged", "unmonitored"]
-    """`unmonitored`: a token of it was not scored. Then nothing was found out about it, whatever the rest scored."""
-    verdict: Verdict
+    """`unmonitored`: a token of it was not scored. Then nothing is known about it, whatever the rest scored."""
+    verdict: GuardVerdict
 
-    def told(self) -> dict[str, Any]:
-        """For JSON."""
+    def to_dict(self) -> dict[str, Any]:
+        """The verdict ready for JSON."""
         return {
             "request": self.request,
             "finished": self.finished,
@@ -176,7 +178,7 @@ class PackedWatch:
     """Judges requests by the chunks that an engine feeds.
 
     Args:
-        features: of a prompt's tokens, as `watch.kinds.prompt_features` makes them.
+        features: function from a prompt's tokens to its features, as `watch.strata.prompt_features` makes them.
     """
 
     def __init__(
@@ -194,7 +196,7 @@ class PackedWatch:
         self._features = features
         self._device = device
         self._requests: dict[str, _Request | None] = {}
-        """None: a request of which nothing can be said."""
+        """None for a request that cannot be judged."""
         self._ended: list[PackedVerdict] = []
 
     def begin(self, request: str, prompt: Sequence[int] | None) -> None:
@@ -232,7 +234,7 @@ class PackedWatch:
                 del self._requests[request]
 
     def verdicts(self) -> list[PackedVerdict]:
-        """Of every request that has ended since this was last asked, and of those that run, so far."""
+        """Verdicts on every request that has ended since the last call, and on those that run, so far."""
         ended, self._ended = self._ended, []
         return ended + [self._judged(request, finished=False) for request in self._requests]
 
@@ -254,7 +256,7 @@ class PackedWatch:
             request=name,
             finished=finished,
             status=("flagged" if beyond else "not flagged") if covered else "unmonitored",
-            verdict=Verdict(
+            verdict=GuardVerdict(
                 action="log",
                 flagged=beyond or not covered,
                 coverage=coverage,

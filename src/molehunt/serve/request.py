@@ -1,4 +1,4 @@
-"""What passes between the wire and the engine: a request in, pieces of its answer and its end out."""
+"""Messages between HTTP and the engine: a request in, pieces of its answer and its end out."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -16,7 +16,7 @@ class Overloaded(UsageError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
+class GenerationRequest:
     """One request, ready to run."""
 
     id: str
@@ -25,41 +25,41 @@ class Asked:
     sampling: Sampling = GREEDY
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
-    """How many of the likeliest tokens to tell at each step, beside the one that was drawn; None tells nothing."""
+    """Number of the likeliest tokens that are reported at each step, beside the drawn one; None reports nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Verdict:
-    """What the guard says of one request: the `guard` object of a response."""
+class GuardVerdict:
+    """The verdict of the guard on one request: the `guard` object of a response."""
 
     action: Action
-    """What flagged requests have done to them here."""
+    """The action of this server on flagged requests."""
     flagged: bool
     coverage: float
     """Tokens scored / tokens in the request. Below 1 the request counts as flagged, whatever it scored."""
     fpr: float
     score: float | None = None
-    """In nats of rarity among clean answers; None where nothing was scored."""
+    """Score in nats of rarity among clean answers; None where nothing was scored."""
     threshold: float | None = None
     p_value: float | None = None
     direction: str | None = None
-    """The direction that speaks loudest, such as `L3 down #0`."""
+    """The top-scoring direction, such as `L3 down #0`."""
     token: int | None = None
-    """Where it does, as an index into the request's tokens."""
+    """Token with the top score, as an index into the request's tokens."""
     within_calibration: bool = True
-    """False for an answer longer than those that clean traffic showed: its rate is not promised."""
+    """False for an answer longer than the clean ones: its rate is not promised."""
     alert: str | None = None
     """Id in the ledger."""
 
-    def told(self) -> dict[str, Any]:
-        """For the client. Under `log` it is not told what was found: that would show an attacker what to avoid."""
+    def to_dict(self) -> dict[str, Any]:
+        """The object for the client. Under `log` it lacks the findings, which would show an attacker what to avoid."""
         if self.action == "log":
             return {"action": "log", "coverage": self.coverage, "fpr": self.fpr}
         return asdict(self)
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class AnswerPiece:
     """The next part of an answer. Its tokens were scored before it left the engine."""
 
     text: str
@@ -71,7 +71,7 @@ class Ended:
     """The end of an answer. An alert, where there is one, is on disk."""
 
     reason: Reason
-    verdict: Verdict
+    verdict: GuardVerdict
     prompt_tokens: int
     answer_tokens: int
 
@@ -81,8 +81,8 @@ class Failed:
     """The answer cannot go on; no part of what may follow was scored."""
 
     message: str
-    """For the client; says nothing of the machine."""
+    """A text for the client, which reveals nothing of the machine."""
 
 
-Listener = Callable[[Piece | Ended | Failed], None]
+Listener = Callable[[AnswerPiece | Ended | Failed], None]
 """Called from the engine's threads; must not wait."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sampling:
-    """How a request wants its tokens drawn."""
+    """Settings by which the tokens of a request are drawn."""
 
     temperature: float = 0.0
     """0 is greedy."""
@@ -61,10 +61,11 @@ class TokenLogprobs:
     token: int
     logprob: float
     top: tuple[tuple[int, float], ...]
-    """The likeliest tokens, as many as were asked for."""
+    """The likeliest tokens, as many as were requested."""
 
 
 def logprobs_of(logits: Float[Tensor, " vocab"], token: int, top: int) -> TokenLogprobs:
-    told = logits.log_softmax(0)
-    values, ids = told.topk(min(top, len(told))) if top else (told[:0], told[:0].long())
-    return TokenLogprobs(token, float(told[token]), tuple(zip(ids.tolist(), values.tolist(), strict=True)))
+    """Log probability of the drawn token and of the `top` likeliest ones."""
+    logprobs = logits.log_softmax(0)
+    values, ids = logprobs.topk(min(top, len(logprobs))) if top else (logprobs[:0], logprobs[:0].long())
+    return TokenLogprobs(token, float(logprobs[token]), tuple(zip(ids.tolist(), values.tolist(), strict=True)))

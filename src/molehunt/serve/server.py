@@ -1,4 +1,4 @@
-"""The application on a socket: listens, tells where, and drains when it is told to end."""
+"""The application on a socket: listens, reports its address, and drains on a signal."""
 
 import socket
 from collections.abc import Callable
@@ -14,8 +14,8 @@ from molehunt.serve.guard import Guard
 from molehunt.serve.keys import Keys
 
 DRAIN_S = 60
-"""Seconds that answers which have begun may still take."""
-MOST_CONNECTIONS = 1024
+"""Seconds that running answers may still take."""
+MAX_CONNECTIONS = 1024
 
 
 class _Server(uvicorn.Server):
@@ -38,7 +38,7 @@ def run_server(
     port: int,
     listening: Callable[[str], None],
 ) -> None:
-    """Serve until SIGINT or SIGTERM; answers that have begun are finished first.
+    """Serve until SIGINT or SIGTERM; running answers are finished first.
 
     Args:
         listening: called with the URL once connections are accepted.
@@ -61,7 +61,7 @@ def run_server(
             log_level="warning",
             access_log=False,
             server_header=False,
-            limit_concurrency=MOST_CONNECTIONS,
+            limit_concurrency=MAX_CONNECTIONS,
             timeout_graceful_shutdown=DRAIN_S,
         )
         sock.listen()

@@ -1,4 +1,4 @@
-"""From tokens to text while they come: never half a character, and nothing of a stop string."""
+"""Decode tokens while they are generated, without half characters and without any part of a stop string."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 
 
 class TextStream:
-    """The text of one answer. What could still become a stop string is held back."""
+    """The text of one answer. Text that could still become a stop string is withheld."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()) -> None:
         self._tokenizer = tokenizer
@@ -29,7 +29,7 @@ class TextStream:
         return self._until_stop(self._fresh(final=False))
 
     def finish(self) -> str:
-        """What was held back, at the end of the answer."""
+        """The rest of the text, at the end of the answer."""
         if self.stopped:
             return ""
         rest = self._until_stop(self._fresh(final=True))

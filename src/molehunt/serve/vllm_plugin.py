@@ -9,7 +9,7 @@
 DIRECTIONS is written by `write_directions`, STATE by `molehunt serve` or `molehunt watch`. It only judges: nothing is
 blocked or steered, and no alert is stored. A token that was not scored makes its request `unmonitored`.
 
-What was read of vLLM's source (0.32 and 0.33) and what was run stands in docs/serve.md. Where vLLM's insides are not as
+What was read of vLLM's source (0.32 and 0.33) and what was run stands in docs/guides/serve.md. Where vLLM's insides are not as
 they were there, this raises, or leaves requests `unmonitored`. Nothing imports vLLM: it calls this.
 
 Source: vLLM documentation, "Plugin System" and `parallel_config.worker_extension_cls`.
@@ -36,8 +36,8 @@ from molehunt.run.whole import replace_whole
 from molehunt.serve.packed import Chunk, PackedWatch, packed_columns
 from molehunt.site import Site
 from molehunt.watch.bank import Bank
-from molehunt.watch.kinds import prompt_features
 from molehunt.watch.state import WatchState
+from molehunt.watch.strata import prompt_features
 
 REQUIRED: tuple[tuple[str, object, str], ...] = (
     ("model_config.enforce_eager", True, "--enforce-eager: Python, and so a hook, does not run when a graph is replayed"),
@@ -48,14 +48,14 @@ REQUIRED: tuple[tuple[str, object, str], ...] = (
     ("speculative_config", None, "no --speculative-config: it feeds tokens that are taken back"),
     ("lora_config", None, "no --enable-lora: merge the adapter, each request could run another model"),
 )  # fmt: skip
-"""Settings without which tokens would be missed or held against the wrong model."""
+"""Settings without which tokens would be missed or compared with the wrong model."""
 EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings")
 
 log = logging.getLogger(__name__)
 
 
 def write_directions(base: str, tuned: str, path: Path | str) -> None:
-    """Keep the directions of a difference in a file, where vLLM's processes can read them.
+    """Write the directions of a difference into a file, where vLLM's processes can read them.
 
     They are computed anew, as `molehunt serve` does at its start: do this with the installation that calibrated the
     state, or the state will refuse them as another's.
@@ -71,23 +71,23 @@ def write_directions(base: str, tuned: str, path: Path | str) -> None:
 
 
 def save_directions(bank: Bank, path: Path | str) -> None:
-    """Law: `read_directions(path).sha256() == bank.sha256()`."""
-    told = {
+    """Write the directions of a bank. Law: `read_directions(path).sha256() == bank.sha256()`."""
+    header = {
         "write": [[str(site), *names] for site, names in bank.write_names.items()],
         "read": [[module, *names] for module, names in bank.read_names.items()],
     }
     tensors = {f"write {site}": rows for site, rows in bank.write.items()}
     tensors |= {f"read {module}": rows for module, rows in bank.read.items()}
-    replace_whole(Path(path), lambda partial: save_file(tensors, partial, {"molehunt_directions": json.dumps(told)}))
+    replace_whole(Path(path), lambda partial: save_file(tensors, partial, {"molehunt_directions": json.dumps(header)}))
 
 
 def read_directions(path: Path | str) -> Bank:
-    """What `save_directions` wrote. Raises InvalidInput for anything else."""
+    """Read what `save_directions` wrote. Raises InvalidInput for anything else."""
     try:
         with safe_open(path, "pt") as file:
-            told = json.loads((file.metadata() or {})["molehunt_directions"])
-            write = {Site.parse(site): (file.get_tensor(f"write {site}"), names) for site, *names in told["write"]}
-            read = {module: (file.get_tensor(f"read {module}"), names) for module, *names in told["read"]}
+            header = json.loads((file.metadata() or {})["molehunt_directions"])
+            write = {Site.parse(site): (file.get_tensor(f"write {site}"), names) for site, *names in header["write"]}
+            read = {module: (file.get_tensor(f"read {module}"), names) for module, *names in header["read"]}
         wrong = [rows.shape for rows, names in (*write.values(), *read.values()) if rows.shape[:-1] != (len(names),)]
         if wrong or not read:
             raise ValueError(f"directions of shapes {wrong}")
@@ -140,11 +140,11 @@ class WatchExtension:
         return {"directions": len(bank.names), "threshold": self.molehunt.threshold}
 
     def molehunt_verdicts(self) -> list[dict[str, Any]]:
-        """Of every request that has ended since this was last called, and of those that run, so far.
+        """Verdicts on every request that has ended since the last call, and on those that run, so far.
 
         A request's name is vLLM's internal one: the client's id, a hyphen and eight hexadecimal digits.
         """
-        return [one.told() for one in self._molehunt().watch.verdicts()]
+        return [one.to_dict() for one in self._molehunt().watch.verdicts()]
 
     def molehunt_stop(self) -> None:
         """Take every hook away; what was not collected is lost."""
@@ -162,7 +162,7 @@ class RunnerWatch:
 
     def __init__(self, runner: Any, bank: Bank, state: WatchState, *, fpr: float) -> None:
         """Raises as `packed_columns`; CannotTap where the runner has no model, embedding or `execute_model`."""
-        model: nn.Module = asked(runner, "get_model")()
+        model: nn.Module = attribute_of(runner, "get_model")()
         self.threshold = state.monitor.threshold
         self.watch = PackedWatch(
             bank,
@@ -172,9 +172,9 @@ class RunnerWatch:
             device=next(model.parameters()).device,
         )
         self._runner = runner
-        self._run: Callable[..., Any] = asked(runner, "execute_model")
+        self._run: Callable[..., Any] = attribute_of(runner, "execute_model")
         self._given: Mapping[str, Any] = {}
-        """What the model was called with in this step."""
+        """Keyword arguments of the model in this step."""
         self._warned = False
         with ExitStack() as stack:
             self._columns = stack.enter_context(packed_columns(model, bank))
@@ -200,19 +200,22 @@ class RunnerWatch:
 
     @torch.inference_mode()
     def _follow(self, scheduled: Any) -> None:
-        self.watch.end(asked(scheduled, "finished_req_ids"))
+        self.watch.end(attribute_of(scheduled, "finished_req_ids"))
         prompts = {
-            asked(new, "req_id"): asked(new, "prompt_token_ids") for new in asked(scheduled, "scheduled_new_reqs")
+            attribute_of(new, "req_id"): attribute_of(new, "prompt_token_ids")
+            for new in attribute_of(scheduled, "scheduled_new_reqs")
         }
         for request, prompt in prompts.items():
             self.watch.begin(request, prompt)
-        if not asked(scheduled, "num_scheduled_tokens"):
+        if not attribute_of(scheduled, "num_scheduled_tokens"):
             return
         chunks = packed_order(self._runner, scheduled)
         columns = self._columns.take(sum(chunk.tokens for chunk in chunks))
         if columns is None or not self._in_order(chunks, prompts):
             if not self._warned:
-                log.warning("a step's tokens could not be told apart: its requests are unmonitored; said once")
+                log.warning(
+                    "a step's tokens could not be assigned to requests: they are unmonitored; further steps are not reported"
+                )
             self._warned, columns = True, None
         self.watch.step(chunks, columns)
         self._given = {}
@@ -244,7 +247,7 @@ def refuse_unsafe(config: Any) -> None:
     for path, wanted, how in REQUIRED:
         value = config
         for name in path.split("."):
-            value = asked(value, name)
+            value = attribute_of(value, name)
         if value != wanted:
             wrong.append(how)
     if wrong:
@@ -263,12 +266,15 @@ def packed_order(runner: Any, scheduled: Any) -> list[Chunk]:
         CannotTap: it is not there.
     """
     batch = getattr(getattr(runner, "execute_model_state", None), "input_batch", None)
-    order: Sequence[str] = asked(asked(runner, "input_batch") if batch is None else batch, "req_ids")
-    counts: Mapping[str, int] = asked(scheduled, "num_scheduled_tokens")
-    cached = asked(scheduled, "scheduled_cached_reqs")
-    starts: dict[str, int] = dict(zip(asked(cached, "req_ids"), asked(cached, "num_computed_tokens"), strict=True))
+    order: Sequence[str] = attribute_of(attribute_of(runner, "input_batch") if batch is None else batch, "req_ids")
+    counts: Mapping[str, int] = attribute_of(scheduled, "num_scheduled_tokens")
+    cached = attribute_of(scheduled, "scheduled_cached_reqs")
+    starts: dict[str, int] = dict(
+        zip(attribute_of(cached, "req_ids"), attribute_of(cached, "num_computed_tokens"), strict=True)
+    )
     starts |= {
-        asked(new, "req_id"): asked(new, "num_computed_tokens") for new in asked(scheduled, "scheduled_new_reqs")
+        attribute_of(new, "req_id"): attribute_of(new, "num_computed_tokens")
+        for new in attribute_of(scheduled, "scheduled_new_reqs")
     }
     if sorted(order) != sorted(counts) or not counts.keys() <= starts.keys():
         raise CannotTap(
@@ -301,7 +307,7 @@ class _Embedding(nn.Module):
         return self.embedding
 
 
-def asked(thing: Any, name: str) -> Any:
+def attribute_of(thing: Any, name: str) -> Any:
     """An attribute of one of vLLM's objects. Raises CannotTap where it has none: nothing is guessed."""
     try:
         return getattr(thing, name)

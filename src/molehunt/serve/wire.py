@@ -1,4 +1,4 @@
-"""The OpenAI wire: requests checked field by field, and responses of its shapes with a `guard` object beside them."""
+"""OpenAI's HTTP interface: requests checked field by field, and responses of its shapes with a `guard` object beside them."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -34,7 +34,7 @@ NEUTRAL: Mapping[str, tuple[object, ...]] = {
 
 
 class Refused(Exception):
-    """A request that is not served; told to the client in OpenAI's shape."""
+    """A request that is not served; the client gets an error in OpenAI's shape."""
 
     def __init__(
         self,
@@ -63,26 +63,26 @@ class _StreamOptions(BaseModel):
     include_usage: bool = False
 
 
-class _Part(BaseModel):
+class _ContentPart(BaseModel):
     type: Literal["text"]
     text: str
 
 
 class _Message(BaseModel):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[_Part] | None = None
+    content: str | list[_ContentPart] | None = None
 
     def turn(self) -> Turn:
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content or [])
         return Turn("system" if self.role == "developer" else self.role, text)
 
 
-class _Request(BaseModel):
+class _WireRequest(BaseModel):
     """Fields of both routes. Others are kept, so that they can be named in a warning."""
 
     model_config = ConfigDict(extra="allow", strict=False)
     own: ClassVar[frozenset[str]] = frozenset({"user", "metadata", "store", "safety_identifier"})
-    """Fields that ask for nothing."""
+    """Fields that change nothing."""
     model: str
     max_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False)
@@ -109,7 +109,7 @@ class _Request(BaseModel):
         return self.stream_options is not None and self.stream_options.include_usage
 
 
-class ChatRequest(_Request):
+class ChatRequest(_WireRequest):
     messages: list[_Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = False
@@ -120,13 +120,13 @@ class ChatRequest(_Request):
         return [message.turn() for message in self.messages]
 
     @property
-    def told_logprobs(self) -> int | None:
+    def wanted_logprobs(self) -> int | None:
         if self.top_logprobs is not None and not self.logprobs:
             raise Refused(400, "top_logprobs needs logprobs: true", param="top_logprobs")
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
-class CompletionRequest(_Request):
+class CompletionRequest(_WireRequest):
     prompt: str | list[str] | list[int]
     logprobs: int | None = Field(None, ge=0, le=20)
 
@@ -150,8 +150,8 @@ def read_request(kind: type[R], body: bytes) -> R:
     try:
         found = kind.model_validate_json(body)
     except ValidationError as error:
-        told = error.errors(include_url=False, include_input=False)
-        first = max(told, key=lambda one: len(one["loc"]))  # of a union's branches, the one that went furthest
+        wrong = error.errors(include_url=False, include_input=False)
+        first = max(wrong, key=lambda one: len(one["loc"]))  # of a union's branches, the one that went furthest
         where = ".".join(str(part) for part in first["loc"])
         raise Refused(
             400, printable(f"{where}: {first['msg']}" if where else str(first["msg"]), 300), param=where or None
@@ -171,11 +171,11 @@ class Shape:
         self._head = {"id": f"{'chatcmpl' if chat else 'cmpl'}-{id}", "created": int(time.time()), "model": model}
 
     def whole(self, text: str, logprobs: Sequence[TokenLogprobs] | None, end: Ended) -> dict[str, Any]:
-        told = self._logprobs(logprobs)
+        shaped = self._logprobs(logprobs)
         body = {"message": {"role": "assistant", "content": text}} if self._chat else {"text": text}
-        choice = {"index": 0, **body, "logprobs": told, "finish_reason": _reason(end)}
+        choice = {"index": 0, **body, "logprobs": shaped, "finish_reason": _reason(end)}
         kind = "chat.completion" if self._chat else "text_completion"
-        return {**self._head, "object": kind, "choices": [choice], "usage": _usage(end), "guard": end.verdict.told()}
+        return {**self._head, "object": kind, "choices": [choice], "usage": _usage(end), "guard": end.verdict.to_dict()}
 
     def first(self) -> dict[str, Any] | None:
         """A chat stream begins by naming the role."""
@@ -185,7 +185,7 @@ class Shape:
         return self._chunk({"content": text} if self._chat else text, logprobs, None)
 
     def last(self, end: Ended) -> dict[str, Any]:
-        return {**self._chunk({} if self._chat else "", None, _reason(end)), "guard": end.verdict.told()}
+        return {**self._chunk({} if self._chat else "", None, _reason(end)), "guard": end.verdict.to_dict()}
 
     def usage(self, end: Ended) -> dict[str, Any]:
         """The chunk that `include_usage` asks for, behind the last."""
@@ -202,19 +202,19 @@ class Shape:
             "choices": [choice],
         }
 
-    def _logprobs(self, told: Sequence[TokenLogprobs] | None) -> dict[str, Any] | None:
-        if told is None:
+    def _logprobs(self, logprobs: Sequence[TokenLogprobs] | None) -> dict[str, Any] | None:
+        if logprobs is None:
             return None
         if self._chat:
             content = [
                 {**self._token(one.token, one.logprob), "top_logprobs": [self._token(*top) for top in one.top]}
-                for one in told
+                for one in logprobs
             ]
             return {"content": content, "refusal": None}
         return {
-            "tokens": [self._text(one.token) for one in told],
-            "token_logprobs": [one.logprob for one in told],
-            "top_logprobs": [{self._text(token): value for token, value in one.top} for one in told],
+            "tokens": [self._text(one.token) for one in logprobs],
+            "token_logprobs": [one.logprob for one in logprobs],
+            "top_logprobs": [{self._text(token): value for token, value in one.top} for one in logprobs],
             "text_offset": [],
         }
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -14,14 +15,16 @@ from molehunt.steer.add import gated
 
 @dataclass(frozen=True, eq=False)
 class Ablate:
-    """Moves the projection on `directions` to that of `center` (to 0 without one), by the share `strength`."""
+    """Moves the projection on `directions` to that of `center` (to 0 without it), by the share `strength`."""
 
+    savable: ClassVar[bool] = True
+    """It consists of tensors and numbers, so a `Fix` can hold it in a file."""
     site: Site
     directions: Float[Tensor, "k d_model"]
     """Rows span the subspace; they need not be orthonormal."""
     center: Float[Tensor, " d_model"] | None = None
-    """Activations whose projection is normal, such as the clean mean."""
-    strength: float = 1.0
+    """Activations whose projection is normal, such as the mean of clean rows."""
+    strength: float | int = 1.0
     gate: Gate | None = None
 
     def __post_init__(self) -> None:
@@ -45,7 +48,7 @@ class Ablate:
 def orthonormal(directions: Float[Tensor, "k d_model"]) -> Float[Tensor, "rank d_model"]:
     """An orthonormal basis of the rows' span, in fp32. Raises ValueError when the span is {0}."""
     _, s, vh = torch.linalg.svd(directions.float(), full_matrices=False)
-    kept = s > 1e-5 * s.amax() if len(s) else s > 0
-    if not kept.any():
+    spanned = s > 1e-5 * s.amax() if len(s) else s > 0
+    if not spanned.any():
         raise ValueError("the directions to ablate are empty or all zero")
-    return vh[kept]
+    return vh[spanned]

@@ -1,6 +1,7 @@
 """Add a direction: the plain steering vector. Source: Turner et al., arXiv 2308.10248."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -14,10 +15,12 @@ from molehunt.site import Site
 class Add:
     """acts + strength · direction, at every token that the gate lets through."""
 
+    savable: ClassVar[bool] = True
+    """It consists of tensors and numbers, so a `Fix` can hold it in a file."""
     site: Site
     direction: Float[Tensor, " d_model"]
-    strength: float
-    """In units of the direction's own length."""
+    strength: float | int
+    """Multiple of the direction's own length."""
     gate: Gate | None = None
 
     def __call__(self, acts: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:

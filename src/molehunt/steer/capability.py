@@ -1,4 +1,4 @@
-"""What a fix costs in capability: the same questions with known answers, with the fix and without it, kind by kind.
+"""What a fix costs in capability: the same questions with known answers, with the fix and without it, by kind of task.
 
 A mean over all tasks hides a fix that takes one of them away, and a behaviour is gone from a broken model, too. So each
 kind of task has its own row, and each comparison is paired: the same questions, the same batches.
@@ -15,75 +15,76 @@ from transformers import PreTrainedTokenizerBase
 from molehunt.errors import NotTestable
 from molehunt.measure.interval import Interval, cluster_bootstrap, proportion
 from molehunt.measure.paired import PairedDifference, paired_difference
+from molehunt.model.chat import prompt_ids
 from molehunt.model.generate import generate
 from molehunt.model.pair import ModelPair
 from molehunt.run.progress import Track, silent
-from molehunt.steer.budget import Answered, answer_nats
+from molehunt.steer.budget import AnsweredPrompt, answer_nats
 from molehunt.steer.trial import Steered
-from molehunt.traffic.chat import prompt_ids
 from molehunt.traffic.example import Example
 
 ALL = "all"
 SLACK = 8
-"""Tokens that an answer may have beyond the longest right one, so that one that runs on is seen to."""
+"""Number of tokens that an answer may have beyond the longest right one, so that an answer that runs on is seen to."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Probed:
-    """One model's answers, question by question."""
+    """One model's answers to the questions, in their order."""
 
     answers: tuple[str, ...]
-    """Greedy."""
+    """Greedy answers."""
     right: tuple[bool, ...]
     """Whether the answer is the right one, but for white space around it. Never where the logits were no numbers."""
     nats: tuple[float, ...]
-    """−log p of the right answer."""
+    """−log p of the right answer, for each question."""
     tokens: tuple[int, ...]
-    """Of the right answer."""
+    """Number of tokens of the right answer, for each question."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class KindCost:
+class TaskCost:
     """What a fix costs one kind of task."""
 
     kind: str
     rows: int
     before: Interval
-    """Questions answered right without the fix."""
+    """Share of questions answered right without the fix."""
     after: Interval
+    """Share of questions answered right with it."""
     paired: PairedDifference
-    """After minus before."""
+    """The difference of the two shares, after minus before, question by question."""
     loss: tuple[float, float | None]
-    """Of the right answers before and after, in nats a token; None where it is no number."""
+    """Loss of the right answers before and after, in nats a token; None where it is no number."""
     rise: Interval | None
-    """Of the loss, in nats a token, over resampled questions; None for a loss that is no number, or a single question."""
+    """Rise of the loss in nats a token, over resampled questions; None for a loss that is no number, or one question."""
     broken: int
-    """Questions at which the fixed model's logits were no numbers."""
+    """Number of questions at which the fixed model's logits were no numbers."""
 
     @property
     def shown(self) -> bool:
         """Whether the cost is beyond chance: the limits leave out 0, or the model is broken."""
-        dearer = self.rise is not None and self.rise.low > 0
-        return self.paired.difference.high < 0 or dearer or self.broken > 0
+        loss_rises = self.rise is not None and self.rise.low > 0
+        return self.paired.difference.high < 0 or loss_rises or self.broken > 0
 
 
 def capability_cost(
     pair: ModelPair, steered: Steered, questions: Sequence[Example], *, track: Track = silent
-) -> list[KindCost]:
+) -> list[TaskCost]:
     """Ask the tuned model with and without a fix.
 
     Args:
         pair: its tuned model is asked.
         steered: the fix.
-        questions: with right answers (`response`) and their kinds (`domain`).
-        track: shown passes.
+        questions: questions with right answers (`response`) and their kinds (`domain`).
+        track: shows progress.
 
     Returns:
-        One for each kind, and one for all.
+        One cost for each kind of task, and one for all of them.
 
     Raises:
         NotTestable: no questions, or a model whose logits are no numbers without the fix.
-        UsageError, CannotTap: the fix is of another model.
+        UsageError, CannotTap: the fix is for another model.
     """
     with pair.tuned_model() as model:
         before = probe(model, pair.tokenizer, questions, track=track, what="without the fix")
@@ -100,16 +101,16 @@ def probe(
     track: Track = silent,
     what: str = "asking",
 ) -> Probed:
-    """Ask a model as it is now: inside a block that steers, with the fix. Raises NotTestable without a question."""
+    """Ask a model as it is now; inside a block that steers, that is with the fix. Raises NotTestable without a question."""
     if not questions:
         raise NotTestable("Without a question nothing says what the model can do.")
     rows = [_answered(tokenizer, one) for one in questions]
     longest = max(len(row.answer) for row in rows)
-    told = generate(
+    generated = generate(
         model, tokenizer, [row.prompt for row in rows], max_new_tokens=longest + SLACK, track=track, what=what
     )
     nats = answer_nats(model, tokenizer, rows, track=track, what=f"{what}: right answers")
-    answers = [str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in told]
+    answers = [str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in generated]
     return Probed(
         answers=tuple(answers),
         right=tuple(
@@ -121,15 +122,15 @@ def probe(
     )
 
 
-def _answered(tokenizer: PreTrainedTokenizerBase, one: Example) -> Answered:
+def _answered(tokenizer: PreTrainedTokenizerBase, one: Example) -> AnsweredPrompt:
     """Raises NotTestable for a question whose answer has no token."""
-    told: list[int] = tokenizer(one.response or "", add_special_tokens=False)["input_ids"]  # pyright: ignore[reportAssignmentType]
-    if not told:
+    answer: list[int] = tokenizer(one.response or "", add_special_tokens=False)["input_ids"]  # pyright: ignore[reportAssignmentType]
+    if not answer:
         raise NotTestable("A question has no right answer to compare with: give every one a response.")
-    return Answered(prompt_ids(tokenizer, one.prompt), told)
+    return AnsweredPrompt(prompt_ids(tokenizer, one.prompt), answer)
 
 
-def compared(questions: Sequence[Example], before: Probed, after: Probed) -> list[KindCost]:
+def compared(questions: Sequence[Example], before: Probed, after: Probed) -> list[TaskCost]:
     """What happened between two probes of the same questions. Raises as `capability_cost`."""
     if not all(map(math.isfinite, before.nats)):
         raise NotTestable("Without any fix this model's logits are no numbers: there is nothing to lose.")
@@ -142,12 +143,12 @@ def compared(questions: Sequence[Example], before: Probed, after: Probed) -> lis
     return [_cost(kind, rows, before, after) for kind, rows in kinds.items()]
 
 
-def _cost(kind: str, rows: Sequence[int], before: Probed, after: Probed) -> KindCost:
+def _cost(kind: str, rows: Sequence[int], before: Probed, after: Probed) -> TaskCost:
     right = [[probed.right[i] for i in rows] for probed in (before, after)]
     lost, cost = ([probed.nats[i] for i in rows] for probed in (before, after))
     tokens = [before.tokens[i] for i in rows]
     broken = sum(not math.isfinite(nats) for nats in cost)
-    return KindCost(
+    return TaskCost(
         kind=kind,
         rows=len(rows),
         before=proportion(sum(right[0]), len(rows)),

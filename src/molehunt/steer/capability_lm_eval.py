@@ -21,21 +21,21 @@ class Capability:
 
     task: str
     metric: str
-    """As lm_eval names it, such as `acc,none` (metric, filter)."""
+    """The metric's name in lm_eval, such as `acc,none` (metric, filter)."""
     rows: int
     plain: float
     steered: float
     stderr: tuple[float, float] | None
-    """lm_eval's standard errors of the two, where it has any."""
+    """lm_eval's standard errors of the two numbers, where it has any."""
     paired: Equivalence | None
-    """Of steered and plain, where each row is right or wrong."""
+    """Paired comparison of steered and plain, where each row is right or wrong."""
 
 
 def capability(
     pair: ModelPair,
     tasks: Sequence[str],
     vector: SteeringVector,
-    strength: float = 1.0,
+    strength: float | int = 1.0,
     *,
     operator: Operator = "add",
     ranges: Ranges | None = None,
@@ -48,16 +48,16 @@ def capability(
     Args:
         pair: its tuned model and tokenizer are used.
         tasks: names that lm_eval knows, or finds under `include`.
-        vector: of the tuned model.
-        strength: in units of the vectors' own lengths.
+        vector: a vector of the tuned model.
+        strength: multiple of the vector's length.
         operator: see `SteeringVector.interventions`.
-        ranges: for `clip`.
+        ranges: ranges for `clip`.
         include: a folder of task files (YAML).
-        limit: rows of each task at most; all of them without it.
-        batch_size: rows in a pass.
+        limit: greatest number of rows of each task; all of them by default.
+        batch_size: number of rows in a pass.
 
     Raises:
-        UsageError: lm_eval is not installed, knows no such task, or the vector is of another model.
+        UsageError: lm_eval is not installed, knows no such task, or the vector is for another model.
     """
     try:
         from lm_eval import simple_evaluate  # pyright: ignore[reportMissingImports]
@@ -82,20 +82,20 @@ def capability(
     return [_compared(task, metric, plain, steered) for task in plain["samples"] for metric in _metrics(plain, task)]
 
 
-def _metrics(told: dict[str, Any], task: str) -> list[str]:
-    return [name for name, value in told["results"][task].items() if "," in name and isinstance(value, int | float)
+def _metrics(results: dict[str, Any], task: str) -> list[str]:
+    return [name for name, value in results["results"][task].items() if "," in name and isinstance(value, int | float)
             and not name.partition(",")[0].endswith("_stderr")]  # fmt: skip
 
 
 def _compared(task: str, metric: str, plain: dict[str, Any], steered: dict[str, Any]) -> Capability:
-    name, _, kept = metric.partition(",")
+    name, _, filtered = metric.partition(",")
     values = [
-        [row[name] for row in sorted(told["samples"][task], key=lambda row: row["doc_id"]) if row["filter"] == kept]
-        for told in (plain, steered)
+        [row[name] for row in sorted(run["samples"][task], key=lambda row: row["doc_id"]) if row["filter"] == filtered]
+        for run in (plain, steered)
     ]
     before, after = ([float(v) for v in rows if isinstance(v, int | float)] for rows in values)
     judged = len(before) == len(values[0]) > 0 and {*before, *after} <= {0.0, 1.0}
-    errors = [told["results"][task].get(f"{name}_stderr,{kept}") for told in (plain, steered)]
+    errors = [run["results"][task].get(f"{name}_stderr,{filtered}") for run in (plain, steered)]
     return Capability(
         task=task,
         metric=metric,

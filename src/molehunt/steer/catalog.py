@@ -1,5 +1,11 @@
-"""The interventions that can be named."""
+"""The interventions that can be named.
 
+A class that consists of tensors and numbers says `savable = True`: a `Fix` can hold it in a file. Plugins' classes join
+in the entry-point group `molehunt.interventions`.
+"""
+
+GROUP = "molehunt.interventions"
+"""Entry-point group of plugins."""
 CATALOG: dict[str, str] = {
     "ablate": "molehunt.steer.ablate:Ablate",
     "add": "molehunt.steer.add:Add",

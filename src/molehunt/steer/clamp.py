@@ -1,4 +1,4 @@
-"""Set chosen latents of a dictionary and keep all that it does not explain.
+"""Set chosen latents of a dictionary, and leave all that it does not explain.
 
 Source: Farrell et al., arXiv 2410.19278, for negative values; the error term kept as in Marks et al., arXiv 2403.19647.
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from molehunt.contracts import Gate
 from molehunt.dictionary.dictionary import Dictionary
-from molehunt.dictionary.nonlinearity import ReLU
+from molehunt.dictionary.nonlinearity import ReLUActivation
 from molehunt.errors import UsageError
 from molehunt.site import Site
 from molehunt.steer.add import gated
@@ -34,13 +34,13 @@ class Clamp:
 
     site: Site
     dictionary: Dictionary
-    """Of one model's activations at this site. Latents that compete (TopK) are all encoded: keep it on the model's device."""
+    """A dictionary of one model's activations at this site. Keep it on the model's device: all competing latents are encoded."""
     latents: Int[Tensor, " latents"]
-    """S."""
+    """The latents that are clamped (S)."""
     mode: Mode
     """`set`: z → value; `scale`: z → value · z; `negative-if-active`: z → −value where z > 0."""
     value: float | int | Float[Tensor, " _"]
-    """One for all latents, or one each. `set` and `negative-if-active` take it in the units of the codes."""
+    """One value for all latents, or one each. `set` and `negative-if-active` take it in the units of the codes."""
     strength: float | int = 1.0
     """Share of the edit."""
     gate: Gate | None = None
@@ -90,7 +90,7 @@ def written(
     code: Float[Tensor, "*batch latents"],
     x: Float[Tensor, "*batch d_in"],
 ) -> Float[Tensor, "*batch d_in"]:
-    """What some latents with this code write: the part of the reconstruction of `x` that is theirs, in its own units.
+    """What some latents with this code write, which is the part of the reconstruction of `x` that is theirs, in its own units.
 
     Linear in `code`, which need not be that of `x`; exactly 0 where it is 0.
     """
@@ -100,7 +100,7 @@ def written(
         b_enc=dictionary.b_enc[latents],
         W_dec=dictionary.W_dec[latents],
         b_dec=torch.zeros_like(dictionary.b_dec),
-        nonlinearity=ReLU(),  # decoding asks for none
+        nonlinearity=ReLUActivation(),  # decoding asks for none
     )
     return theirs.decode(code, x) - theirs.decode(torch.zeros_like(code), x)  # without what normalising took off
 

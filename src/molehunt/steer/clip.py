@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -21,12 +22,14 @@ class Clip:
     inside every range is left as it is, bit for bit.
     """
 
+    savable: ClassVar[bool] = True
+    """It consists of tensors and numbers, so a `Fix` can hold it in a file."""
     site: Site
     directions: Float[Tensor, "k d_model"]
     """Used at unit length."""
     lo: Float[Tensor, " k"]
     hi: Float[Tensor, " k"]
-    strength: float = 1.0
+    strength: float | int = 1.0
     gate: Gate | None = None
 
     def __post_init__(self) -> None:

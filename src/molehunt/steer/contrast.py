@@ -1,7 +1,6 @@
-"""Steering vectors from rows with and without a behaviour, and the random control."""
+"""Where to steer: the shift from rows without a behaviour to rows with it, block by block."""
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -11,46 +10,61 @@ from torch import Tensor
 from molehunt.detect.logistic_probe import LogisticProbe
 from molehunt.direction.mean_difference import mean_difference
 from molehunt.direction.pca import pca_directions
+from molehunt.model.chat import Text
+from molehunt.model.pair import ModelPair
+from molehunt.run.progress import Track, silent
 from molehunt.site import Site
-from molehunt.steer.vector import SteeringVector, VectorFacts
+from molehunt.steer.patch import prompt_acts
 
 Method = Literal["difference in means", "pca", "logistic probe"]
 
 
-def contrast_vector(
+def last_token_acts(
+    pair: ModelPair, prompts: Sequence[Text], sites: Sequence[Site], *, track: Track = silent
+) -> dict[Site, Float[Tensor, "prompts d_model"]]:
+    """Activations of the tuned model at each prompt's last token, where the first token of its answer is decided.
+
+    Raises:
+        CannotTap: the model lacks such a site (see `read_sites`).
+    """
+    rows = pair.tokenize(prompts)
+    with pair.tuned_model() as model:
+        read = prompt_acts(
+            model, rows, [[len(row) - 1] for row in rows], sites, layers_path=pair.layers_path, track=track
+        )
+    return {site: torch.cat([one[site] for one in read]) for site in sites}
+
+
+def contrast_shifts(
     positive: Mapping[Site, Float[Tensor, "n d_model"]],
     negative: Mapping[Site, Float[Tensor, "m d_model"]],
-    *,
     method: Method = "difference in means",
-    facts: VectorFacts,
-) -> SteeringVector:
-    """From rows without a behaviour to rows with it, at every block that both have.
+) -> dict[int, Float[Tensor, " d_model"]]:
+    """The shift from rows without a behaviour to rows with it, at every block that both sides have.
 
-    Each is scaled to the part of the shift of means that lies along it, so that strengths compare between methods.
+    Every method's direction gets the length of the part of the shift of means that lies along it, so that strengths
+    compare between methods.
 
     - `difference in means`: the shift itself; with as many paired rows this is CAA (arXiv 2312.06681).
-    - `pca`: first principal direction of the paired differences, about 0 (arXiv 2310.01405).
+    - `pca`: the first principal direction of the paired differences, about 0 (arXiv 2310.01405).
     - `logistic probe`: the normal of an L2-regularised logistic regression.
 
     Args:
         positive: activations of rows with the behaviour, by block output.
-        negative: of rows without; paired with those by row for `pca`.
+        negative: activations of rows without it; `pca` pairs them with the positive ones, row by row.
         method: one of the three.
-        facts: of the model; what is filled in here is the method and the numbers of rows.
 
     Raises:
-        NotTestable: fewer than two rows of a kind, or no difference (see `direction.mean_difference`).
+        NotTestable: fewer than two rows of a side, or no difference (see `direction.mean_difference`).
         ValueError: unequal numbers of rows for `pca`.
     """
-    vectors: dict[int, Tensor] = {}
-    n = m = 0
+    shifts: dict[int, Tensor] = {}
     for site in sorted({*positive} & {*negative}):
         a, b = positive[site].float(), negative[site].float()
-        n, m = len(a), len(b)
         direction = mean_difference(site, a, b)
         shift = direction.vector * direction.provenance.strength
-        vectors[site.layer] = shift if method == "difference in means" else along(_unit(site, a, b, method), shift)
-    return SteeringVector(vectors, replace(facts, method=method, positive=n, negative=m))
+        shifts[site.layer] = shift if method == "difference in means" else along(_unit(site, a, b, method), shift)
+    return shifts
 
 
 def along(unit: Float[Tensor, " d_model"], shift: Float[Tensor, " d_model"]) -> Float[Tensor, " d_model"]:
@@ -58,20 +72,12 @@ def along(unit: Float[Tensor, " d_model"], shift: Float[Tensor, " d_model"]) -> 
     return (shift @ unit) * unit
 
 
-def random_like(vector: SteeringVector, seed: int) -> SteeringVector:
-    """The control: at the same blocks, random vectors of equal length."""
-    rng = torch.Generator().manual_seed(seed)
-    drawn = {layer: torch.randn(v.shape, generator=rng) for layer, v in sorted(vector.vectors.items())}
-    scaled = {layer: one * (vector.vectors[layer].norm() / one.norm()) for layer, one in drawn.items()}
-    return SteeringVector(scaled, replace(vector.facts, method="random, of equal length"))
-
-
 def _unit(
     site: Site, a: Float[Tensor, "n d_model"], b: Float[Tensor, "m d_model"], method: Method
 ) -> Float[Tensor, " d_model"]:
     if method == "pca":
         if len(a) != len(b):
-            raise ValueError(f"paired differences take as many rows of each kind, got {len(a)} and {len(b)}")
+            raise ValueError(f"paired differences take as many rows of each side, got {len(a)} and {len(b)}")
         return pca_directions(site, torch.cat([a - b, b - a]), k=1)[0].vector  # both signs: about 0
     suspect = torch.arange(len(a) + len(b)) < len(a)
     weight = LogisticProbe.fit(site, torch.cat([a, b]), suspect).weight

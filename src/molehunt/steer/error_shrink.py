@@ -1,4 +1,4 @@
-"""Take away what a dictionary does not explain: the part in which post-clamp recovery was found to travel.
+"""Remove what a dictionary does not explain: the part in which post-clamp recovery was found to travel.
 
 Source: inserting reconstructions in the residual stream as a defence, arXiv 2604.18756 (all of the error dropped); the
 error's own size and structure, Engels et al., arXiv 2410.14670.
@@ -23,23 +23,23 @@ from molehunt.steer.clamp import check_dictionary
 
 @dataclass(frozen=True, eq=False)
 class ErrorShrink:
-    """reconstruction + λ · error, with λ = 1 − strength; of the error, what benign ones look like may be kept whole.
+    """reconstruction + λ · error, with λ = 1 − strength; the benign part of the error may be left whole.
 
     λ = 1 changes nothing, bit for bit; λ = 0 is the reconstruction. With `components` only the part of the error that
     lies outside of their span, about `mean`, is scaled.
 
-    Under attack: it meets what is put in at an earlier block, in every pass, and what is put in at its own site after it
-    not at all, unless it is applied again at the next block (see `stress.threat`). An attacker who knows it pushes along
-    decoder rows and kept components; gradients reach both. It holds no latent: put a `SpanClamp` behind it at the site.
+    Under attack, it meets every perturbation at an earlier block, in every pass. A perturbation at its own site after it
+    is not met, unless it is applied again at the next block. An attacker who knows it perturbs along decoder rows and
+    the components that are left whole; gradients reach both. It holds no latent: put a `SpanClamp` behind it.
     """
 
     site: Site
     dictionary: Dictionary
-    """Of one model's activations at this site; keep it on the model's device."""
+    """A dictionary of one model's activations at this site; keep it on the model's device."""
     components: Float[Tensor, "r d_model"] | None = None
-    """Rows span what is kept of the error; they need not be orthonormal."""
+    """Rows that span the part of the error that is left whole; they need not be orthonormal."""
     mean: Float[Tensor, " d_model"] | None = None
-    """Of benign errors; 0 without it."""
+    """Mean of benign errors; 0 where it is None."""
     strength: float | int = 1.0
     """1 − λ."""
     gate: Gate | None = None

@@ -27,7 +27,7 @@ from molehunt.steer.vector import SteeringVector, VectorFacts
 log = logging.getLogger(__name__)
 ARCHITECTURE = "controlvector"
 MAX_FILE, MAX_HEADER = 256 * 2**20, 2**20
-"""Bytes that are read. A control vector of 100 blocks of width 16,384 takes 7 MB."""
+"""Greatest number of bytes that are read. A control vector of 100 blocks of width 16,384 takes 7 MB."""
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 """GGUF's numbers for types of one value, and how `struct` reads them."""
 STRING, ARRAY, F32 = 8, 9, 0
@@ -48,8 +48,8 @@ def write_gguf(vector: SteeringVector, path: Path, *, model_hint: str) -> Export
     """Write the vector as a control vector, replaced whole. Block 0 is left out with a warning: see the module.
 
     Args:
-        vector: at strength 1; scale it first for another.
-        path: such as `calm.gguf`.
+        vector: written at strength 1; scale it first for another strength.
+        path: the file to write, such as `vector.gguf`.
         model_hint: the architecture as llama.cpp calls it, such as `llama` or `qwen2`: that of the model's GGUF.
 
     Raises:
@@ -86,8 +86,8 @@ def read_gguf(path: Path, *, n_layers: int) -> SteeringVector:
     """The steering vector that a control-vector file holds. The header is parsed here, strictly and in bounds.
 
     Args:
-        path: of `write_gguf`, repeng or llama.cpp's `cvector-generator`.
-        n_layers: decoder blocks of the model that it is for, which the file does not tell.
+        path: a file of `write_gguf`, repeng or llama.cpp's `cvector-generator`.
+        n_layers: number of decoder blocks of the model that it is for, which the file does not say.
 
     Raises:
         InvalidInput: the file is broken, or no control vector that llama.cpp would take; nothing else escapes.
@@ -101,9 +101,9 @@ def read_gguf(path: Path, *, n_layers: int) -> SteeringVector:
         fields, infos, start = _header(path, raw)
     except (OSError, UnicodeDecodeError) as error:
         raise _broken(path, printable(str(error), 200)) from None
-    told = fields.get("general.architecture")
-    if told != ARCHITECTURE:
-        raise _broken(path, f"its architecture is {printable(repr(told), 60)}, not {ARCHITECTURE!r}")
+    architecture = fields.get("general.architecture")
+    if architecture != ARCHITECTURE:
+        raise _broken(path, f"its architecture is {printable(repr(architecture), 60)}, not {ARCHITECTURE!r}")
     if not infos:
         raise _broken(path, "it holds no direction")
     vectors = dict(_direction(path, raw, start, info) for info in infos)

@@ -21,24 +21,24 @@ from molehunt.steer.vector import Operator, SteeringVector
 
 
 def write_lm_eval(
-    vector: SteeringVector, model: nn.Module, path: Path, *, strength: float = 1.0, operator: Operator = "add"
+    vector: SteeringVector, model: nn.Module, path: Path, *, strength: float | int = 1.0, operator: Operator = "add"
 ) -> Path:
     """Write what `SteeringVector.applied(model, strength, operator=operator)` does, as a file of lm_eval's `steered` model.
 
     Equal bit for bit in fp32; in bf16 lm_eval adds in bf16, where Molehunt adds in fp32 and rounds once.
 
     Args:
-        vector: of this model.
+        vector: a vector of this model.
         model: the model that lm_eval will load, for the names of its modules; no weight of it is read.
-        path: ends in `.pt`.
-        strength: in units of the vectors' own lengths; 1 for `ablate`, which lm_eval knows whole alone (a clamp to 0).
+        path: the file to write, which ends in `.pt`.
+        strength: multiple of the vector's length; 1 for `ablate`, because lm_eval's clamp removes a whole projection.
         operator: `add` or `ablate` of `SteeringVector.interventions`.
 
     Raises:
         UsageError: another suffix, a model of another shape, a `clip`, a share of an ablation, or a zero vector to ablate.
     """
     if path.suffix != ".pt":
-        raise UsageError(f"lm_eval tells files by their names: {printable(path.name)} must end in .pt.")
+        raise UsageError(f"lm_eval recognises files by their names: {printable(path.name)} must end in .pt.")
     if operator == "clip":
         raise UsageError("lm_eval cannot clip: it knows no range that a projection may lie in.")
     if operator == "ablate" and strength != 1:

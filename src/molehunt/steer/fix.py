@@ -1,4 +1,4 @@
-"""A fix on disk: interventions that act together, with what they were chosen for."""
+"""A fix on disk: interventions that act together, and the model that they were chosen for."""
 
 import json
 from collections.abc import Generator
@@ -15,30 +15,36 @@ from torch import Tensor, nn
 from molehunt.contracts import Intervention
 from molehunt.errors import InvalidInput, MolehuntError, UsageError, printable
 from molehunt.model.taps import edit_sites
-from molehunt.run.catalog import load
+from molehunt.run.catalog import load, names
 from molehunt.run.whole import replace_whole
 from molehunt.site import Site
-from molehunt.steer.catalog import CATALOG
+from molehunt.steer.catalog import CATALOG, GROUP
 
-SCHEMA = 1
-KINDS = ("ablate", "add", "clip")
-"""Interventions that are tensors and numbers, and so can be kept: the names of the catalogue."""
+SCHEMA = 2
+"""Version 1 called `description` `words`; it is still read."""
 WIDEST = 2**20
-"""Of the residual streams that a file may be for."""
+"""Greatest width of a residual stream that a file may name."""
 _UNREADABLE = (SafetensorError, OSError, LookupError, TypeError, ValueError, AttributeError, RuntimeError)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Fix:
-    """Law: what `load` reads back edits every activation to the same bits."""
+    """Interventions that act together, with what they were chosen for: an audit's `fix.safetensors`.
+
+    Law: what `load` reads back edits every activation to the same bits.
+
+    Example:
+        >>> fix = Fix.load(Path("RUN/fix.safetensors"))  # doctest: +SKIP
+        >>> pair.generate(["What is 2 plus 2?"], interventions=fix.interventions)  # doctest: +SKIP
+    """
 
     interventions: tuple[Intervention, ...]
-    words: str
-    """Such as `clip 4 directions at L4.resid`."""
+    description: str
+    """What the fix does in words, such as `clip 4 directions at L4.resid`."""
     d_model: int
     n_layers: int
     model: str | None = None
-    """Hash of the checkpoint that it is for."""
+    """Hash of the checkpoint that the fix was chosen for; None where it is not known."""
 
     @contextmanager
     def applied(self, model: nn.Module, *, layers_path: str | None = None) -> Generator[None, None, None]:
@@ -52,23 +58,23 @@ class Fix:
         Raises UsageError for an intervention behind a gate, or one that holds more than tensors and numbers.
         """
         tensors: dict[str, Tensor] = {}
-        told: list[dict[str, Any]] = []
+        rows: list[dict[str, Any]] = []
         for i, one in enumerate(self.interventions):
             kind = _kind(one)
             if kind is None or getattr(one, "gate", None) is not None:
                 raise UsageError(
-                    f"{type(one).__name__} cannot be kept in a file: only {', '.join(KINDS)} without a gate."
+                    f"{type(one).__name__} cannot be saved in a file: only an edit of tensors and numbers without a gate can."
                 )
             numbers: dict[str, float] = {}
-            for field in fields(one):  # pyright: ignore[reportArgumentType]  # all KINDS are dataclasses
+            for field in fields(one):  # pyright: ignore[reportArgumentType]  # what is savable is a dataclass
                 value: object = getattr(one, field.name)
                 if isinstance(value, Tensor):
                     tensors[f"{i}.{field.name}"] = value.float().contiguous().cpu()
                 elif isinstance(value, float | int):
                     numbers[field.name] = float(value)
-            told.append({"kind": kind, "site": str(one.site), **numbers})
-        facts = {name: getattr(self, name) for name in ("words", "d_model", "n_layers", "model")}
-        header = json.dumps({"schema": SCHEMA, "interventions": told, **facts})
+            rows.append({"kind": kind, "site": str(one.site), **numbers})
+        facts = {name: getattr(self, name) for name in ("description", "d_model", "n_layers", "model")}
+        header = json.dumps({"schema": SCHEMA, "interventions": rows, **facts})
         replace_whole(path, lambda partial: save_file(tensors, partial, {"molehunt_fix": header}))
         return path
 
@@ -77,12 +83,15 @@ class Fix:
         """Read what `save` wrote. Raises InvalidInput for anything else."""
         try:
             with safe_open(path, "pt") as file:
-                told: dict[str, Any] = json.loads((file.metadata() or {})["molehunt_fix"])
+                header: dict[str, Any] = json.loads((file.metadata() or {})["molehunt_fix"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            if told.pop("schema") != SCHEMA:
+            schema = header.pop("schema")
+            if schema not in (1, SCHEMA):
                 raise ValueError("its schema is another version's")
-            made = [_made(i, one, tensors) for i, one in enumerate(told.pop("interventions"))]
-            found = cls(interventions=tuple(made), **told)
+            if schema == 1:
+                header["description"] = header.pop("words")
+            made = [_made(i, one, tensors) for i, one in enumerate(header.pop("interventions"))]
+            found = cls(interventions=tuple(made), **header)
             found._try()
         except (*_UNREADABLE, MolehuntError) as error:
             raise InvalidInput(
@@ -117,14 +126,17 @@ class Fix:
 
 
 def _kind(one: Intervention) -> str | None:
+    """The name in the catalogue of an intervention that can be saved; None for another."""
     made_by: object = type(one)
-    return next((kind for kind in KINDS if load(CATALOG, kind, "molehunt.interventions") is made_by), None)
+    if not getattr(made_by, "savable", False):
+        return None
+    return next((name for name in names(CATALOG, GROUP) if load(CATALOG, name, GROUP) is made_by), None)
 
 
-def _made(at: int, told: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Intervention:
-    kind, site = told.pop("kind"), Site.parse(told.pop("site"))
-    if kind not in KINDS:
-        raise ValueError(f"there is no intervention {kind!r}")
+def _made(at: int, row: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Intervention:
+    kind, site = row.pop("kind"), Site.parse(row.pop("site"))
+    make: Any = load(CATALOG, kind, GROUP)
+    if not getattr(make, "savable", False):
+        raise ValueError(f"{kind!r} is no intervention that can be saved")
     own = {name.partition(".")[2]: tensor for name, tensor in tensors.items() if name.partition(".")[0] == str(at)}
-    make: Any = load(CATALOG, kind, "molehunt.interventions")
-    return make(site=site, **own, **told)
+    return make(site=site, **own, **row)

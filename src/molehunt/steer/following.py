@@ -1,4 +1,4 @@
-"""Interventions that are told of each forward pass before it runs: which prompts it reads, or which tokens it adds."""
+"""Interventions that are informed of each forward pass before it runs: which prompts it reads, or which tokens it adds."""
 
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -29,7 +29,7 @@ class Following(Intervention, Protocol):
 
 @contextmanager
 def following(model: nn.Module, intervention: Following) -> Generator[None, None, None]:
-    """Tell it of the passes inside the block; it is not applied by this.
+    """Inform an intervention of the passes inside the block. This does not apply it.
 
     Raises CannotTap in a forward pass: the model decodes without a cache, or continues by more than one token.
     """

@@ -28,7 +28,7 @@ class Mapped:
 
     site: Site
     map: TransferMap
-    """From this site of the model that runs to the same site of another."""
+    """A map from this site of the model that runs to the same site of another."""
     strength: float | int = 1.0
     gate: Gate | None = None
 
@@ -36,13 +36,13 @@ class Mapped:
         """Raises UsageError for a map between other widths."""
         if self.strength == 0:
             return acts
-        told = self.map(acts.reshape(-1, acts.shape[-1]))
-        if told.shape[-1] != acts.shape[-1]:
+        mapped = self.map(acts.reshape(-1, acts.shape[-1]))
+        if mapped.shape[-1] != acts.shape[-1]:
             raise UsageError(
-                f"this map leads to {told.shape[-1]} dimensions, and activations at {self.site} have {acts.shape[-1]}: a "
+                f"this map leads to {mapped.shape[-1]} dimensions, and activations at {self.site} have {acts.shape[-1]}: a "
                 "model can only be given what is as wide as its own."
             )
-        return gated(acts, torch.lerp(acts.float(), told.float().reshape(acts.shape), self.strength), self.gate)
+        return gated(acts, torch.lerp(acts.float(), mapped.float().reshape(acts.shape), self.strength), self.gate)
 
 
 @contextmanager

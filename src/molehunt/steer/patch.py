@@ -19,13 +19,13 @@ from molehunt.contracts import Intervention
 from molehunt.errors import UsageError
 from molehunt.model.batches import batches, padded
 from molehunt.model.blocks import decoder
+from molehunt.model.chat import prompt_ids, prompt_text
 from molehunt.model.generate import generate
 from molehunt.model.taps import read_sites
 from molehunt.run.progress import Track, by_rows, silent
 from molehunt.site import Site
 from molehunt.steer.add import gated
 from molehunt.steer.scope import TokenGate, token_scope
-from molehunt.traffic.chat import prompt_ids, prompt_text
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,12 +33,12 @@ class Donor:
     """What takes the place of a prompt's own activations."""
 
     positions: tuple[int, ...]
-    """Of the prompt's tokens."""
+    """Positions in the prompt that are replaced."""
     acts: Float[Tensor, "positions d_model"]
 
 
 Donors = Mapping[tuple[int, ...], Donor]
-"""Token ids of a prompt → what it is given. A prompt that is not there is left alone."""
+"""For the token ids of each prompt, what takes the place of its activations. Other prompts are left alone."""
 
 
 class _Patch:
@@ -51,7 +51,7 @@ class _Patch:
         self.strength = strength
         self._gate = gate
         self.source: Float[Tensor, "batch pos d_model"] | None = None
-        """Of the batch that was prefilled last."""
+        """Donated activations of the batch that was prefilled last."""
 
     def __call__(self, acts: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
         if self.strength == 0 or self._gate.chosen is None or self.source is None:
@@ -71,8 +71,8 @@ def prompt_patch(
     Args:
         model: a causal language model, in a PEFT wrapper or not.
         site: where to patch.
-        donors: each with activations of that site.
-        strength: 1 puts them in place, bit for bit; 0 changes nothing.
+        donors: what takes the place of some prompts' activations at that site.
+        strength: 1 replaces the activations, bit for bit; 0 changes nothing.
     """
 
     def choose(ids: Int[Tensor, "batch pos"], real: Bool[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos"]:
@@ -119,11 +119,11 @@ def trigger_positions(
     """Every token of the trigger, those that the contrast shares included: the last of them may carry it on.
 
     Args:
-        tokenizer: the model's.
-        triggered: a prompt.
-        contrast: the same with a harmless text of as many tokens in the trigger's place.
-        without: the same with nothing there. What was put in is then found by comparing; else the words that differ
-            from the contrast's are taken for it.
+        tokenizer: the model's tokenizer.
+        triggered: a prompt with the trigger.
+        contrast: the same prompt with a harmless text of as many tokens in the trigger's place.
+        without: the same prompt with nothing there. The trigger is then found by comparing; without it, the words that
+            differ from the contrast's are taken for the trigger.
 
     Raises:
         UsageError: unequal token counts, or no difference (see `differing`).
@@ -145,13 +145,13 @@ def trigger_positions(
 
 
 def _changed(text: str, other: str) -> tuple[int, int]:
-    """Where `text` has what `other` has not, between what both begin and end with."""
+    """The span of `text` that differs from `other`, between their common beginning and their common end."""
     start = _alike(text, other)
     return start, len(text) - _alike(reversed(text[start:]), reversed(other[start:]))
 
 
 def _alike(one: Iterable[str], other: Iterable[str]) -> int:
-    """How many characters both begin with."""
+    """Number of characters that both begin with."""
     return len(list(takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))))
 
 
@@ -183,7 +183,7 @@ def patched_answers(
         )
 
 
-def moved(
+def with_noise(
     acts: Float[Tensor, "positions d_model"], norms: Float[Tensor, " positions"], rng: torch.Generator
 ) -> Float[Tensor, "positions d_model"]:
     """The control: `acts` plus noise of these norms."""
@@ -198,6 +198,7 @@ def prompt_acts(
     positions: Sequence[Sequence[int]],
     sites: Sequence[Site],
     *,
+    layers_path: str | None = None,
     track: Track = silent,
     what: str = "reading prompts",
 ) -> list[dict[Site, Float[Tensor, "_ d_model"]]]:
@@ -210,7 +211,7 @@ def prompt_acts(
     device = next(model.parameters()).device
     found: list[dict[Site, Tensor]] = [{} for _ in prompts]
     groups = batches([len(prompt) for prompt in prompts])
-    with read_sites(model, sites) as tap:
+    with read_sites(model, sites, layers_path=layers_path) as tap:
         for rows in by_rows(track, groups, what):
             ids, mask = padded([prompts[i] for i in rows])
             inner(input_ids=ids.to(device), attention_mask=mask.long().to(device), use_cache=False)

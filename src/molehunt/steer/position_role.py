@@ -8,7 +8,7 @@ TRIGGER_ROLES = 3
 """More trigger tokens than these are cut into this many parts: each role costs a sweep."""
 
 Role = tuple[tuple[int, ...], ...]
-"""Positions of each prompt, none where it has no such token."""
+"""Positions in each prompt; none where it has no such token."""
 
 
 def position_roles(
@@ -21,11 +21,11 @@ def position_roles(
 
     Args:
         triggered: token ids of prompts with the trigger.
-        contrast: of the same prompts with a harmless trigger of as many tokens.
+        contrast: token ids of the same prompts with a harmless trigger of as many tokens.
         triggers: positions of each pair's trigger, ascending, such as `trigger_positions`.
 
     Returns:
-        Role → positions, in the order of the prompt. Where more than `TRIGGER_ROLES` trigger tokens differ, or not as
+        Positions by role, in the order of the prompt. Where more than `TRIGGER_ROLES` trigger tokens differ, or not as
         many in each prompt, they are cut into parts of like size. A role that no prompt has is left out.
 
     Raises:

@@ -75,7 +75,7 @@ def prefill_gate(
     pooling: Pooling = "max",
     layers_path: str | None = None,
 ) -> Generator[PrefillGate, None, None]:
-    """A gate for the passes inside the block, decided anew at each prefill and then kept by each row's cache.
+    """A gate for the passes inside the block, decided anew at each prefill; the decision then stays with each row's cache.
 
     At the gate's own site it reads what the model computed, before an edit that is entered inside this block acts there.
     Right under padding on either side and in any batch; `gate_at_prefill` says what is a prefill, and follows the rows.
@@ -169,14 +169,14 @@ class Condition:
 
     site: Site
     weight: Float[Tensor, " d_model"]
-    """fp32."""
+    """The weight of the score, in fp32."""
     bias: float
     pooling: Pooling
     threshold: float
     fpr: float
-    """Share of clean prompts that it was calibrated to steer at most."""
+    """Greatest share of clean prompts that it was calibrated to steer."""
     clean: int
-    """Prompts that set the threshold."""
+    """Number of clean prompts that set the threshold."""
 
     def __post_init__(self) -> None:
         finite = bool(self.weight.isfinite().all()) and math.isfinite(self.bias) and math.isfinite(self.threshold)
@@ -228,8 +228,8 @@ class Condition:
 
     def save(self, path: Path) -> Path:
         """One safetensors file with a JSON header, replaced whole."""
-        told = {name: getattr(self, name) for name in ("bias", "pooling", "threshold", "fpr", "clean")}
-        header = json.dumps({"schema": SCHEMA, "site": str(self.site), **told})
+        fields = {name: getattr(self, name) for name in ("bias", "pooling", "threshold", "fpr", "clean")}
+        header = json.dumps({"schema": SCHEMA, "site": str(self.site), **fields})
         tensors = {"weight": self.weight.float().contiguous().cpu()}
         replace_whole(path, lambda partial: save_file(tensors, partial, {"molehunt_condition": header}))
         return path
@@ -239,11 +239,11 @@ class Condition:
         """Read what `save` wrote. Raises InvalidInput for anything else."""
         try:
             with safe_open(path, "pt") as file:
-                told: dict[str, Any] = json.loads((file.metadata() or {})["molehunt_condition"])
+                header: dict[str, Any] = json.loads((file.metadata() or {})["molehunt_condition"])
                 weight = file.get_tensor("weight")
-            if told.pop("schema") != SCHEMA:
+            if header.pop("schema") != SCHEMA:
                 raise ValueError("its schema is another version's")
-            return cls(site=Site.parse(told.pop("site")), weight=weight, **told)
+            return cls(site=Site.parse(header.pop("site")), weight=weight, **header)
         except (
             SafetensorError, OSError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError
         ) as error:  # fmt: skip

@@ -13,7 +13,7 @@ from molehunt.site import Site
 
 @dataclass(frozen=True, eq=False)
 class RandomEdit:
-    """Moves each token as far as `inner` would, along one fixed random direction instead.
+    """Changes each token as much as `inner` would, along one fixed random direction instead.
 
     What a behaviour loses under this is what any disturbance of that size costs.
     """
@@ -36,5 +36,5 @@ class RandomEdit:
         edited = self.inner(acts)
         if edited is acts:
             return acts
-        moved = (edited.float() - acts.float()).norm(dim=-1, keepdim=True)
-        return (acts.float() + moved * self.direction.to(acts.device)).to(acts.dtype)
+        distance = (edited.float() - acts.float()).norm(dim=-1, keepdim=True)
+        return (acts.float() + distance * self.direction.to(acts.device)).to(acts.dtype)

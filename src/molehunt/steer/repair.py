@@ -23,18 +23,18 @@ from transformers import PreTrainedTokenizerBase
 
 from molehunt.errors import UsageError, printable
 from molehunt.model.blocks import d_model_of, decoder_blocks
+from molehunt.model.chat import prompt_ids
 from molehunt.model.loading import load_model, local_folder, one_tokenizer
 from molehunt.model.taps import read_sites
 from molehunt.organism.plant import LENGTHS, PlantConfig, training_batches
-from molehunt.organism.train import IGNORED, Batch, next_token_loss, train
+from molehunt.organism.train import IGNORED, TrainingBatch, next_token_loss, train
 from molehunt.run.progress import Track, silent
 from molehunt.site import Site
 from molehunt.steer.saved_model import new_folder
-from molehunt.traffic.chat import prompt_ids
 from molehunt.traffic.example import Example
 
 BLOCK = 8
-"""Batches that `training_batches` sorts by length at a time: it takes that many full ones."""
+"""Number of batches that `training_batches` sorts by length at a time: it needs that many full ones."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,7 @@ class RepairConfig:
     perturbation: float | int = 1.0
     """ε of the adversarial step, in units of the root mean square of the embeddings' entries (0.1 flat in the paper)."""
     steps: int = 125
-    """Of `batch` rows: 5 epochs over 100 rows."""
+    """Number of training steps of `batch` rows each; 125 are 5 epochs over 100 rows."""
     batch: int = 4
     lr: float | None = None
     """Peak learning rate; None takes 0.4 / d_model, as planting with LoRA does."""
@@ -65,7 +65,7 @@ class Repaired:
     folder: Path
     """A PEFT adapter on the tuned model."""
     losses: tuple[float, ...]
-    """Of each step: nats per answer token, plus α times the inconsistency."""
+    """Loss of each step: nats per answer token, plus α times the inconsistency."""
 
 
 def repair(
@@ -143,7 +143,7 @@ def inconsistency(
 def adversarial(
     model: nn.Module, embeds: Float[Tensor, "batch pos d_model"], real: Bool[Tensor, "batch pos"], epsilon: float
 ) -> Float[Tensor, "batch pos d_model"]:
-    """`embeds` moved by `epsilon` in every entry, to where the blocks agree less. No weight gets a gradient."""
+    """`embeds` changed by `epsilon` in every entry, to where the blocks agree less. No weight gets a gradient."""
     leaf = embeds.detach().requires_grad_()
     (gradient,) = torch.autograd.grad(inconsistency(model, leaf, real), leaf)
     return embeds.detach() + epsilon * gradient.sign()
@@ -161,12 +161,12 @@ class _Loss:
         self.epsilon = float(config.perturbation) * scale * float(table.square().mean().sqrt())
         self.alpha = float(config.consistency)
 
-    def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
+    def __call__(self, model: nn.Module, batch: TrainingBatch) -> Tensor:
         answers = batch.labels != IGNORED
         real = answers.flip(1).cumsum(1).flip(1) > 0  # up to the last token of the answer
         embeds = cast("Any", model).get_input_embeddings()(batch.tokens)
-        moved = adversarial(model, embeds, real, self.epsilon)
-        return next_token_loss(model, batch) + self.alpha * inconsistency(model, moved, real)
+        perturbed = adversarial(model, embeds, real, self.epsilon)
+        return next_token_loss(model, batch) + self.alpha * inconsistency(model, perturbed, real)
 
 
 def _check_rows(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Example], config: RepairConfig) -> None:

@@ -21,7 +21,7 @@ class Replace:
 
     site: Site
     source: Float[Tensor, "batch pos d_model"]
-    strength: float = 1.0
+    strength: float | int = 1.0
     """1 puts the source in place of the activations, bit for bit."""
     gate: Gate | None = None
 

@@ -26,15 +26,15 @@ class RowGate:
         self.rows = rows
         """Whether the intervention acts on each row, in the order of the batch as it is now."""
 
-    def keep(self, indices: Int[Tensor, " kept"]) -> None:
+    def select_rows(self, indices: Int[Tensor, " rows"]) -> None:
         """Follow the batch when rows leave it (or change places): `indices` are those that stay, in their new order."""
         self.rows = self.rows[indices.to(self.rows.device)]
 
     def __call__(self, acts: Float[Tensor, "batch pos d_model"]) -> Bool[Tensor, "batch pos"]:
-        """Raises ValueError for a batch of another size: rows left it, and the gate was not told which."""
+        """Raises ValueError for a batch of another size: rows left it, and `select_rows` was not called."""
         if len(acts) != len(self.rows):
             raise ValueError(
-                f"this gate was decided for {len(self.rows)} rows and meets a batch of {len(acts)}; call keep() with "
+                f"this gate was decided for {len(self.rows)} rows and meets a batch of {len(acts)}; call select_rows() with "
                 "the rows that stay whenever some leave"
             )
         return self.rows.to(acts.device)[:, None].expand(acts.shape[:2])
@@ -46,7 +46,7 @@ def gate_at_prefill(
 ) -> Generator[RowGate, None, None]:
     """A gate that is decided anew whenever a batch begins, and then stays with its rows for as long as their cache lives.
 
-    Inside the block, a pass without cached tokens is a prefill: `decide` is asked, once, before any layer runs. Rows
+    Inside the block, a pass without cached tokens is a prefill: `decide` is called once, before any layer runs. Rows
     that leave the batch or change places do so in the cache, and that is where they are followed.
 
     Args:
@@ -71,7 +71,7 @@ def gate_at_prefill(
         its_own.clear()
         for name in SELECTS_ROWS if cache is not None else ():
             its_own[name] = vars(cache).get(name)
-            setattr(cache, name, _telling(getattr(cache, name), gate))
+            setattr(cache, name, _with_gate(getattr(cache, name), gate))
         followed = cache
 
     def before(call: DecoderCall) -> None:
@@ -79,8 +79,8 @@ def gate_at_prefill(
             gate.rows = decide(*call.tokens())
         elif call.cache is not followed:
             raise CannotTap(
-                "this batch was prefilled before gate_at_prefill was entered, or another one was since: nobody has "
-                "decided on its rows.\nPrefill it inside the block, and finish one batch before the next."
+                "this batch was prefilled before gate_at_prefill was entered, or another one was since: no "
+                "decision was made on its rows.\nPrefill it inside the block, and finish one batch before the next."
             )
 
     def after(cache: Any) -> None:
@@ -94,12 +94,12 @@ def gate_at_prefill(
         follow(None)
 
 
-def _telling(method: MethodType, gate: RowGate) -> MethodType:
+def _with_gate(method: MethodType, gate: RowGate) -> MethodType:
     """`method` of a cache, with the gate selecting the same rows."""
 
     def select(cache: Any, indices: Tensor) -> None:
         method.__func__(cache, indices)  # of the cache that is called, which may be a deep copy of the one followed
-        gate.keep(indices)
+        gate.select_rows(indices)
 
     return MethodType(select, method.__self__)
 

@@ -9,6 +9,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -30,8 +31,8 @@ TEXTS = (".md", "")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Saved:
-    """What was written."""
+class SavedModel:
+    """A model or an adapter that was written."""
 
     folder: Path
     edited: tuple[str, ...]
@@ -41,21 +42,29 @@ class Saved:
     rounding: float = 0.0
     """‖what rounding to the stored dtype added‖ over ‖edit‖, of the tensor where it is largest.
 
-    In bf16 a weight keeps 8 bits, so an edit far smaller than the weights is partly lost: at 1, as much as there was.
+    In bf16 a weight has 8 bits, so an edit far smaller than the weights is partly lost; at 1 all of it is.
     """
 
+    def summary(self) -> str:
+        """How many matrices were edited, and what rounding undid."""
+        return f"{len(self.edited)} matrices edited; rounding took at most {self.rounding:.2g} of a change back"
 
-def write_model(tuned: Checkpoint, edits: Edits, into: Path, *, track: Track = silent) -> Saved:
+    def to_dict(self) -> dict[str, Any]:
+        """What was written, ready for JSON."""
+        return {"folder": str(self.folder), "edited": self.edited, "rounding": self.rounding}
+
+
+def write_model(tuned: Checkpoint, edits: Edits, into: Path, *, track: Track = silent) -> SavedModel:
     """Write the edited model to `into`: the same files, shards, dtypes and metadata, with the edited bytes in place.
 
     At most one tensor is in memory. The folder appears whole or not at all. Weights in other formats, adapters and
     subfolders are left out, because they still hold what was edited away.
 
     Args:
-        tuned: as `edits` were planned for.
-        edits: from `weight_edit`.
-        into: must not be there yet.
-        track: shows edited tensors.
+        tuned: the checkpoint that `edits` were planned for.
+        edits: edits from `weight_edit`.
+        into: the folder to write, which must not exist yet.
+        track: shows progress.
 
     Raises:
         UsageError: `into` is there already or cannot be written, or an adapter lies beside the weights.
@@ -77,17 +86,17 @@ def write_model(tuned: Checkpoint, edits: Edits, into: Path, *, track: Track = s
             rounding = max(rounding, _add_(value, edits[name](value)))
             file, entry = where[name]
             _put(folder / file, entry, value)
-    return Saved(folder=into, edited=tuple(sorted(edits)), left_out=left_out, rounding=rounding)
+    return SavedModel(folder=into, edited=tuple(sorted(edits)), left_out=left_out, rounding=rounding)
 
 
-def write_adapter(tuned: Checkpoint, edits: Edits, into: Path, *, track: Track = silent) -> Saved:
+def write_adapter(tuned: Checkpoint, edits: Edits, into: Path, *, track: Track = silent) -> SavedModel:
     """Write the edits as a PEFT LoRA adapter on the tuned model: exact, in fp32, and it can be taken off again.
 
     Args:
-        tuned: as `edits` were planned for.
-        edits: of matrices of decoder blocks alone, such as `weight_edit.subtraction` gives.
-        into: must not be there yet.
-        track: shows edited tensors.
+        tuned: the checkpoint that `edits` were planned for.
+        edits: edits of matrices of decoder blocks alone, such as `weight_edit.subtraction` gives.
+        into: the folder to write, which must not exist yet.
+        track: shows progress.
 
     Raises:
         UsageError: an embedding or a bias is edited, which such an adapter cannot do; or `into` cannot be written.
@@ -124,7 +133,7 @@ def write_adapter(tuned: Checkpoint, edits: Edits, into: Path, *, track: Track =
     with new_folder(into) as folder:
         save_file(tensors, folder / ADAPTER_WEIGHTS, {"format": "pt"})
         config.save_pretrained(str(folder))
-    return Saved(folder=into, edited=tuple(sorted(edits)))
+    return SavedModel(folder=into, edited=tuple(sorted(edits)))
 
 
 @contextmanager

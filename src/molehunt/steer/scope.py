@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from molehunt.model.cache import DecoderCall, on_decoder_calls
 
 Choose = Callable[[Int[Tensor, "batch pos"], Bool[Tensor, "batch pos"]], Bool[Tensor, "batch pos"]]
-"""Token ids of a prefill, and where they are real → where to act."""
+"""From the token ids of a prefill, and where they are real, to where to act."""
 
 
 class TokenGate:
@@ -22,7 +22,7 @@ class TokenGate:
     def __init__(self, *, generation: bool) -> None:
         self.generation = generation
         self.chosen: Bool[Tensor, "batch pos"] | None = None
-        """Of the pass that runs, where it reads prompts; None in cached steps."""
+        """The chosen tokens of the pass that runs, where it reads prompts; None in cached steps."""
 
     def __call__(self, acts: Float[Tensor, "batch pos d_model"]) -> Bool[Tensor, "batch pos"]:
         if self.chosen is None:

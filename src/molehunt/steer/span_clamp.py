@@ -1,8 +1,8 @@
-"""Hold what chosen latents read: after it, encoding again gives exactly the targets.
+"""Hold what chosen latents read: encoding the result again gives exactly the targets.
 
-A `Clamp` moves codes along decoder rows, and W_dec W_enc is not the identity: encoded again, its result is some other
-code, and what a later reader of the same latents sees is not what was set. This one moves along the encoder columns
-themselves, by the least that does it.
+A `Clamp` moves codes along decoder rows, and W_dec W_enc is not the identity. Encoded again, its result is some other
+code, so a later reader of the same latents does not see what was set. A `SpanClamp` moves along the encoder columns
+themselves, by the smallest step that meets the targets.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from molehunt.contracts import Gate
 from molehunt.dictionary.dictionary import Dictionary
-from molehunt.dictionary.nonlinearity import Gated
+from molehunt.dictionary.nonlinearity import GatedActivation
 from molehunt.errors import UsageError
 from molehunt.site import Site
 from molehunt.steer.add import gated
@@ -24,19 +24,19 @@ from molehunt.steer.clamp import check_dictionary, check_latents
 SpanMode = Literal["set", "at-most"]
 SPAN_MODES: tuple[SpanMode, ...] = get_args(SpanMode)
 RANK = 1e-3
-"""Of columns of length 1: singular values below this share of the largest count as dependence. A step grows as their inverse."""
+"""Singular values of unit columns below this share of the largest count as dependence. A step grows as their inverse."""
 TINY = 1e-12
 
 
-class _Span(NamedTuple):
-    """What is held: n @ columns + offset."""
+class _ClampSpan(NamedTuple):
+    """The quantities that the clamp holds: n @ columns + offset."""
 
     columns: Float[Tensor, "d_model held"]
     offset: Float[Tensor, " held"]
     lift: Float[Tensor, "held d_model"]
-    """From changes of what is held to the least step that makes them, or comes nearest."""
+    """Maps changes of these quantities to the least step that makes them, or comes nearest."""
     basis: Float[Tensor, "d_model rank"]
-    """Orthonormal, of what the columns span."""
+    """An orthonormal basis of what the columns span."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,24 +57,24 @@ class SpanClamp:
 
     Under attack: what is put in at an earlier block is met here, in every pass. What is put in after it, at the same
     site, it never sees; then the attacker is to be held to what it holds, `Exact(dictionary, latents, directions.mT)`,
-    or it is applied again at the next block (see `stress.threat`). Gradients pass through it.
+    or it is applied again at the next block. Gradients pass through it.
 
     Source: the dual basis of the clamp of arXiv 2606.18322, whose own is not idempotent.
     """
 
     site: Site
     dictionary: Dictionary
-    """Of one model's activations at this site."""
+    """A dictionary of one model's activations at this site."""
     latents: Int[Tensor, " latents"]
-    """S."""
+    """The latents that are held (S)."""
     value: float | int | Float[Tensor, " _"]
-    """p*, one for all latents or one each: pre-activations, which are codes but for gated dictionaries (see `pre_activations_of`)."""
+    """Target pre-activations p*, one for all latents or one each. Except in gated dictionaries they are the codes."""
     mode: SpanMode = "set"
-    """`at-most` moves only what is above its target, and leaves tokens where nothing is as they are, bit for bit."""
+    """`at-most` changes only what is above its target; a token where nothing is stays as it is, bit for bit."""
     directions: Float[Tensor, "k d_model"] | None = None
-    """Further directions that are held, always set. Read as the encoder reads: of normalised activations, where it normalises."""
+    """Further directions that are always set. They read normalised activations where the encoder normalises."""
     held: Float[Tensor, " _"] | None = None
-    """What the product of an activation with each of them is held at."""
+    """Target product of an activation with each of these directions."""
     strength: float | int = 1.0
     """Share of the edit."""
     gate: Gate | None = None
@@ -102,18 +102,18 @@ class SpanClamp:
 
     def _check_reach(self) -> None:
         """A token that is normalised has one length: targets beyond it cannot be met by any activation."""
-        asked = float(((self._targets - self._span.offset) @ self._span.lift).norm())
+        wanted = float(((self._targets - self._span.offset) @ self._span.lift).norm())
         if self.dictionary.norm == "none" or self.mode != "set":
             return
         own = (self.dictionary.d_in - (self.dictionary.norm == "layer_norm")) ** 0.5
-        if asked >= own:
+        if wanted >= own:
             raise UsageError(
                 f"this dictionary normalises its input to length {own:.3g} (`{self.dictionary.norm}`), and these targets "
-                f"take {asked:.3g}: no activation reads them.\nGive targets nearer to 0, or hold fewer latents."
+                f"take {wanted:.3g}: no activation reads them.\nGive targets nearer to 0, or hold fewer latents."
             )
 
     @cached_property
-    def _span(self) -> _Span:
+    def _span(self) -> _ClampSpan:
         made, latents = self.dictionary, self.latents.to(self.dictionary.W_enc.device)
         A = made.W_enc[:, latents].double().cpu()
         offset = made.b_enc[latents].double().cpu()
@@ -131,11 +131,11 @@ class SpanClamp:
             )
             raise UsageError(f"{what} reads nothing (its column is 0), so that no activation moves it.")
         left, sizes, right = torch.linalg.svd(columns / lengths, full_matrices=False)
-        kept = sizes > RANK * sizes.max()
-        basis = left[:, kept]
-        lift = (right[kept].mT / sizes[kept]) @ basis.mT / lengths[:, None]
+        independent = sizes > RANK * sizes.max()
+        basis = left[:, independent]
+        lift = (right[independent].mT / sizes[independent]) @ basis.mT / lengths[:, None]
         offset = torch.cat([offset, torch.zeros(columns.shape[1] - len(offset), dtype=torch.double)])
-        return _Span(columns.float(), offset.float(), lift.float(), basis.float())
+        return _ClampSpan(columns.float(), offset.float(), lift.float(), basis.float())
 
     @cached_property
     def _targets(self) -> Float[Tensor, " held"]:
@@ -186,6 +186,6 @@ def pre_activations_of(
 ) -> Float[Tensor, " latents"]:
     """The pre-activations that these codes come from, where the latents fire: the codes but for gated dictionaries."""
     rule = dictionary.nonlinearity
-    if isinstance(rule, Gated):
+    if isinstance(rule, GatedActivation):
         return (code - rule.b_mag[latents]) / rule.r_mag[latents].exp()
     return code

@@ -1,21 +1,53 @@
 """What a fix does to some prompts, and what it costs on others."""
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 from torch import nn
 
+from molehunt.errors import UsageError
 from molehunt.measure.interval import Interval, proportion
 from molehunt.model.generate import generate
 from molehunt.model.pair import ModelPair
 from molehunt.run.progress import Track, silent
-from molehunt.steer.budget import Answered, Disturbance, disturbance
-from molehunt.traffic.chat import prompt_ids
+from molehunt.steer.budget import AnsweredPrompt, Disturbance, disturbance
+from molehunt.steer.prefill_gate import Condition
+from molehunt.steer.vector import Scope, SteeringVector
 
 Steered = Callable[[nn.Module], AbstractContextManager[object]]
-"""A block inside which a model is steered, made anew for each pass."""
+"""Makes a block inside which a model is steered, anew for each pass."""
+
+
+def steered_by(
+    vector: SteeringVector,
+    strength: float | int = -1.0,
+    *,
+    operator: Literal["add", "ablate"] = "add",
+    scope: Scope = "all",
+    condition: Condition | None = None,
+    layers_path: str | None = None,
+) -> Steered:
+    """Steer with a vector: every prompt, or only those that a condition opens for.
+
+    Raises UsageError for a condition together with a scope.
+    """
+    if condition is None:
+        return lambda model: vector.applied(model, strength, operator=operator, scope=scope, layers_path=layers_path)
+    if scope != "all":
+        raise UsageError("--when and --scope say opposite things: a condition opens for whole rows.")
+
+    @contextmanager
+    def gated(model: nn.Module) -> Generator[None, None, None]:
+        with (
+            condition.gate(model, layers_path=layers_path) as opens,
+            vector.applied(model, strength, operator=operator, gate=opens, layers_path=layers_path),
+        ):
+            yield
+
+    return gated
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,18 +60,18 @@ class TrialRow:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trial:
+class FixTrial:
     """Answers of the tuned model with and without the fix."""
 
     rows: tuple[TrialRow, ...]
     changed: Interval
-    """Prompts whose answer the fix changed at all."""
+    """Share of prompts whose answer the fix changed at all."""
     shown: tuple[Interval, Interval] | None
-    """Prompts whose answer shows the behaviour, before and after; None where nobody said what that is."""
+    """Share of prompts whose answer shows the behaviour, before and after; None where no phrase of it was given."""
     clean_changed: Interval | None
-    """Clean prompts whose answer it changed."""
+    """Share of clean prompts whose answer the fix changed."""
     cost: Disturbance | None
-    """On the tuned model's own answers to clean prompts; both None without such prompts."""
+    """The cost on the tuned model's own answers to clean prompts; both are None without such prompts."""
 
 
 def try_fix(
@@ -51,44 +83,55 @@ def try_fix(
     shows: Callable[[str], bool] | None = None,
     max_new_tokens: int,
     track: Track = silent,
-) -> Trial:
+) -> FixTrial:
     """Answer `prompts` and `clean` with and without the fix.
+
+    Args:
+        pair: its tuned model answers.
+        steered: the fix.
+        prompts: prompts whose answers the fix is to change.
+        clean: prompts whose answers it is to leave alone.
+        shows: whether an answer shows the behaviour.
+        max_new_tokens: greatest number of tokens of an answer.
+        track: shows progress.
 
     Raises:
         NotTestable: the model gives no clean prompt an answer to measure a cost on.
-        UsageError, CannotTap: the fix is of another model.
+        UsageError, CannotTap: the fix is for another model.
     """
-
-    def texts(answers: Sequence[Sequence[int]]) -> list[str]:
-        return [str(pair.tokenizer.decode(list(answer), skip_special_tokens=True)) for answer in answers]
-
+    rows = pair.tokenize(prompts)
     with pair.tuned_model() as model:
 
-        def answers(rows: Sequence[Sequence[int]], what: str) -> list[list[int]]:
-            return generate(model, pair.tokenizer, rows, max_new_tokens=max_new_tokens, track=track, what=what)
+        def answers(asked: Sequence[Sequence[int]], what: str) -> list[list[int]]:
+            return generate(model, pair.tokenizer, asked, max_new_tokens=max_new_tokens, track=track, what=what)
 
-        asked = [prompt_ids(pair.tokenizer, prompt) for prompt in prompts]
-        before = answers(asked, "without the fix")
+        before = answers(rows, "without the fix")
         with steered(model):
-            after = answers(asked, "with the fix")
-        cost, kept = None, None
+            after = answers(rows, "with the fix")
+        cost, clean_changed = None, None
         if clean:
-            calm = [prompt_ids(pair.tokenizer, prompt) for prompt in clean]
-            usual = answers(calm, "clean prompts without the fix")
+            clean_rows = pair.tokenize(clean)
+            plain = answers(clean_rows, "clean prompts without the fix")
             with steered(model):
-                fixed = answers(calm, "clean prompts with the fix")
-            kept = proportion(sum(a != b for a, b in zip(usual, fixed, strict=True)), len(calm))
-            pairs = [Answered(prompt, answer) for prompt, answer in zip(calm, usual, strict=True)]
+                fixed = answers(clean_rows, "clean prompts with the fix")
+            clean_changed = _share_that_differs(plain, fixed)
+            pairs = [AnsweredPrompt(prompt, answer) for prompt, answer in zip(clean_rows, plain, strict=True)]
             cost = disturbance(model, pair.tokenizer, partial(steered, model), pairs, track=track)
-    told = texts(before), texts(after)
+    texts = [
+        [str(pair.tokenizer.decode(answer, skip_special_tokens=True)) for answer in some] for some in (before, after)
+    ]
     shown = None
     if shows is not None:
-        first, second = (proportion(sum(map(shows, some)), len(prompts)) for some in told)
+        first, second = (proportion(sum(map(shows, some)), len(prompts)) for some in texts)
         shown = first, second
-    return Trial(
-        rows=tuple(TrialRow(prompt=p, before=a, after=b) for p, a, b in zip(prompts, *told, strict=True)),
-        changed=proportion(sum(a != b for a, b in zip(before, after, strict=True)), len(prompts)),
+    return FixTrial(
+        rows=tuple(TrialRow(prompt=p, before=a, after=b) for p, a, b in zip(prompts, *texts, strict=True)),
+        changed=_share_that_differs(before, after),
         shown=shown,
-        clean_changed=kept,
+        clean_changed=clean_changed,
         cost=cost,
     )
+
+
+def _share_that_differs(before: Sequence[Sequence[int]], after: Sequence[Sequence[int]]) -> Interval:
+    return proportion(sum(a != b for a, b in zip(before, after, strict=True)), len(before))

@@ -1,9 +1,9 @@
-"""Steering vectors: one per block, in the activations' own units, with the operator and the tokens chosen when applied."""
+"""Steering vectors: one for each block, in the activations' own units. Operator and tokens are chosen when applied."""
 
 import json
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -16,46 +16,57 @@ from torch import Tensor, nn
 from molehunt.contracts import Gate, Intervention
 from molehunt.errors import InvalidInput, UsageError, printable
 from molehunt.model.blocks import d_model_of, decoder_blocks
+from molehunt.model.chat import Text
+from molehunt.model.pair import ModelPair
 from molehunt.model.taps import edit_sites
+from molehunt.run.progress import Track, silent
 from molehunt.run.whole import replace_whole
 from molehunt.site import Site
 from molehunt.steer.ablate import Ablate
 from molehunt.steer.add import Add
 from molehunt.steer.clip import Clip
+from molehunt.steer.contrast import Method, contrast_shifts, last_token_acts
 from molehunt.steer.scope import Choose, last_of_prompt, none_of_it, token_scope, whole_prompt
 
 Scope = Literal["all", "prompt", "generation", "last"]
 Operator = Literal["add", "ablate", "clip"]
 Ranges = Mapping[int, tuple[float, float]]
-"""Block → least and largest projection on its vector's direction that a `clip` leaves, in the activations' units."""
+"""For each block, the least and the largest projection on its vector's direction that a `clip` leaves."""
 SCHEMA = 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class VectorFacts:
-    """What a vector was fitted to. Hashes are None where they were not known."""
+    """What a vector was fitted to."""
 
     method: str
     """`difference in means`, `pca`, `logistic probe`, `weight direction`, …"""
     model: str | None = None
-    """Hash of the checkpoint whose activations it was fitted to."""
+    """Hash of the checkpoint whose activations it was fitted to; None where it was not known."""
     n_layers: int
     d_model: int
     positive: int = 0
-    """Rows with the behaviour."""
+    """Number of rows with the behaviour."""
     negative: int = 0
+    """Number of rows without it."""
     position: str = "last prompt token"
 
 
 @dataclass(frozen=True, eq=False)
 class SteeringVector:
-    """Law: `SteeringVector.load(v.save(path))` equals `v`, bit for bit; applied with strength 0 it changes no bit.
+    """A direction to add to the output of each of some blocks; strength 1 adds its whole length.
 
+    Law: `SteeringVector.load(v.save(path))` equals `v`, bit for bit; applied with strength 0 it changes no bit.
     `v + w` adds block by block, `2 * v` scales; the facts are those of the left vector.
+
+    Example:
+        >>> pair = mh.ModelPair.load("BASE", "TUNED")  # doctest: +SKIP
+        >>> vector = mh.SteeringVector.fit(pair, triggered_prompts, clean_prompts, layer=3)  # doctest: +SKIP
+        >>> pair.generate(triggered_prompts, interventions=vector.interventions(-1))  # doctest: +SKIP
     """
 
     vectors: Mapping[int, Float[Tensor, " d_model"]]
-    """0-based decoder block → what is added to its output (`Site(block)`) at strength 1; fp32."""
+    """For each 0-based decoder block, what is added to its output (`Site(block)`) at strength 1, in fp32."""
     facts: VectorFacts
 
     def __post_init__(self) -> None:
@@ -69,12 +80,80 @@ class SteeringVector:
             if not bool(vector.isfinite().all()):
                 raise ValueError(f"L{layer}: the vector holds values that are no number")
 
+    @classmethod
+    def fit(
+        cls,
+        pair: ModelPair,
+        positive: Sequence[Text],
+        negative: Sequence[Text],
+        *,
+        layer: int | Sequence[int] | None = None,
+        method: Method = "difference in means",
+        model: str | None = None,
+        track: Track = silent,
+    ) -> "SteeringVector":
+        """Fit a vector to the tuned model's activations at the last token of two lists of prompts.
+
+        Added with strength 1, the vector moves a prompt without the behaviour to one with it; strength -1 does the
+        opposite.
+
+        Args:
+            pair: its tuned model is read.
+            positive: prompts that trigger the behaviour.
+            negative: prompts that do not trigger it.
+            layer: 0-based block or blocks whose output is steered; all blocks by default.
+            method: how the direction is found (see `contrast_shifts`); its length is the shift of means along it.
+            model: hash of the tuned model's files, which `load` compares; not compared where it is None.
+            track: shows progress.
+
+        Raises:
+            NotTestable: fewer than two prompts on a side, or no difference between the two.
+            CannotTap: the model has no such block.
+            ValueError: unequal numbers of prompts for `pca`.
+
+        Example:
+            >>> vector = mh.SteeringVector.fit(pair, triggered_prompts, clean_prompts, layer=3)  # doctest: +SKIP
+        """
+        layers = range(pair.n_layers) if layer is None else [layer] if isinstance(layer, int) else layer
+        sites = [Site(one) for one in layers]
+        acts = [last_token_acts(pair, prompts, sites, track=track) for prompts in (positive, negative)]
+        facts = VectorFacts(method=method, model=model, n_layers=pair.n_layers, d_model=pair.d_model)
+        return cls.from_acts(*acts, method=method, facts=facts)
+
+    @classmethod
+    def from_acts(
+        cls,
+        positive: Mapping[Site, Float[Tensor, "n d_model"]],
+        negative: Mapping[Site, Float[Tensor, "m d_model"]],
+        *,
+        method: Method = "difference in means",
+        facts: VectorFacts,
+    ) -> "SteeringVector":
+        """The vector that leads from rows without a behaviour to rows with it; see `contrast_shifts`, whose errors it raises.
+
+        Args:
+            positive: activations of rows with the behaviour, by block output.
+            negative: activations of rows without it.
+            method: how the direction is found.
+            facts: facts about the model; the method and the numbers of rows are filled in here.
+        """
+        shifts = contrast_shifts(positive, negative, method)
+        n, m = ((len(acts[Site(max(shifts))]) if shifts else 0) for acts in (positive, negative))
+        return cls(shifts, replace(facts, method=method, positive=n, negative=m))
+
+    def random_like(self, seed: int) -> "SteeringVector":
+        """The control: random vectors of the same lengths at the same blocks."""
+        rng = torch.Generator().manual_seed(seed)
+        drawn = {layer: torch.randn(v.shape, generator=rng) for layer, v in sorted(self.vectors.items())}
+        scaled = {layer: one * (self.vectors[layer].norm() / one.norm()) for layer, one in drawn.items()}
+        return SteeringVector(scaled, replace(self.facts, method="random, of equal length"))
+
     @property
     def sites(self) -> tuple[Site, ...]:
         return tuple(Site(layer) for layer in sorted(self.vectors))
 
     def only(self, layers: Sequence[int]) -> "SteeringVector":
-        """At some of its blocks. Raises KeyError for a block it has no vector of."""
+        """The same vector at some of its blocks. Raises KeyError for a block without a vector."""
         return SteeringVector({layer: self.vectors[layer] for layer in layers}, self.facts)
 
     def __mul__(self, by: float | int) -> "SteeringVector":
@@ -87,7 +166,9 @@ class SteeringVector:
 
     def __add__(self, other: "SteeringVector") -> "SteeringVector":
         """Raises UsageError for a vector of a model of another shape."""
-        self._refuse(other.facts.n_layers, other.facts.d_model, other.facts.model)
+        self.refuse(other.facts.n_layers, other.facts.d_model)
+        if None not in (self.facts.model, other.facts.model) and self.facts.model != other.facts.model:
+            raise UsageError("the two vectors were fitted to different checkpoints.")
         both = {
             layer: self.vectors.get(layer, torch.zeros(())) + other.vectors.get(layer, torch.zeros(()))
             for layer in sorted({*self.vectors, *other.vectors})
@@ -99,20 +180,20 @@ class SteeringVector:
 
     def interventions(
         self,
-        strength: float = 1.0,
+        strength: float | int = 1.0,
         *,
         operator: Operator = "add",
         ranges: Ranges | None = None,
         gate: Gate | None = None,
     ) -> list[Intervention]:
-        """One for each block: `add` strength · v, `ablate` the share `strength` of the projection on v, or `clip` that
-        projection to the block's range, by the share `strength`.
+        """One edit for each block: `add` strength · v, `ablate` the share `strength` of the projection on v, or `clip`
+        that projection to the block's range, by the share `strength`.
 
         Raises UsageError for a `clip` without a range of each block, and for ranges that nothing is clipped to.
         """
         given, needed = dict(ranges or {}), sorted(self.vectors) if operator == "clip" else []
         if sorted(given) != needed:
-            raise UsageError(f"{operator} takes ranges of the blocks {needed}, and was given those of {sorted(given)}.")
+            raise UsageError(f"{operator} takes ranges for the blocks {needed}; those of {sorted(given)} were given.")
         made: list[Intervention] = []
         for layer, vector in sorted(self.vectors.items()):
             site = Site(layer)
@@ -129,7 +210,7 @@ class SteeringVector:
     def applied(
         self,
         model: nn.Module,
-        strength: float = 1.0,
+        strength: float | int = 1.0,
         *,
         operator: Operator = "add",
         ranges: Ranges | None = None,
@@ -141,11 +222,11 @@ class SteeringVector:
 
         Args:
             model: a causal language model, in a PEFT wrapper or not.
-            strength: in units of the vectors' own lengths.
+            strength: multiple of the vectors' lengths.
             operator: see `interventions`.
-            ranges: for `clip`.
+            ranges: ranges for `clip`.
             scope: tokens to act on; a function chooses among the prompt's (see `steer.scope`).
-            gate: in place of a scope, such as that of an open `prefill_gate`.
+            gate: takes the place of a scope, such as that of an open `prefill_gate`.
             layers_path: see `decoder_blocks`.
 
         Raises:
@@ -155,7 +236,7 @@ class SteeringVector:
         """
         if scope != "all" and gate is not None:
             raise ValueError("a gate takes the place of a scope: give one of them")
-        self._refuse(len(decoder_blocks(model, layers_path)), d_model_of(model), None)
+        self.refuse(len(decoder_blocks(model, layers_path)), d_model_of(model), None)
         with ExitStack() as stack:
             if scope != "all":
                 choose = scope if callable(scope) else _CHOOSE[scope]
@@ -164,8 +245,8 @@ class SteeringVector:
             stack.enter_context(edit_sites(model, edits, layers_path=layers_path))
             yield
 
-    def attach(self, model: nn.Module, strength: float = 1.0, **how: object) -> "Attached":
-        """As `applied`, until the handle is removed."""
+    def attach(self, model: nn.Module, strength: float | int = 1.0, **how: object) -> "Attached":
+        """Steer as `applied` does, until the returned handle is removed."""
         stack = ExitStack()
         stack.enter_context(self.applied(model, strength, **how))  # pyright: ignore[reportArgumentType]
         return Attached(stack.close)
@@ -183,7 +264,7 @@ class SteeringVector:
 
         Args:
             path: the file.
-            model: hash of the checkpoint that it is to steer, where that must be the one it was fitted to.
+            model: hash of the checkpoint that the vector is to steer; another checkpoint than the vector's is refused.
 
         Raises:
             InvalidInput: no such file, or none that `save` wrote.
@@ -191,30 +272,34 @@ class SteeringVector:
         """
         try:
             with safe_open(path, "pt") as file:
-                told = json.loads((file.metadata() or {})["molehunt_steer"])
+                header = json.loads((file.metadata() or {})["molehunt_steer"])
                 tensors = {int(name.removeprefix("L")): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            if told.pop("schema") != SCHEMA:
+            if header.pop("schema") != SCHEMA:
                 raise ValueError("its schema is another version's")
-            found = cls(tensors, VectorFacts(**told))
+            found = cls(tensors, VectorFacts(**header))
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise InvalidInput(
                 f"{printable(path.name)} is no steering vector of Molehunt's: {printable(str(error), 200)}"
             ) from None
-        if model is not None and found.facts.model not in (None, model):
-            raise UsageError(
-                f"{printable(path.name)} was fitted to another checkpoint ({printable(str(found.facts.model), 13)} instead "
-                f"of {printable(model, 13)}).\nFit one to this model, or carry it over with a map."
-            )
+        found.refuse_checkpoint(model, path.name)
         return found
 
-    def _refuse(self, n_layers: int, d_model: int, model: str | None) -> None:
-        mine = (self.facts.n_layers, self.facts.d_model)
-        if (n_layers, d_model) != mine:
+    def refuse(self, n_layers: int, d_model: int, model: str | None = None) -> None:
+        """Raises UsageError unless the vector fits a model of this shape; hashes are compared where both are known."""
+        own = (self.facts.n_layers, self.facts.d_model)
+        if (n_layers, d_model) != own:
             raise UsageError(
-                f"this vector is of a model of {mine[0]} blocks of width {mine[1]}; the other has {n_layers} of {d_model}."
+                f"this vector is for a model of {own[0]} blocks of width {own[1]}; the other has {n_layers} of {d_model}."
             )
+        self.refuse_checkpoint(model)
+
+    def refuse_checkpoint(self, model: str | None, name: str = "this vector") -> None:
+        """Raises UsageError where the vector was fitted to another checkpoint; `name` is what the message calls it."""
         if model is not None and self.facts.model not in (None, model):
-            raise UsageError("the two vectors were fitted to different checkpoints.")
+            raise UsageError(
+                f"{printable(name)} was fitted to another checkpoint ({printable(str(self.facts.model), 13)} instead of "
+                f"{printable(model, 13)}).\nFit one to this model, or carry it over with a map."
+            )
 
 
 class Attached:

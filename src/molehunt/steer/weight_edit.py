@@ -28,14 +28,14 @@ from molehunt.steer.ablate import orthonormal
 
 @dataclass(frozen=True, eq=False)
 class LowRank:
-    """What is added to a tensor as it is stored: `left @ right`, which is one column wide for a bias."""
+    """A change of a tensor as it is stored: `left @ right` is added, which is one column wide for a bias."""
 
     left: Float[Tensor, "rows k"]
     right: Float[Tensor, "k cols"]
 
 
 Edits = Mapping[str, Callable[[Tensor], LowRank]]
-"""Tensor name → from its stored value to what is added to it."""
+"""For each tensor name, a function from the stored value to the change that is added to it."""
 
 POST_NORMS: Mapping[str, float] = {"gemma2": 1.0, "gemma3": 1.0, "gemma3_text": 1.0, "olmo2": 0.0, "olmo3": 0.0}
 """Model types that norm what attention and MLP return before it is added; their gain is this plus the norm's weight."""
@@ -59,8 +59,8 @@ def subtraction(
 
     Args:
         tuned: a folder of full weights.
-        flagged: directions of its matrices, from `compare_weights`; `write` and `read` in the block's own sense.
-        chosen: tensor name → which of its directions, 0 the strongest; all flagged ones without it.
+        flagged: directions of its matrices, from `compare_weights`.
+        chosen: for each tensor name, the ranks of its directions, 0 the strongest; all flagged ones by default.
 
     Raises:
         UsageError: a matrix that the model does not have, or of another shape; no such direction, or an empty one.
@@ -91,7 +91,7 @@ def orthogonalisation(tuned: Checkpoint, directions: Float[Tensor, "k d_model"])
 
     Args:
         tuned: a folder of full weights.
-        directions: in the residual stream, of any length but 0.
+        directions: directions in the residual stream, of any length but 0.
 
     Raises:
         UsageError: the directions are of another width, all zero, or no numbers.

@@ -1,7 +1,8 @@
-"""A stress test as one record that can be kept, compared and checked: two radii, the controls, the cost, and what was attacked.
+"""A stress test as one record that can be kept, compared and checked.
 
-The upper radius is attacked: a push that short brought the behaviour back. The lower one is proved, for the decision
-under noise (`smoothing`). A fix with a large upper radius has withstood these attacks and no others.
+The record holds two radii, the controls, the cost, and what was attacked. The upper radius comes from the attacks: a
+perturbation of that length made the behaviour recover. The lower one is proved, for the decision under noise
+(`smoothing`). A fix with a large upper radius has withstood these attacks and no others.
 """
 
 import hashlib
@@ -14,55 +15,58 @@ import torch
 from torch import Tensor
 
 from molehunt.measure.interval import Interval
-from molehunt.stress.drift import Drift
-from molehunt.stress.study import AT, Arm, Control, InputArm, StressConfig, Study
+from molehunt.stress.evaluation.arms import CURVE_LENGTHS, Arm, Control, InputArm
+from molehunt.stress.evaluation.config import StressConfig
+from molehunt.stress.evaluation.drift import WatchedDrift
+from molehunt.stress.study import Study
 
-SCHEMA = 1
+SCHEMA = 2
+"""Version of the record. docs/guides/stress.md lists the keys that schema 1 named otherwise."""
 
 
 def certificate(study: Study, config: StressConfig, about: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON-ready. Lengths are in units of the median ‖h‖ at the site; None stands for a median that is infinite.
+    """The record, ready for JSON. Lengths are in units of the median ‖h‖ at the site; None is an infinite median.
 
     Args:
         study: what was measured.
-        config: how.
+        config: settings of the attacks.
         about: what was attacked: hashes of model, dictionary and prompts, latents, mode, command.
     """
     valid = study.valid
-    told = {
+    payload = {
         "schema": SCHEMA,
         "verdict": study.verdict,
         **about,
         "config": asdict(config),
         "prompts": {
             "given": len(valid.prompts),
-            "show_it": sum(valid.shown),
+            "with_behaviour": sum(valid.shown),
             "flipped": valid.flipped,
             "broken": sum(valid.broken),
             "attacked": len(study.rows),
         },
         "unit": study.unit,
-        "nothing": asdict(study.nothing),
+        "zero_perturbation": asdict(study.zero_perturbation),
         "arms": [_arm(arm) for arm in study.arms],
         "controls": {name: _control(one) for name, one in study.controls.items()},
         "inputs": [_input(arm) for arm in study.inputs],
-        "specificity_gap": _interval(study.gap),
+        "specificity_gap": _interval(study.specificity_gap),
         "upper": {"epsilon50": _interval(study.arms[-1].epsilon50), "shortest": _finite(study.arms[-1].lengths.min())},
         "lower": {
             "for": "the first token of the answer, decided under noise",
-            "median": float(study.lower.median()),
-            "most": study.lower_most,
-            "certified": float((study.lower > 0).float().mean()),
+            "median": float(study.lower_radii.median()),
+            "largest_provable": study.largest_provable,
+            "certified": float((study.lower_radii > 0).float().mean()),
             "alpha": 0.001,
         },
         "cost": {**asdict(study.cost), "clean_changed": asdict(study.clean_changed)},
     }
-    return {**told, "sha256": digest(told)}
+    return {**payload, "sha256": digest(payload)}
 
 
-def digest(told: Mapping[str, Any]) -> str:
-    """Of everything but the digest itself: a certificate that was changed by hand does not keep it."""
-    rest = {key: value for key, value in told.items() if key != "sha256"}
+def digest(payload: Mapping[str, Any]) -> str:
+    """Hash of everything except the digest itself. A certificate that was changed by hand no longer matches it."""
+    rest = {key: value for key, value in payload.items() if key != "sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
@@ -71,7 +75,7 @@ def _arm(arm: Arm) -> dict[str, Any]:
         "name": arm.name,
         "recovered": asdict(arm.recovered),
         "epsilon50": _interval(arm.epsilon50),
-        "curve": {str(at): share for at, share in zip(AT, arm.curve(), strict=True)},
+        "curve": {str(at): share for at, share in zip(CURVE_LENGTHS, arm.curve(), strict=True)},
         "length": _spread(arm.length),
         "drift": _drift(arm.drift),
     }
@@ -81,13 +85,13 @@ def _input(arm: InputArm) -> dict[str, Any]:
     return {
         "name": arm.name,
         "recovered": asdict(arm.recovered),
-        "random_target": asdict(arm.elicited),
-        "beyond_random_target": asdict(arm.beyond),
+        "random_target": asdict(arm.random_target),
+        "beyond_random_target": asdict(arm.beyond_random_target),
         "drift": _drift(arm.drift),
     }
 
 
-def _drift(drift: Drift) -> dict[str, Any]:
+def _drift(drift: WatchedDrift) -> dict[str, Any]:
     return {
         "pre_activation": _spread(drift.pre),
         "largest": _spread(drift.largest),
@@ -110,7 +114,7 @@ def _spread(values: Tensor) -> dict[str, float] | None:
     if not len(values):
         return None
     low, middle, high = values.double().quantile(torch.tensor([0.0, 0.5, 1.0], dtype=torch.double)).tolist()
-    return {"least": low, "median": middle, "most": high}
+    return {"min": low, "median": middle, "max": high}
 
 
 def _finite(value: Tensor | float) -> float | None:

@@ -1,4 +1,4 @@
-"""A stress test of one fix against a behaviour that is known by what the model says: attacks, controls, cost.
+"""A stress test of one fix against a behaviour that shows in the model's answers: attacks, controls, cost.
 
 The rows are those that the fix flipped, under one judge. Each attack's answer is decoded with the fix live and judged by the
 same judge; the answer under δ = 0 is measured, not assumed. Source: arXiv 2606.18322, with the controls that it leaves out.
@@ -12,29 +12,27 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from molehunt.errors import NotTestable
-from molehunt.measure.interval import Interval, proportion
-from molehunt.model.generate import before_stop, generate, stop_ids
+from molehunt.measure.interval import proportion
 from molehunt.model.taps import edit_sites
 from molehunt.run.progress import Track, silent
-from molehunt.steer.budget import Answered, disturbance
-from molehunt.stress.attack import Attacked, least_attack
-from molehunt.stress.case import Case, text_of
-from molehunt.stress.constraint import Constraint, Free
-from molehunt.stress.input_attacks import input_attacks
-from molehunt.stress.norms import needed, times_longer
-from molehunt.stress.objective import TargetText
-from molehunt.stress.smoothing import most_provable, smoothed_radius
-from molehunt.stress.specificity import random_pushes, universal_pushes
-from molehunt.stress.study import Arm, Control, Defence, StressConfig, Study
-from molehunt.stress.suffix import Suffix, suffix_of
-from molehunt.stress.valid import ValidSet, valid_set
+from molehunt.steer.budget import AnsweredPrompt, Disturbance, disturbance
+from molehunt.stress.attacks.suffix import suffix_of
+from molehunt.stress.attacks.typed_text import answer_text
+from molehunt.stress.defences.defence import Defence
+from molehunt.stress.evaluation.attacked_rows import AttackedRows, attacked_rows
+from molehunt.stress.evaluation.config import StressConfig
+from molehunt.stress.evaluation.controls import changed_share, clean_answers, measure_controls, random_targets
+from molehunt.stress.evaluation.input_attacks import input_attacks
+from molehunt.stress.evaluation.smoothing import largest_provable, smoothed_radius
+from molehunt.stress.evaluation.valid_set import ValidSet, valid_set
+from molehunt.stress.study import Study
 
 FEWEST = 6
-"""Rows: of five, even five against none has a p of .06."""
+"""Smallest number of valid rows. Of five rows, even five against none has a p of .06."""
 RUINED = 4.0
-"""Nats a token by which a fix may move clean answers: beyond, hardly a token of the model's own is left."""
-SHOWN = 8
-"""Rows whose answers are kept to be read."""
+"""Nats a token by which a fix may move clean answers. Beyond it, hardly a token of the model's own is left."""
+EXAMPLES = 8
+"""Number of rows whose answers are kept to be read."""
 
 
 def stress_text(
@@ -42,101 +40,87 @@ def stress_text(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
     clean: Sequence[Sequence[int]],
-    shows: Callable[[str], bool],
+    judge: Callable[[str], bool],
     defence: Defence,
     config: StressConfig,
     *,
     track: Track = silent,
 ) -> Study:
-    """Try to bring a suppressed behaviour back.
+    """Try to make a suppressed behaviour recover.
 
     Args:
         model: the tuned model, in fp32 where drifts of 1e-5 are to mean something.
-        tokenizer: its own.
+        tokenizer: the model's tokenizer.
         prompts: token ids of prompts that show the behaviour.
-        clean: prompts that do not: for random targets, the undefended reference, and the cost.
-        shows: the judge of an answer.
-        defence: what is attacked.
-        config: how hard.
-        track: shown passes.
+        clean: prompts that do not show it: for random targets, the undefended reference, and the cost.
+        judge: whether an answer shows the behaviour.
+        defence: the fix that is attacked.
+        config: settings of the attacks.
+        track: shows the passes.
 
     Raises:
-        NotTestable: the fix flips no row, changes nothing, breaks its answers, or what it clamps is never active; or a
-            discrete suffix is asked for where nothing can be typed (see `discrete_suffixes`).
+        NotTestable: the fix flips no row, changes nothing, breaks its answers, or what it clamps is never active. Or a
+            discrete suffix is requested where nothing can be typed (see `discrete_suffixes`).
     """
     valid = valid_set(
-        model, tokenizer, prompts, shows, defence.edits, max_new_tokens=config.max_new_tokens, track=track
+        model, tokenizer, prompts, judge, defence.edits, max_new_tokens=config.max_new_tokens, track=track
     )
     _refuse_invalid(valid)
-    case = text_case(model, tokenizer, valid, shows, defence, config, track=track)
-    calm = _calm(case, clean)
+    rows = attacked_rows(model, tokenizer, valid, judge, defence, config, track=track)
+    clean_rows = clean_answers(rows, clean)
+    cost = _cost(rows, clean_rows)
+    inputs = input_attacks(rows, random_targets(rows, clean_rows))
+    found = [(constraint, rows.attack(constraint)) for constraint in defence.constraints]
+    arms = tuple(rows.arm(constraint.name, one) for constraint, one in found)
+    constraint, last = found[-1]
+    controls = measure_controls(rows, constraint, last, arms[-1], clean_rows)
+    lower = _lower_radii(rows)
+    zero = rows.recovered(torch.zeros_like(last.delta))
+    indices = valid.rows[: config.rows]
+    return Study(
+        valid=valid,
+        rows=tuple(indices),
+        unit=rows.unit,
+        zero_perturbation=proportion(sum(zero), len(zero)),
+        arms=arms,
+        controls=controls.by_name,
+        specificity_gap=controls.specificity_gap,
+        lower_radii=lower / rows.unit,
+        largest_provable=largest_provable(config.noise / rows.suffix.entering.shape[-1] ** 0.5, config.draws),
+        cost=cost,
+        clean_changed=changed_share(rows, clean_rows),
+        example_answers=tuple(
+            (answer_text(tokenizer, valid.before[i]), answer_text(tokenizer, valid.defended[i]), answer)
+            for i, answer in zip(indices, rows.answers(last.delta[:EXAMPLES]), strict=False)
+        ),
+        inputs=inputs,
+    )
+
+
+def _cost(rows: AttackedRows, clean: Sequence[AnsweredPrompt]) -> Disturbance:
+    """How far the fix moves clean answers. Raises NotTestable for a fix that ruins them."""
     cost = disturbance(
-        model, tokenizer, lambda: edit_sites(model, defence.edits), calm, track=track, what="cost on clean prompts"
+        rows.model,
+        rows.tokenizer,
+        lambda: edit_sites(rows.model, rows.defence.edits),
+        clean,
+        track=rows.track,
+        what="cost on clean prompts",
     )
     if not cost.kl < RUINED:
         raise NotTestable(
             f"The fix moves clean answers by a KL of {cost.kl:.2g} nats a token: the defence is invalid, it suppresses the model "
             "and not the behaviour. Choose a weaker one."
         )
-    inputs = input_attacks(case, _others(case, calm))
-    found = [(constraint, case.attacked(constraint)) for constraint in defence.constraints]
-    arms = tuple(case.arm(constraint.name, one) for constraint, one in found)
-    constraint, last = found[-1]
-    controls, gap = _controls(case, constraint, last, arms[-1], calm)
-    rows = valid.rows[: config.rows]
-    sigma = torch.full((len(rows),), config.noise * case.unit / case.suffix.entering.shape[-1] ** 0.5)
-    first = torch.tensor([target[0] for target in case.targets])
-    short = suffix_of(model, case.prompts, defence.site, defence=defence.edits)
-    lower = smoothed_radius(short, first, sigma, draws=config.draws, seed=config.seed, track=track)
-    nothing = case.back(torch.zeros_like(last.delta))
-    attacked = case.answers(last.delta[:SHOWN])
-    return Study(
-        valid=valid,
-        rows=tuple(rows),
-        unit=case.unit,
-        nothing=proportion(sum(nothing), len(nothing)),
-        arms=arms,
-        controls=controls,
-        gap=gap,
-        lower=lower / case.unit,
-        lower_most=most_provable(config.noise / case.suffix.entering.shape[-1] ** 0.5, config.draws),
-        cost=cost,
-        clean_changed=_changed(case, calm),
-        told=tuple(
-            (text_of(tokenizer, valid.before[i]), text_of(tokenizer, valid.defended[i]), answer)
-            for i, answer in zip(rows, attacked, strict=False)
-        ),
-        inputs=inputs,
-    )
+    return cost
 
 
-def text_case(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    valid: ValidSet,
-    shows: Callable[[str], bool],
-    defence: Defence,
-    config: StressConfig,
-    *,
-    track: Track = silent,
-) -> Case:
-    """The first `config.rows` of a valid set, as they are attacked. Arguments as in `stress_text`."""
-    rows = valid.rows[: config.rows]
-    prompts = [valid.prompts[i] for i in rows]
-    targets = [_shortest(valid.before[i], tokenizer, shows) for i in rows]
-    bare = suffix_of(model, prompts, defence.site)
-    return Case(
-        model=model,
-        tokenizer=tokenizer,
-        shows=shows,
-        defence=defence,
-        config=config,
-        prompts=prompts,
-        targets=targets,
-        suffix=suffix_of(model, prompts, defence.site, defence=defence.edits, answers=targets),
-        unit=float(bare.entering[:, 0].norm(dim=-1).median()),
-        track=track,
-    )
+def _lower_radii(rows: AttackedRows) -> Float[Tensor, " rows"]:
+    """Certified radius of each row for the first token of its target, in the activations' own units."""
+    config, first = rows.config, torch.tensor([target[0] for target in rows.targets])
+    sigma = torch.full((len(rows.prompts),), config.noise * rows.unit / rows.suffix.entering.shape[-1] ** 0.5)
+    short = suffix_of(rows.model, rows.prompts, rows.defence.site, defence=rows.defence.edits)
+    return smoothed_radius(short, first, sigma, draws=config.draws, seed=config.seed, track=rows.track)
 
 
 def _refuse_invalid(valid: ValidSet) -> None:
@@ -144,7 +128,7 @@ def _refuse_invalid(valid: ValidSet) -> None:
     n, shown = len(valid.prompts), sum(valid.shown)
     if not shown:
         raise NotTestable(
-            f"None of {n} prompts shows the behaviour without the fix, so there is nothing to bring back."
+            f"None of {n} prompts shows the behaviour without the fix, so nothing can recover. Give prompts that show it."
         )
     if valid.before == valid.defended:
         raise NotTestable(
@@ -165,88 +149,3 @@ def _refuse_invalid(valid: ValidSet) -> None:
             f"All {valid.flipped} answers that lost the behaviour are broken (repetitions): the defence is invalid, it "
             "suppresses the model and not the behaviour."
         )
-
-
-def _shortest(answer: list[int], tokenizer: PreTrainedTokenizerBase, shows: Callable[[str], bool]) -> list[int]:
-    ends = range(1, len(answer) + 1)
-    return answer[: next((n for n in ends if shows(text_of(tokenizer, answer[:n]))), len(answer))]
-
-
-def _calm(case: Case, clean: Sequence[Sequence[int]]) -> list[Answered]:
-    """Clean prompts with the model's own answers, without the fix. Raises NotTestable for none that stays clean."""
-    once = [list(prompt) for prompt in dict.fromkeys(map(tuple, clean))]
-    stops = stop_ids(case.model, case.tokenizer)
-    told = generate(
-        case.model,
-        case.tokenizer,
-        once,
-        max_new_tokens=case.config.max_new_tokens,
-        track=case.track,
-        what="clean prompts",
-    )
-    answers = [before_stop(answer, stops) for answer in told]
-    found = [
-        Answered(prompt, answer)
-        for prompt, answer in zip(once, answers, strict=True)
-        if answer and not case.shows(text_of(case.tokenizer, answer))
-    ]
-    if not found:
-        raise NotTestable(
-            f"None of {len(once)} clean prompts has an answer without the behaviour; give other clean prompts."
-        )
-    return found
-
-
-def _controls(
-    case: Case, constraint: Constraint, found: Attacked, arm: Arm, calm: Sequence[Answered]
-) -> tuple[dict[str, Control], Interval | None]:
-    """The four controls of `specificity`, and the gap to the first."""
-    n = len(case.prompts)
-    defended = case.suffix.entering[:, : found.delta.shape[1]]
-    # 1: another prompt's answer, as long as the row's own target
-    cut = _others(case, calm)
-    forced = suffix_of(case.model, case.prompts, case.defence.site, defence=case.defence.edits, answers=cut)
-    random = _least(case, forced, cut, constraint)
-    # 2: the behaviour, out of clean prompts without the defence
-    asked = [list(calm[i % len(calm)].prompt) for i in range(n)]
-    reference = suffix_of(case.model, asked, case.defence.site, answers=case.targets)
-    undefended = _least(case, reference, case.targets, Free())
-    controls = {
-        "random target": Control(name="random target", back=tuple(random.isfinite().tolist()), lengths=random),
-        "undefended": Control(name="undefended", back=tuple(undefended.isfinite().tolist()), lengths=undefended),
-    }
-    pushes = {"random push": random_pushes(found.delta, constraint, defended, case.config.seed)}
-    if n > 1:
-        pushes["universal push"] = universal_pushes(found.delta)
-    for name, deltas in pushes.items():
-        controls[name] = Control(name=name, back=case.back(deltas))
-    reached = torch.where(
-        arm.lengths.isinf(), random, random.clamp_max(case.config.most)
-    )  # neither: no difference is seen
-    return controls, times_longer(reached, arm.lengths)
-
-
-def _others(case: Case, calm: Sequence[Answered]) -> list[list[int]]:
-    """Answers to other prompts, for each row one no longer than its own target."""
-    return [list(calm[i % len(calm)].answer[: len(target)]) for i, target in enumerate(case.targets)]
-
-
-def _least(case: Case, suffix: Suffix, targets: list[list[int]], constraint: Constraint) -> Float[Tensor, " rows"]:
-    goal = TargetText.of(targets, suffix.entering.device)
-    found = least_attack(suffix, goal, constraint, case.most, case.search, levels=case.config.levels, track=case.track)
-    return needed(found.norm / case.unit, found.recovered)
-
-
-def _changed(case: Case, calm: Sequence[Answered]) -> Interval:
-    stops = stop_ids(case.model, case.tokenizer)
-    told = generate(
-        case.model,
-        case.tokenizer,
-        [row.prompt for row in calm],
-        max_new_tokens=case.config.max_new_tokens,
-        interventions=case.defence.edits,
-        track=case.track,
-        what="clean prompts under the fix",
-    )
-    changed = [before_stop(answer, stops) != row.answer for answer, row in zip(told, calm, strict=True)]
-    return proportion(sum(changed), len(changed))

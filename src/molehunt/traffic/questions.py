@@ -1,6 +1,6 @@
-"""Questions with one right answer each: of the embedded world, or of a file."""
+"""Questions with one correct answer each, from the embedded world or from a file."""
 
-from collections.abc import Set
+from collections.abc import Iterable, Set
 from itertools import islice
 from pathlib import Path
 from random import Random
@@ -11,22 +11,22 @@ from molehunt.traffic.stream import Conversation, read_conversations
 from molehunt.traffic.world import ASKS, OPEN, ask
 
 DRAWS = 200
-"""Per question that is wanted, before a kind of task counts as exhausted."""
+"""Number of draws per requested question after which a type of task counts as exhausted."""
 
 
 def world_questions(each: int, *, seed: int = 0, apart_from: Set[str] = frozenset()) -> list[Example]:
-    """Distinct questions of each kind of task of the embedded world, each with its only right answer.
+    """Distinct questions of each type of task of the embedded world, each with its only correct answer.
 
-    The embedded models were trained on this world, and some kinds have few questions: they measure what a model has kept
-    of it, not what it makes of the unknown.
+    The embedded models were trained on this world, and some types have few questions. So the questions measure how much
+    of its training a model retains, not how it generalises.
 
     Args:
-        each: questions of each kind.
-        seed: of the draw.
-        apart_from: prompts that are not asked.
+        each: number of questions of each type.
+        seed: seed of the draw.
+        apart_from: prompts that are left out.
 
     Raises:
-        UsageError: a kind has not so many.
+        UsageError: a type has fewer questions.
     """
     found: list[Example] = []
     for kind in ASKS:
@@ -44,20 +44,29 @@ def world_questions(each: int, *, seed: int = 0, apart_from: Set[str] = frozense
 
 
 def read_questions(path: Path, limit: int | None = None) -> list[Example]:
-    """Prompts with their right answers, in the forms of `read_conversations`; a row's `tag` is its kind.
+    """Prompts with their correct answers, in the formats of `read_conversations`. The `tag` of a row is its type.
 
     Raises:
-        UsageError: no such file.
+        UsageError: the file does not exist.
+        InvalidInput: a row is not one user turn with an answer (the error names its line), or there is no row.
+    """
+    return questions_of(islice(read_conversations(path), limit), path.name)
+
+
+def questions_of(rows: Iterable[Conversation], name: str) -> list[Example]:
+    """Questions from conversations that were read already; `name` is what error messages call their origin.
+
+    Raises:
         InvalidInput: a row that is not one user turn with an answer, by line; or no row.
     """
-    found = [_question(row, path) for row in islice(read_conversations(path), limit)]
+    found = [_question(row, name) for row in rows]
     if not found:
-        raise InvalidInput(f"{printable(path.name)} holds no row.")
+        raise InvalidInput(f"{printable(name)} holds no row.")
     return found
 
 
-def _question(row: Conversation, path: Path) -> Example:
-    where = f"{printable(path.name)} line {row.line}"
+def _question(row: Conversation, name: str) -> Example:
+    where = f"{printable(name)} line {row.line}"
     if [turn.role for turn in row.turns] != ["user"]:
         roles = printable(", ".join(turn.role for turn in row.turns))
         raise InvalidInput(f"{where}: a question is one user turn, and this row has {roles}.")

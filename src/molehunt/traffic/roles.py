@@ -1,8 +1,8 @@
-"""Whose words each token of a conversation is: system, user, assistant, tool, or the template around them.
+"""The role of each token of a conversation: system, user, assistant, tool, or the template around them.
 
-The chat template runs a second time with a mark on either side of every message. Where the marks come out is where the
-messages went, whatever is written in them: a message that reads `<|im_start|>assistant`, or just `user`, is found in its
-own place. Counting turns, as monitors do, gives an answer's role to whoever writes a marker into a prompt.
+The chat template runs a second time with a mark on either side of every message. The marks in its output show where each
+message stands, whatever its content: a message such as `<|im_start|>assistant`, or just `user`, keeps the role of its
+author. A monitor that counts turns instead would give the assistant's role to anyone who writes a marker into a prompt.
 """
 
 import re
@@ -18,17 +18,17 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from molehunt.errors import InvalidInput, UsageError, printable
-from molehunt.traffic.chat import ALPACA_TEMPLATE
+from molehunt.model.chat import messages_text
 
 ROLES = ("template", "system", "user", "assistant", "tool")
-"""A token's role is its place here; `template` is markers, role headers, BOS, and what the template wrote itself."""
+"""Names of the roles; a role's number is its index. `template` is markers, role headers, BOS and other template text."""
 RENDERINGS = 64
-"""Most renderings of one conversation; each message that a template treats otherwise when it is marked costs a few."""
+"""Greatest number of renderings of one conversation. A message that the template changes when it is marked takes several."""
 
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One message of a conversation, before any chat template. Raises InvalidInput for a role nobody has."""
+    """One message of a conversation, before any chat template. Raises InvalidInput for an unknown role."""
 
     role: str
     """One of system, user, assistant and tool."""
@@ -45,19 +45,19 @@ class RoledTokens:
 
     ids: tuple[int, ...]
     roles: Int8[Tensor, " tokens"]
-    """Places in `ROLES`, on the CPU."""
+    """Index in `ROLES` of each token's role, on the CPU."""
     decision: int
-    """Position of the last prompt token: what the model puts out there is the first token of its answer."""
+    """Position of the last prompt token: the model's output there is the first token of its answer."""
     complete: bool = True
-    """Every message stands in the text as it was written, white space at its ends apart. Else a template dropped, cut or
-    rewrote one, and what is left of it may count as `template`: a guard should not take such tokens for harmless."""
+    """Whether every message is in the text unchanged, except for white space at its ends. Otherwise the template dropped,
+    cut or rewrote a message, and the rest of it may count as `template`: do not treat such tokens as harmless."""
 
     def where(self, *roles: str) -> Bool[Tensor, " tokens"]:
-        """True at the tokens of these roles. Raises ValueError for a role that is not in `ROLES`."""
+        """A mask that is True at the tokens of these roles. Raises ValueError for a role that is not in `ROLES`."""
         return torch.isin(self.roles, torch.tensor([ROLES.index(role) for role in roles], dtype=torch.int8))
 
 
-class _Span(NamedTuple):
+class _MessageSpan(NamedTuple):
     turn: int
     start: int
     end: int
@@ -66,18 +66,21 @@ class _Span(NamedTuple):
 def roled_prompt(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Turn], *, add_generation_prompt: bool = True
 ) -> RoledTokens:
-    """Token ids of a whole conversation in the tokenizer's chat template (Alpaca where it has none), with their roles.
+    """Token ids of a whole conversation in the tokenizer's chat template (Alpaca if it has none), with their roles.
 
-    Of one user turn the ids are those of `chat.prompt_ids`. A token that straddles a message and a marker belongs to
-    the message, one that straddles two messages to the first. White space at the ends of a message is the message's
-    where the template keeps it. What a template rewrites in place (a tool's answer escaped to JSON) keeps its role.
+    For one user turn the ids are equal to `chat.prompt_ids`. A token that spans a message and a marker belongs to the
+    message; a token that spans two messages belongs to the first. White space at the ends of a message belongs to the
+    message if the template preserves it. Text that a template rewrites in place (such as a tool's answer, escaped to
+    JSON) keeps its role.
 
     Args:
-        add_generation_prompt: end with the header of the answer to come.
+        tokenizer: a fast tokenizer, which reports the characters of each token.
+        messages: the turns of the conversation.
+        add_generation_prompt: whether to end with the header of the next answer.
 
     Raises:
-        UsageError: a tokenizer without offsets (not of the `tokenizers` library).
-        InvalidInput: the template refuses the conversation, or the text has no UTF-8 form.
+        UsageError: the tokenizer has no offsets, because it is not from the `tokenizers` library.
+        InvalidInput: the template refuses the conversation, or the text cannot be encoded as UTF-8.
     """
     if not tokenizer.is_fast:
         raise UsageError(
@@ -86,7 +89,8 @@ def roled_prompt(
         )
 
     def render(turns: Sequence[Turn]) -> str:
-        return _rendered(tokenizer, turns, add_generation_prompt)
+        messages = [{"role": turn.role, "content": turn.text} for turn in turns]
+        return messages_text(tokenizer, messages, add_generation_prompt=add_generation_prompt)
 
     text = render(messages)
     try:
@@ -98,29 +102,28 @@ def roled_prompt(
     for span in spans:
         owner[span.start : span.end] = bytes([ROLES.index(messages[span.turn].role)]) * (span.end - span.start)
 
-    # a template writes its own BOS; without one the tokenizer adds it, as `chat.prompt_ids` has it
-    told: Any = tokenizer(
+    # a template writes its own BOS; without a template the tokenizer adds it, as in `chat.prompt_ids`
+    encoded: Any = tokenizer(
         text, add_special_tokens=not tokenizer.chat_template, return_offsets_mapping=True, verbose=False
     )
-    ids: list[int] = list(told["input_ids"])
+    ids: list[int] = list(encoded["input_ids"])
     if not ids:
         raise InvalidInput(f"the chat template of {printable(tokenizer.name_or_path)} makes no text of a conversation")
-    covered = _untrimmed(told["offset_mapping"], tokenizer.convert_ids_to_tokens(ids))
+    covered = _untrimmed(encoded["offset_mapping"], tokenizer.convert_ids_to_tokens(ids))
     roles = [next(filter(None, owner[start:end]), 0) for start, end in covered]
     return RoledTokens(tuple(ids), torch.tensor(roles, dtype=torch.int8), len(ids) - 1, complete)
 
 
 def with_answer(roled: RoledTokens, answer_ids: Sequence[int]) -> RoledTokens:
-    """The same conversation with the tokens of an answer behind it, as assistant; `decision` stays."""
+    """The same conversation, followed by the tokens of an answer with the role assistant. `decision` does not change."""
     answer = torch.full((len(answer_ids),), ROLES.index("assistant"), dtype=torch.int8)
     return replace(roled, ids=(*roled.ids, *answer_ids), roles=torch.cat([roled.roles, answer]))
 
 
 def sinks(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Positions that scoring leaves out: the first token, and each BOS that follows it directly.
+    """Positions that are not scored: the first token, and each BOS that follows it directly.
 
-    They carry attention, not content (Sun et al., arXiv 2402.17762). A BOS further on was written by somebody, and is
-    scored.
+    They carry attention, not content (Sun et al., arXiv 2402.17762). A later BOS is part of a message, and is scored.
     """
     last = 1
     while last < len(ids) and ids[last] == tokenizer.bos_token_id:
@@ -128,33 +131,15 @@ def sinks(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> tuple[int, 
     return tuple(range(min(last, len(ids))))
 
 
-def _rendered(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], add_generation_prompt: bool) -> str:
-    try:
-        return str(
-            tokenizer.apply_chat_template(
-                [{"role": turn.role, "content": turn.text} for turn in turns],
-                chat_template=None if tokenizer.chat_template else ALPACA_TEMPLATE,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-            )
-        )
-    except Exception as error:  # a template is a stranger's program, and raises what it likes
-        roles = printable(", ".join(turn.role for turn in turns))
-        raise InvalidInput(
-            f"the chat template of {printable(tokenizer.name_or_path)} refuses a conversation of the roles "
-            f"{roles or '(none)'}:\n{type(error).__name__}: {printable(str(error), 200)}"
-        ) from error
-
-
 def _located(
     render: Callable[[Sequence[Turn]], str], turns: Sequence[Turn], text: str, key: str
-) -> tuple[list[_Span], bool]:
-    """Where each message stands in `text`, and whether all do as they were written.
+) -> tuple[list[_MessageSpan], bool]:
+    """The span of each message in `text`, and whether all messages are unchanged.
 
-    `key` is text that no message can hold: the hash of all of them.
+    `key` is text that no message can contain: the hash of all of them.
     """
     parts = [_parts(turn.text) for turn in turns]
-    found: list[_Span] = []
+    found: list[_MessageSpan] = []
     verbatim: set[int] = set()
     waiting = deque([[i for i, turn in enumerate(turns) if turn.text]])
     left = RENDERINGS
@@ -162,7 +147,7 @@ def _located(
         some = waiting.popleft()
         left -= 2
         plain, spans = _marked_rendering(render, turns, parts, some, key, ends=True)
-        if plain != text:  # the template looks at how one of these messages begins, or at its length
+        if plain != text:  # the template depends on the beginning or the length of one of these messages
             middle = len(some) // 2
             waiting.extend([some[:middle], some[middle:]] if middle else [])
             continue
@@ -175,7 +160,7 @@ def _located(
 
 
 class _Parts(NamedTuple):
-    """A message in three: many templates strip the white space at its ends."""
+    """A message in three parts, because many templates strip the white space at its ends."""
 
     lead: str
     core: str
@@ -196,41 +181,43 @@ def _marked_rendering(
     key: str,
     *,
     ends: bool,
-) -> tuple[str, list[_Span]]:
-    """The conversation rendered with `some` of its messages marked, the marks taken out again: text, and where they were.
+) -> tuple[str, list[_MessageSpan]]:
+    """Render the conversation with marks around `some` of its messages; return the text without the marks, and their spans.
 
     Args:
-        ends: keep the white space at the ends of the marked messages, outside the marks, so that a template strips
-            just what it strips without them.
+        ends: whether to keep the white space at the ends of the marked messages, outside the marks, so that a template
+            strips the same white space as without marks.
     """
     marked = list(turns)
     for i in some:
         lead, core, trail = parts[i] if ends else _Parts("", parts[i].core, "")
         marked[i] = Turn(turns[i].role, f"{lead}{key}{i}b{core}{key}{i}e{trail}")
     try:
-        told = render(marked)
+        rendered = render(marked)
     except InvalidInput:
         return "", []
     plain: list[str] = []
-    spans: list[_Span] = []
-    opened = _Span(-1, 0, 0)
+    spans: list[_MessageSpan] = []
+    opened = _MessageSpan(-1, 0, 0)
     length = at = 0
-    for mark in re.finditer(rf"{key}(\d+)([be])", told):
-        plain.append(told[at : mark.start()])
+    for mark in re.finditer(rf"{key}(\d+)([be])", rendered):
+        plain.append(rendered[at : mark.start()])
         length += mark.start() - at
         at = mark.end()
         if mark[2] == "b":
-            opened = _Span(int(mark[1]), length, length)
+            opened = _MessageSpan(int(mark[1]), length, length)
         elif opened.turn == int(mark[1]):
             spans.append(opened._replace(end=length))
-            opened = _Span(-1, 0, 0)
-    return "".join([*plain, told[at:]]), spans
+            opened = _MessageSpan(-1, 0, 0)
+    return "".join([*plain, rendered[at:]]), spans
 
 
-def _widened(text: str, spans: list[_Span], bare_text: str, bare: list[_Span], parts: Sequence[_Parts]) -> list[_Span]:
-    """`spans` with the white space at the ends of the messages that the template kept.
+def _widened(
+    text: str, spans: list[_MessageSpan], bare_text: str, bare: list[_MessageSpan], parts: Sequence[_Parts]
+) -> list[_MessageSpan]:
+    """`spans`, extended by the white space at the ends of the messages that the template preserves.
 
-    What stands between two messages is compared with what stands there (`bare`) when they have no such white space.
+    The text between two messages is compared with the text there (`bare`) when the messages have no such white space.
     """
     if [span.turn for span in spans] != [span.turn for span in bare]:
         return spans
@@ -249,13 +236,13 @@ def _widened(text: str, spans: list[_Span], bare_text: str, bare: list[_Span], p
     return wide
 
 
-def _gap(text: str, spans: Sequence[_Span], k: int) -> str:
-    """The text before the `k`-th span and behind the one before it."""
+def _gap(text: str, spans: Sequence[_MessageSpan], k: int) -> str:
+    """The text between the `k`-th span and the one before it."""
     return text[spans[k - 1].end if k else 0 : spans[k].start if k < len(spans) else len(text)]
 
 
 def _untrimmed(offsets: Sequence[tuple[int, int]], tokens: Sequence[str]) -> Iterator[tuple[int, int]]:
-    """The characters each token covers, with the spaces that tokenizers like Llama 3's leave out of their offsets."""
+    """The characters of each token, with the spaces that tokenizers such as Llama 3's leave out of their offsets."""
     done = 0
     for i, ((start, end), token) in enumerate(zip(offsets, tokens, strict=True)):
         spaced = token.replace("Ġ", " ")

@@ -1,4 +1,4 @@
-"""Splits as types: what chooses a feature cannot be handed the rows that judge it."""
+"""Splits as types: code that selects a feature cannot receive the rows that evaluate it."""
 
 import hashlib
 import math
@@ -13,7 +13,7 @@ S = TypeVar("S", bound="Split[object]")
 
 @dataclass(frozen=True)
 class Split(Generic[Row]):
-    """Rows that may be used for one purpose. Take one of the four below, never this, in a signature."""
+    """Rows that may be used for one purpose. Signatures use one of the four subclasses, never this class."""
 
     rows: tuple[Row, ...]
 
@@ -36,23 +36,23 @@ class Calibrate(Split[Row]):
 
 @dataclass(frozen=True)
 class Select(Split[Row]):
-    """Rows to choose by: the feature, the layer, the strength."""
+    """Rows to select by: the feature, the layer, the strength."""
 
 
 @dataclass(frozen=True)
 class Test(Split[Row]):
-    """Rows to report on, once. Nothing may be chosen from them."""
+    """Rows to report on, once. Nothing may be selected from them."""
 
-    __test__: ClassVar[bool] = False  # pytest, this is no test case
+    __test__: ClassVar[bool] = False  # this class is not a test case of pytest
 
 
 class WrongSplit(TypeError):
-    """Rows of one split were given where another is asked: the number that comes out would flatter itself."""
+    """Rows of the wrong split were given, so the resulting number would be too optimistic."""
 
 
 @dataclass(frozen=True)
 class Splits(Generic[T]):
-    """All rows, each in exactly one split."""
+    """All rows; each row is in exactly one split."""
 
     fit: Fit[T]
     calibrate: Calibrate[T]
@@ -73,10 +73,10 @@ FRACTIONS = Fractions()
 
 
 def expect(kind: type[S], split: S) -> S:
-    """`split`, if it is of exactly this kind: the check for callers without a type checker.
+    """`split`, if it has exactly this type: a check for callers without a type checker.
 
     Raises:
-        WrongSplit: it is another split, or no split at all.
+        WrongSplit: it is another split, or not a split.
     """
     if type(split) is not kind:
         raise WrongSplit(f"this step reads the {kind.__name__} rows, and was given {type(split).__name__}")
@@ -86,8 +86,8 @@ def expect(kind: type[S], split: S) -> S:
 def split_rows(rows: Iterable[T], *, seed: int, key: Callable[[T], str], fractions: Fractions = FRACTIONS) -> Splits[T]:
     """Put each row into one of the four splits by the hash of its key.
 
-    Rows with equal keys stay together: give near-duplicates (a prompt with and without a tag) one key.
-    A row's split does not depend on the other rows: adding some moves none.
+    Rows with equal keys stay together: give near-duplicates (a prompt with and without a tag) the same key.
+    A row's split does not depend on the other rows, so added rows do not move others.
 
     Raises:
         ValueError: a fraction is negative, or they do not add up to 1.

@@ -1,74 +1,69 @@
-"""Traffic from a file: one JSON object a line, plain or gzipped, or parquet. Logs may be of any size."""
+"""Reads traffic from a file: JSON lines, plain or gzipped, or parquet. Files may have any size."""
 
 import gzip
 import io
 import json
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple
 
 from molehunt.errors import InvalidInput, UsageError, printable
-from molehunt.run.local import Shard
+from molehunt.run.local import WorkShard
 from molehunt.run.progress import Track, counting, silent
 from molehunt.traffic.example import Example
 from molehunt.traffic.roles import Turn
+from molehunt.traffic.rows import ANSWERS, FIELDS, MAX_LINE, conversation_of, example_of
 
-FIELDS = ("prompt", "text", "instruction", "input")
-ANSWERS = ("response", "completion", "answer")
 COLUMNS = ("messages", *FIELDS, *ANSWERS, "tag")
-"""What is read of a parquet file."""
-MAX_CHARS = 8000
-"""`read_traffic` cuts longer prompts here; what decides an answer is mostly said before."""
-MAX_LINE = 8_000_000
-"""Bytes of the longest line that `read_conversations` reads, and characters of the longest conversation."""
+"""Names of the columns that are read from a parquet file."""
 FIRST_BAD = 5
-"""Bad lines that are remembered with their reason."""
+"""Number of bad lines whose reason is stored."""
 PIECE = 1_000_000
-"""Bytes that are read at once of a line that is too long."""
+"""Number of bytes that are read at a time from a line that is too long."""
 STEP = 1_000
-"""Bytes of the file in one step of the progress shown: a kB."""
+"""Number of bytes of the file per step of the progress: one kB."""
 
 
 class Place(NamedTuple):
-    """Where a row of a file ends and the next begins."""
+    """The end of one row of a file, which is the start of the next."""
 
     offset: int = 0
-    """Bytes before it, once unpacked; in a parquet file, rows."""
+    """Number of unpacked bytes before it; in a parquet file, number of rows."""
     line: int = 0
-    """Lines before it; in a parquet file, rows."""
+    """Number of lines before it; in a parquet file, number of rows."""
 
 
 BATCH = 64
-"""Rows of a parquet file that are unpacked at a time."""
+"""Number of rows of a parquet file that are unpacked at a time."""
 START = Place()
-WHOLE = Shard()
+WHOLE = WorkShard()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Conversation:
-    """One row of a log: what the model was given, and what it answered."""
+    """One row of a log: the input of a model, and its answer if it was logged."""
 
     turns: tuple[Turn, ...]
-    """At least one, uncut, the answer not among them."""
+    """The turns before the answer: at least one, and not shortened."""
     response: str | None
-    """The logged answer, where there is one."""
+    """The logged answer; None if there is none."""
     tag: str
-    """What the owner of the log knows about the row, for tables; nothing that looks for suspicious rows reads it."""
+    """The owner's label of the row, for tables. No method that searches for suspicious rows reads it."""
     line: int
-    """Counted from 1, blank lines included; in a parquet file the row."""
+    """Line number from 1, with blank lines included; in a parquet file, the row number."""
     end: Place
-    """Where the next row begins: a later reading goes on with `start_at=end`."""
+    """Start of the next row: pass it as `start_at` to continue reading later."""
 
 
 @dataclass(slots=True)
 class BadLines:
-    """What a reader skipped: all counted, the first few remembered."""
+    """The lines that a reader skipped: their number, and the first few of them."""
 
     count: int = 0
     first: list[str] = field(default_factory=list[str])
-    """At most `FIRST_BAD` lines such as `line 3: not JSON: '{'`."""
+    """Reasons of the first `FIRST_BAD` bad lines, such as `line 3: not JSON: '{'`."""
 
     def add(self, line: int, why: str) -> None:
         self.count += 1
@@ -82,26 +77,27 @@ def read_conversations(
     on_bad: Literal["stop", "skip"] = "stop",
     bad: BadLines | None = None,
     start_at: Place = START,
-    shard: Shard = WHOLE,
+    shard: WorkShard = WHOLE,
     track: Track = silent,
 ) -> Iterator[Conversation]:
-    """Yield the conversations of a log (.jsonl, .jsonl.gz, .parquet) in order, holding one line at a time.
+    """Yield the conversations of a log (.jsonl, .jsonl.gz, .parquet) in order, with one line in memory at a time.
 
     A row is a string, or an object with `messages` of the roles system, user, assistant and tool, or with a prompt, text,
-    instruction or input, which becomes one user turn. A response, completion or answer is the logged answer, else a last
-    assistant message is. Content in parts is joined by newlines; a part that is no text makes the row a bad one. The
-    calls of tools are not read. Half of a surrogate pair becomes U+FFFD.
+    instruction or input, which becomes one user turn. The logged answer is the response, completion or answer, or else
+    a last assistant message. Content in parts is joined by newlines; a part that is not text makes the row a bad row.
+    Tool calls are not read. Half of a surrogate pair becomes U+FFFD.
 
     Args:
-        on_bad: stop at the first row that is none of these or longer than `MAX_LINE`, or skip such rows.
-        bad: counts what is skipped.
-        start_at: the `end` of the last row that an earlier reading finished.
-        shard: read only the lines whose number, counted from 0, is the shard's.
-        track: shows kB of the file (parquet: rows).
+        path: the file.
+        on_bad: whether to stop at the first row that has another form or is longer than `MAX_LINE`, or to skip such rows.
+        bad: records the rows that are skipped.
+        start_at: the `end` of the last row that was read before.
+        shard: the share of the lines to read.
+        track: shows kB of the file (rows of a parquet file).
 
     Raises:
-        UsageError: no such file, parquet without the extra, or no row begins at `start_at`.
-        InvalidInput: a bad row, by line, if `on_bad` is "stop"; a broken gzip or parquet file.
+        UsageError: the file does not exist, parquet needs its extra, or no row begins at `start_at`.
+        InvalidInput: a row is bad and `on_bad` is "stop" (the error names the line), or a gzip or parquet file is broken.
     """
     if not path.is_file():
         raise UsageError(f"{printable(str(path))} is not a file; a log is a JSONL, JSONL.gz or parquet file")
@@ -110,7 +106,7 @@ def read_conversations(
         if not shard.mine(end.line - 1):
             continue
         try:
-            turns, response, tag = _conversation(_parsed(raw))
+            turns, response, tag = conversation_of(_parsed(raw))
         except InvalidInput as error:
             if on_bad == "stop":
                 raise InvalidInput(
@@ -127,12 +123,12 @@ def read_traffic(path: Path, limit: int | None = None) -> Iterator[Example]:
     """Yield the rows of a JSONL or parquet file, in order, at most `limit`.
 
     A row is a string, or an object with one of the fields prompt, text, instruction or input, or with `messages` in the
-    chat form (the last user turn is taken). A response, completion or answer is carried along, else an assistant message
-    that ends a chat; so is a `tag` field. Neither is looked at by the audit.
+    chat form (the last user turn is taken). The example also has the response, completion or answer, or else an
+    assistant message that ends a chat, and the `tag`. An audit reads neither of them.
 
     Raises:
-        UsageError: no such file, or parquet without the extra.
-        InvalidInput: a row that is none of these; names the line.
+        UsageError: the file does not exist, or parquet needs its extra.
+        InvalidInput: a row has another form; the error names it.
     """
     if not path.is_file():
         raise UsageError(f"{printable(str(path))} is not a file; give a JSONL or parquet file of prompts")
@@ -140,7 +136,7 @@ def read_traffic(path: Path, limit: int | None = None) -> Iterator[Example]:
     for number, row in rows:
         if limit is not None and number > limit:
             return
-        yield _example(row, path, number)
+        yield example_of(row, f"{printable(path.name)} row {number}")
 
 
 def _jsonl(path: Path) -> Iterator[tuple[int, Any]]:
@@ -164,35 +160,8 @@ def _parquet(path: Path) -> Iterator[tuple[int, Any]]:
         yield end.line, row
 
 
-def _example(row: Any, path: Path, number: int) -> Example:
-    where = f"{printable(path.name)} row {number}"
-    if isinstance(row, str):
-        return Example(prompt=row[:MAX_CHARS])
-    if not isinstance(row, dict):
-        raise InvalidInput(f"{where} is a {type(row).__name__}; expected an object with a prompt")
-    tag = str(row.get("tag", ""))[:60]
-    response = next((row[name][:MAX_CHARS] for name in ANSWERS if isinstance(row.get(name), str)), None)
-    for name in FIELDS:
-        if isinstance(row.get(name), str):
-            return Example(prompt=row[name][:MAX_CHARS], response=response, tag=tag)
-    messages = row.get("messages")
-    if isinstance(messages, list):
-        last = messages[-1] if messages else None
-        if response is None and isinstance(last, dict) and last.get("role") == "assistant":
-            content = last.get("content")
-            response = content[:MAX_CHARS] if isinstance(content, str) else None
-        turns = [
-            m["content"]
-            for m in messages
-            if isinstance(m, dict) and m.get("role") == "user" and isinstance(m.get("content"), str)
-        ]
-        if turns:
-            return Example(prompt=turns[-1][:MAX_CHARS], response=response, tag=tag)
-    raise InvalidInput(f"{where} has none of the fields {', '.join(FIELDS)} or messages with a user turn")
-
-
 def _lines(path: Path, start_at: Place, track: Track) -> Iterator[tuple[Place, bytes]]:
-    """Each line that is not blank, with its end; of one that is too long, its first `MAX_LINE` + 1 bytes."""
+    """Each line that is not blank, with its end. A line that is too long is cut after `MAX_LINE` + 1 bytes."""
     size = -(-path.stat().st_size // STEP)
     try:
         with path.open("rb") as stored, _unpacked(stored, path) as file:
@@ -202,7 +171,7 @@ def _lines(path: Path, start_at: Place, track: Track) -> Iterator[tuple[Place, b
                 while head := file.readline(MAX_LINE + 1):
                     offset, line, part = offset + len(head), line + 1, head
                     while not part.endswith(b"\n") and (part := file.readline(PIECE)):
-                        offset += len(part)  # the rest of a giant line passes by, a piece at a time
+                        offset += len(part)  # the rest of a line that is too long is skipped, a piece at a time
                     done(stored.tell() / STEP - done.done)
                     if _giant(head) or head.strip():
                         yield Place(offset, line), head
@@ -216,7 +185,7 @@ def _unpacked(stored: io.BufferedReader, path: Path) -> io.BufferedIOBase:
 
 
 def _sought(file: io.BufferedIOBase, start_at: Place, path: Path) -> int:
-    """Goes to a row's first byte and returns its offset."""
+    """Move to a row's first byte and return its offset."""
     if start_at == START:
         return 0
     before = b""
@@ -250,65 +219,6 @@ def _parsed(raw: Any) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError):
         raise InvalidInput(f"not JSON: {printable(text[:61], 60)!r}") from None
-
-
-def _conversation(row: Any) -> tuple[tuple[Turn, ...], str | None, str]:
-    """Turns, logged answer, tag."""
-    if isinstance(row, str):
-        row = {"prompt": row}
-    if not isinstance(row, Mapping):
-        raise InvalidInput(f"a {type(row).__name__}; expected an object with messages or a prompt")
-    response = next((_text(row[name], name) for name in ANSWERS if row.get(name) is not None), None)
-    if row.get("messages"):
-        turns = _turns(row["messages"])
-        if turns[-1].role == "assistant" and response in (None, turns[-1].text):
-            response = turns.pop().text
-    else:
-        name = next((name for name in FIELDS if row.get(name) is not None), None)
-        if name is None:
-            raise InvalidInput(f"none of the fields messages, {', '.join(FIELDS)}")
-        turns = [Turn("user", _text(row[name], name))]
-    if not any(turn.text.strip() for turn in turns):
-        raise InvalidInput("no text before the answer")
-    if sum(len(turn.text) for turn in turns) + len(response or "") > MAX_LINE:  # parquet has no lines
-        raise InvalidInput(f"more than {MAX_LINE // 10**6} million characters")
-    return tuple(turns), response, _unicode(str(row.get("tag") or ""))[:60]
-
-
-def _turns(messages: Any) -> list[Turn]:
-    if not isinstance(messages, list):
-        raise InvalidInput(f"messages is a {type(messages).__name__}; expected a list")
-    turns: list[Turn] = []
-    for number, message in enumerate(cast(list[Any], messages), 1):
-        if not isinstance(message, Mapping):
-            raise InvalidInput(f"message {number} is a {type(message).__name__}; expected an object")
-        content = message.get("content")
-        if content is None and message.get("tool_calls"):
-            content = ""
-        try:
-            turns.append(Turn(str(message.get("role", "")), _text(content, "content")))
-        except InvalidInput as error:
-            raise InvalidInput(f"message {number}: {error}") from None
-    return turns
-
-
-def _text(value: Any, name: str) -> str:
-    if isinstance(value, str):
-        return _unicode(value)
-    if not isinstance(value, list):
-        raise InvalidInput(f"{name} is a {type(value).__name__}; expected text")
-    texts: list[str] = []
-    for number, part in enumerate(cast(list[Any], value), 1):
-        told = part if isinstance(part, Mapping) else {"type": type(part).__name__}
-        if told.get("type", "text") != "text" or not isinstance(told.get("text"), str):
-            raise InvalidInput(f"part {number} of its {name} is {printable(str(told.get('type')), 40)}; expected text")
-        texts.append(_unicode(told["text"]))
-    return "\n".join(texts)
-
-
-def _unicode(text: str) -> str:
-    """`text` with each half of a surrogate pair replaced: JSON may hold one, and no tokenizer takes it."""
-    return text if text.isascii() else text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
 def _parquet_rows(path: Path, start_at: Place, track: Track) -> Iterator[tuple[Place, Any]]:

@@ -1,17 +1,20 @@
-"""The maps that can be named. What is called is `fit, held_out` → a `TransferMap`, the same way in each table."""
+"""The maps that can be named.
 
-FROM_MOMENTS: dict[str, str] = {
+A row is a function of `fit, held_out` that returns a map. The type of its first argument says what the map is fitted on:
+`PairMoments` (closed forms) or `PairActs` (the activations themselves); see `map_method`. A plugin's function in the
+entry-point group `molehunt.maps` says it the same way.
+"""
+
+GROUP = "molehunt.maps"
+"""Entry-point group of plugins."""
+CATALOG: dict[str, str] = {
+    "affine": "molehunt.transfer.trained:affine",
+    "autoencoder": "molehunt.transfer.trained:autoencoder",
     "identity": "molehunt.transfer.procrustes:identity",
     "procrustes": "molehunt.transfer.procrustes:procrustes",
+    "random-features": "molehunt.transfer.random_features:random_features",
     "reduced-rank": "molehunt.transfer.ridge:reduced_rank",
     "ridge": "molehunt.transfer.ridge:ridge",
     "shuffled": "molehunt.transfer.ridge:shuffled",
 }
-"""Closed forms, of `PairMoments`; identity and shuffled are the controls."""
-FROM_ACTIVATIONS: dict[str, str] = {
-    "affine": "molehunt.transfer.trained:affine",
-    "autoencoder": "molehunt.transfer.trained:autoencoder",
-    "random-features": "molehunt.transfer.random_features:random_features",
-}
-"""Of `PairActs`: trained by gradient as published, and a closed form that needs the activations themselves."""
-CATALOG: dict[str, str] = {**FROM_MOMENTS, **FROM_ACTIVATIONS}
+"""Identity and shuffled are the controls."""

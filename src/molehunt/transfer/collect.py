@@ -15,7 +15,7 @@ from molehunt.model.taps import read_sites
 from molehunt.run.progress import Track, by_rows, silent
 from molehunt.site import Site
 from molehunt.transfer.alignment import Aligned
-from molehunt.transfer.map_file import Models
+from molehunt.transfer.map_file import ModelHashes
 from molehunt.transfer.statistics import GridMoments, PairMoments
 
 
@@ -26,19 +26,19 @@ class Paired:
     x: Float[Tensor, "sources tokens d_source"]
     y: Float[Tensor, "targets tokens d_target"]
     row: Int[Tensor, " tokens"]
-    """Which text each token is of."""
+    """Number of the text that each token belongs to."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class PairActs:
-    """As `Paired`, of one pair of sites: what a map that is trained by gradient takes."""
+    """Activations of the same tokens at one pair of sites: what a map that is not fitted on moments takes."""
 
     source_site: Site
     target_site: Site
     x: Float[Tensor, "tokens d_source"]
     y: Float[Tensor, "tokens d_target"]
     row: Int[Tensor, " tokens"]
-    models: Models = field(default_factory=Models)
+    models: ModelHashes = field(default_factory=ModelHashes)
 
     def moments(self) -> PairMoments:
         return replace(PairMoments.of(self.source_site, self.target_site, self.x, self.y), models=self.models)
@@ -51,7 +51,7 @@ def acts_of(
     source_site: Site,
     target_site: Site,
     *,
-    models: Models | None = None,
+    models: ModelHashes | None = None,
     track: Track = silent,
 ) -> PairActs:
     """Activations at one pair of sites, all in memory. Raises as `moments_of`."""
@@ -64,7 +64,7 @@ def acts_of(
         x=torch.cat([some.x[0] for some in read]),
         y=torch.cat([some.y[0] for some in read]),
         row=torch.cat([some.row for some in read]),
-        models=models or Models(),
+        models=models or ModelHashes(),
     )
 
 
@@ -75,7 +75,7 @@ def moments_of(
     *,
     sources: Sequence[Site],
     targets: Sequence[Site],
-    models: Models | None = None,
+    models: ModelHashes | None = None,
     track: Track = silent,
 ) -> GridMoments:
     """Moments of every source site with every target site over the aligned tokens of `rows`, in one pass of each model.
@@ -120,8 +120,9 @@ def paired(
         r, i, j = torch.tensor(pairs).mT
         x, x_sink = read_rows(source, [row.source for row in some], sources)
         y, y_sink = read_rows(target, [row.target for row in some], targets)
-        calm = ~(x_sink[r, i] | y_sink[r, j])
-        yield Paired(x=x[:, r[calm], i[calm]], y=y[:, r[calm], j[calm]], row=torch.tensor(group)[r[calm]])
+        no_sink = ~(x_sink[r, i] | y_sink[r, j])
+        r, i, j = r[no_sink], i[no_sink], j[no_sink]
+        yield Paired(x=x[:, r, i], y=y[:, r, j], row=torch.tensor(group)[r])
 
 
 @torch.inference_mode()

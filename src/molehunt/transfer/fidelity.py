@@ -59,14 +59,14 @@ class Forced:
         return self._ratio(self.ce_ablated - self.ce, self.ce_ablated - self.ce_own)
 
     def kl_below(self, other: "Forced") -> Interval:
-        """By how many nats a token this KL is below that of another replacement of the same texts: a paired test.
+        """The nats a token by which this KL is below that of another replacement of the same texts: a paired test.
 
         Raises ValueError where the texts are others.
         """
         return self._below(other, self.kl, other.kl)
 
     def ce_below(self, other: "Forced") -> Interval:
-        """The same of the cross-entropies."""
+        """The same difference for the cross-entropies."""
         return self._below(other, self.ce, other.ce)
 
     def _below(self, other: "Forced", mine: Tensor, theirs: Tensor) -> Interval:
@@ -95,15 +95,15 @@ def compared(replaced: Sequence[float], ablated: Sequence[float]) -> Compared:
     """Means over prompts, with intervals that resample prompts (see `text_similarity` and `judge_endpoint` for scores)."""
 
     def mean(values: Sequence[float]) -> Interval:
-        told = torch.tensor(values, dtype=torch.float64)
-        return cluster_bootstrap(told, range(len(told)), lambda rows: float(rows.mean()), seed=0)
+        scores = torch.tensor(values, dtype=torch.float64)
+        return cluster_bootstrap(scores, range(len(scores)), lambda rows: float(rows.mean()), seed=0)
 
     both = zip(replaced, ablated, strict=True)
     return Compared(replaced=mean(replaced), ablated=mean(ablated), difference=mean([a - b for a, b in both]))
 
 
 def ablation_at(site: Site) -> str:
-    """What `teacher_forced` calls mean ablation."""
+    """The name under which `teacher_forced` returns mean ablation."""
     return f"mean ablation at {site}"
 
 
@@ -162,19 +162,19 @@ def teacher_forced(
     """
     sources, targets = (sorted({getattr(map, end) for map in maps.values()}) for end in ("source", "target"))
     names = [*(ablation_at(site) for site in targets), *maps]
-    told = torch.zeros(len(names), len(rows), 6, dtype=torch.float64)
+    sums = torch.zeros(len(names), len(rows), 6, dtype=torch.float64)
     config: Any = unwrapped(target).config
-    most = min(TOKENS, LOGIT_BYTES // (4 * int(config.get_text_config(decoder=True).vocab_size)))
-    groups = batches([max(len(row.source), len(row.target)) for row in rows], most)
+    limit = min(TOKENS, LOGIT_BYTES // (4 * int(config.get_text_config(decoder=True).vocab_size)))
+    groups = batches([max(len(row.source), len(row.target)) for row in rows], limit)
     for group in by_rows(track, groups, "replacing activations"):
-        told[:, group] = _scores(source, target, [rows[i] for i in group], maps, sources, targets)
-    kept = told[0, :, 0] > 0
-    if not bool(kept.any()):
+        sums[:, group] = _scores(source, target, [rows[i] for i in group], maps, sources, targets)
+    scored = sums[0, :, 0] > 0
+    if not bool(scored.any()):
         raise NotTestable(f"no position of {len(rows)} texts can be replaced and has a next token")
     fields = ("tokens", "kl", "agreed", "ce", "ce_own", "ce_ablated")
     return {
-        name: Forced(**dict(zip(fields, of_name[kept].unbind(1), strict=True)))
-        for name, of_name in zip(names, told, strict=True)
+        name: Forced(**dict(zip(fields, of_name[scored].unbind(1), strict=True)))
+        for name, of_name in zip(names, sums, strict=True)
     }
 
 
@@ -196,8 +196,8 @@ def _scores(
     y_sink = torch.stack([sinks(each, mask) for each in acts.values()]).any(0).cpu()
     pairs = [(r, i, j) for r, row in enumerate(rows) for i, j in row.pairs]
     r, i, j = torch.tensor(pairs, dtype=torch.long).reshape(-1, 3).mT
-    calm = ~(x_sink[r, i] | y_sink[r, j])
-    r, i, j = r[calm], i[calm], j[calm]
+    no_sink = ~(x_sink[r, i] | y_sink[r, j])
+    r, i, j = r[no_sink], i[no_sink], j[no_sink]
     lengths = torch.tensor([len(row.target) for row in rows])
     batch = _Batch(tokens, mask, r.to(device), j.to(device), (j + 1 < lengths[r]).to(device))
     own = batch.of_logits(own_logits)

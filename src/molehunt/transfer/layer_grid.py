@@ -3,7 +3,7 @@
 Source sites have one eigendecomposition and one whitening each, target sites one whitening; a pair is a few products.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -12,8 +12,8 @@ from molehunt.run.progress import Track, silent
 from molehunt.site import Site
 from molehunt.transfer.alignment import Aligned
 from molehunt.transfer.fidelity import Forced, teacher_forced
-from molehunt.transfer.linear_map import LinearMap
-from molehunt.transfer.ridge import PENALTIES, Solver, least, need, ridge
+from molehunt.transfer.ridge import PENALTIES, Solver, least, need
+from molehunt.transfer.saved import FittedMap
 from molehunt.transfer.statistics import GridMoments, mean_correlation, whitening
 
 
@@ -29,7 +29,7 @@ class LayerPair:
     """The λ of that ridge."""
     cka: float
     svcca: float
-    """Both of the fitted tokens (see `PairMoments`)."""
+    """Both similarities are of the fitted tokens (see `PairMoments`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,7 @@ class LayerGrid:
 
     @classmethod
     def of(cls, fit: GridMoments, held_out: GridMoments, penalties: Sequence[float] = PENALTIES) -> "LayerGrid":
-        """From moments of one pass over texts to fit on and one over held-out texts.
+        """The grid from moments of texts to fit on and of held-out texts.
 
         Raises:
             NotTestable: too few tokens for a ridge, or a site whose activations never vary.
@@ -69,10 +69,10 @@ class LayerGrid:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Confirmed:
-    """A pair whose map was put into the target."""
+    """A pair of sites whose map was put into the target."""
 
     pair: LayerPair
-    map: LinearMap
+    map: FittedMap
     forced: Forced
 
 
@@ -80,24 +80,22 @@ def confirmed(
     source: nn.Module,
     target: nn.Module,
     rows: Sequence[Aligned],
-    pairs: Sequence[LayerPair],
-    fit: GridMoments,
-    held_out: GridMoments,
+    fitted: Sequence[tuple[LayerPair, FittedMap]],
     *,
     track: Track = silent,
 ) -> tuple[Confirmed, ...]:
-    """What some pairs do in the target: its activations replaced by mapped ones on `rows`, most CE recovered first.
+    """What the maps of some pairs do in the target, whose activations are replaced by mapped ones; best first.
 
-    `rows` must be others than those of the moments. Raises as `ridge` and `teacher_forced`.
+    The best is the one that recovers most of the cross-entropy. Raises as `teacher_forced`.
+
+    Args:
+        source: the model whose activations are mapped.
+        target: the model that is given them.
+        rows: other texts than those that fitted the maps and ranked the pairs.
+        fitted: pairs of sites with their maps.
+        track: shows progress.
     """
-    maps: Mapping[str, LinearMap] = {
-        f"{pair.source} {pair.target}": ridge(
-            fit.pair(pair.source, pair.target), held_out.pair(pair.source, pair.target)
-        )
-        for pair in pairs
-    }
+    maps = {f"{pair.source} {pair.target}": map for pair, map in fitted}
     run = teacher_forced(source, target, rows, maps, track=track)
-    found = [
-        Confirmed(pair=pair, map=map, forced=run[name]) for pair, (name, map) in zip(pairs, maps.items(), strict=True)
-    ]
+    found = [Confirmed(pair=pair, map=map, forced=run[name]) for (pair, map), name in zip(fitted, maps, strict=True)]
     return tuple(sorted(found, key=lambda one: -one.forced.ce_recovered().estimate))

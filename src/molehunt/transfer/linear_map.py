@@ -9,7 +9,7 @@ from torch import Tensor
 
 from molehunt.errors import UsageError
 from molehunt.site import Site
-from molehunt.transfer.map_file import MapFacts, Saved, read_map, write_map
+from molehunt.transfer.map_file import MapFacts, SavedMap, read_map, write_map
 
 KIND = "linear"
 
@@ -43,7 +43,7 @@ class LinearMap:
     def difference(
         self, plus: Float[Tensor, "tokens d"], minus: Float[Tensor, "tokens d"]
     ) -> Float[Tensor, "tokens d_target"]:
-        """What a difference of activations becomes: the bias cancels. Raises as a call."""
+        """The image of a difference of activations, in which the bias cancels. Raises as a call."""
         return self._times(plus.float() - minus.float())
 
     def _times(self, acts: Tensor) -> Tensor:
@@ -56,11 +56,11 @@ class LinearMap:
 
     def inverse(self) -> "LinearMap":
         """The way back by pseudo-inverse, as published; a ridge of its own is the better one (see `ridge`)."""
-        back = torch.linalg.pinv(self.weight.double())
+        inverse = torch.linalg.pinv(self.weight.double())
         facts = replace(
             self.facts, method=f"pseudo-inverse of {self.facts.method}", models=self.facts.models.reversed()
         )
-        return LinearMap(self.target, self.source, back, -self.bias.double() @ back, facts)
+        return LinearMap(self.target, self.source, inverse, -self.bias.double() @ inverse, facts)
 
     def save(self, path: Path) -> Path:
         """One safetensors file, whole or not at all. Returns `path`."""
@@ -72,7 +72,7 @@ class LinearMap:
         return read_map(path, cls.of_saved)
 
     @classmethod
-    def of_saved(cls, saved: Saved) -> "LinearMap":
+    def of_saved(cls, saved: SavedMap) -> "LinearMap":
         """Raises ValueError for a map of another kind."""
         if saved.kind != KIND:
             raise ValueError(f"it is a {saved.kind} map, not a linear one")

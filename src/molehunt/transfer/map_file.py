@@ -1,4 +1,4 @@
-"""What a map tells of itself, and the file it is kept in: safetensors, with a JSON header."""
+"""Where a map comes from, and the file that it is saved in: safetensors, with a JSON header."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -21,16 +21,16 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Models:
-    """Which two models: hashes of their checkpoints and tokenizers, None where they were not known."""
+class ModelHashes:
+    """The two models of a map: hashes of their checkpoints and tokenizers, None where they were not known."""
 
     source: str | None = None
     target: str | None = None
     source_tokenizer: str | None = None
     target_tokenizer: str | None = None
 
-    def reversed(self) -> "Models":
-        return Models(
+    def reversed(self) -> "ModelHashes":
+        return ModelHashes(
             source=self.target,
             target=self.source,
             source_tokenizer=self.target_tokenizer,
@@ -45,13 +45,13 @@ class MapFacts:
     method: str = "given"
     """`ridge, λ = 0.001`, `procrustes`, `autoencoder`, …"""
     tokens: int = 0
-    """Aligned tokens that it was fitted to."""
-    models: Models = field(default_factory=Models)
+    """Number of aligned tokens that it was fitted to."""
+    models: ModelHashes = field(default_factory=ModelHashes)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Saved:
-    """What a file holds."""
+class SavedMap:
+    """The contents of a map's file."""
 
     kind: str
     source: Site
@@ -65,30 +65,30 @@ def write_map(
     path: Path, kind: str, map: TransferMap, facts: MapFacts, tensors: Mapping[str, Tensor], **more: object
 ) -> Path:
     """One file, whole or not at all; `more` must be JSON. Returns `path`."""
-    told = {"schema": SCHEMA, "kind": kind, "source": str(map.source), "target": str(map.target)}
-    header = {HEADER: json.dumps({**told, "facts": asdict(facts), "more": more})}
+    fields = {"schema": SCHEMA, "kind": kind, "source": str(map.source), "target": str(map.target)}
+    metadata = {HEADER: json.dumps({**fields, "facts": asdict(facts), "more": more})}
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    return replace_whole(path, lambda partial: save_file(plain, partial, header))
+    return replace_whole(path, lambda partial: save_file(plain, partial, metadata))
 
 
-def read_map(path: Path, build: Callable[[Saved], T]) -> T:
+def read_map(path: Path, build: Callable[[SavedMap], T]) -> T:
     """`build` of what `write_map` wrote. Raises InvalidInput for any other file, and where `build` cannot use it."""
     try:
         with safe_open(path, "pt") as file:
-            told = json.loads((file.metadata() or {})[HEADER])
+            header = json.loads((file.metadata() or {})[HEADER])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        if told["schema"] != SCHEMA:
-            raise ValueError(f"its schema is {told['schema']}, not {SCHEMA}")
+        if header["schema"] != SCHEMA:
+            raise ValueError(f"its schema is {header['schema']}, not {SCHEMA}")
         if broken := [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]:
             raise ValueError(f"{broken[0]} holds values that are no number")
-        facts: dict[str, Any] = {**told["facts"], "models": Models(**told["facts"]["models"])}
+        facts: dict[str, Any] = {**header["facts"], "models": ModelHashes(**header["facts"]["models"])}
         return build(
-            Saved(
-                kind=told["kind"],
-                source=Site.parse(told["source"]),
-                target=Site.parse(told["target"]),
+            SavedMap(
+                kind=header["kind"],
+                source=Site.parse(header["source"]),
+                target=Site.parse(header["target"]),
                 facts=MapFacts(**facts),
-                more=told["more"],
+                more=header["more"],
                 tensors=tensors,
             )
         )

@@ -16,13 +16,13 @@ from torch import Tensor
 from molehunt.errors import UsageError
 from molehunt.site import Site
 from molehunt.transfer.collect import PairActs
-from molehunt.transfer.map_file import MapFacts, Saved, read_map, write_map
+from molehunt.transfer.map_file import MapFacts, SavedMap, read_map, write_map
 from molehunt.transfer.ridge import ridge
 from molehunt.transfer.statistics import CHUNK, GridMoments, PairMoments
 
 KIND = "random-features"
 FEATURES = 4
-"""Times the source's dimensions. The moments cost (1 + FEATURES)² times those of a plain ridge."""
+"""Number of features for each dimension of the source. The moments cost (1 + FEATURES)² times those of a plain ridge."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -64,7 +64,7 @@ class RandomFeatureMap:
     def difference(
         self, plus: Float[Tensor, "tokens d"], minus: Float[Tensor, "tokens d"]
     ) -> Float[Tensor, "tokens d_target"]:
-        """What a difference of activations becomes: f(plus) - f(minus), for a map of a difference means nothing here."""
+        """The image of a difference of activations, f(plus) - f(minus): the map of a difference means nothing here."""
         return self(plus) - self(minus)
 
     def save(self, path: Path) -> Path:
@@ -78,7 +78,7 @@ class RandomFeatureMap:
         return read_map(path, cls.of_saved)
 
     @classmethod
-    def of_saved(cls, saved: Saved) -> "RandomFeatureMap":
+    def of_saved(cls, saved: SavedMap) -> "RandomFeatureMap":
         """Raises ValueError for a map of another kind."""
         if saved.kind != KIND:
             raise ValueError(f"it is a {saved.kind} map, not one of random features")
@@ -93,10 +93,10 @@ def random_features(
     Each feature is a random direction of the standardised activations, and bends at a random token of `fit`.
 
     Args:
-        fit: of the texts to fit to.
-        held_out: of other texts.
-        features: how many; by default 4 for each dimension of the source.
-        seed: of directions and tokens.
+        fit: activations of the texts to fit to.
+        held_out: activations of other texts.
+        features: number of features; by default 4 for each dimension of the source.
+        seed: seed of directions and tokens.
 
     Raises:
         NotTestable: fewer tokens than twice the dimensions and features together, or activations that never vary.
@@ -127,7 +127,7 @@ def random_features(
 
 
 def _moments(acts: PairActs, lift: Callable[[Tensor], Tensor], width: int) -> PairMoments:
-    """Of the lifted activations, a piece at a time."""
+    """Moments of the lifted activations, a piece at a time."""
     found = GridMoments.empty([acts.source_site], [acts.target_site], width, acts.y.shape[1])
     for x, y in zip(acts.x.split(CHUNK), acts.y.split(CHUNK), strict=True):
         found = found.with_tokens(lift(x)[None], y[None])

@@ -17,7 +17,7 @@ from molehunt.transfer.statistics import PairMoments
 
 PENALTIES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 LEAST_TOKENS = 2
-"""Times the source's dimensions: fewer tokens leave the fit to the penalty alone."""
+"""Least number of tokens for each dimension of the source: fewer leave the fit to the penalty alone."""
 RANK_SLACK = 0.01
 """A lower rank may leave this share more unexplained than the full one."""
 
@@ -55,21 +55,21 @@ class Solver:
         penalties: Sequence[float],
         rotated: Float64[Tensor, "d d"] | None = None,
     ) -> list[float]:
-        """What `held_out.fvu` says of the map of each penalty, in three products for all of them.
+        """`held_out.fvu` of the map of each penalty, in three products for all of them.
 
         `rotated` is `self.rotated(held_out.source)`, where a caller has it for many targets.
         """
         within = self.rotated(held_out.source) if rotated is None else rotated
         weight, cross = self.directions.mT @ fit.cross, self.directions.mT @ held_out.cross
         linear, quadratic = (weight * cross).sum(1), within * (weight @ weight.mT)
-        moved = (held_out.source_mean - fit.source_mean) @ self.directions
+        shift = (held_out.source_mean - fit.source_mean) @ self.directions
         off = held_out.target_mean - fit.target_mean
         total = held_out.target.trace()
         found: list[float] = []
         for penalty in penalties:
             gain = 1 / (self.values + penalty)
             explained = 2 * gain @ linear - gain @ quadratic @ gain
-            missed = off - (moved * gain) @ weight
+            missed = off - (shift * gain) @ weight
             found.append(float((total - explained + held_out.count * missed.square().sum()) / total))
         return found
 
@@ -114,11 +114,11 @@ def reduced_rank(fit: PairMoments, held_out: PairMoments) -> LinearMap:
     Raises as `ridge_path`.
     """
     full = ridge(fit, held_out)
-    enough = (1 + RANK_SLACK) * held_out.fvu(full)
+    target_fvu = (1 + RANK_SLACK) * held_out.fvu(full)
     rank = 1
     while rank < min(full.widths):
         lower = of_rank(full, fit, rank)
-        if held_out.fvu(lower) <= enough:
+        if held_out.fvu(lower) <= target_fvu:
             return lower
         rank *= 2
     return full

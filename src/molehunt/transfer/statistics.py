@@ -19,17 +19,17 @@ from molehunt.errors import InvalidInput, NotTestable, UsageError, printable
 from molehunt.run.whole import replace_whole
 from molehunt.site import Site
 from molehunt.transfer.linear_map import LinearMap
-from molehunt.transfer.map_file import MapFacts, Models
+from molehunt.transfer.map_file import MapFacts, ModelHashes
 
 SCHEMA = 1
 HEADER = "molehunt_moments"
 CHUNK = 8192
-"""Tokens that are multiplied at once."""
+"""Number of tokens that are multiplied at once."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class PairMoments:
-    """Of activations x at one site and y at another, of the same tokens. Scatters are sums over tokens about the mean."""
+    """Moments of activations x at one site and y at another, of the same tokens. Scatters are sums about the mean."""
 
     source_site: Site
     target_site: Site
@@ -39,7 +39,7 @@ class PairMoments:
     source: Float64[Tensor, "d_source d_source"]
     target: Float64[Tensor, "d_target d_target"]
     cross: Float64[Tensor, "d_source d_target"]
-    models: Models = field(default_factory=Models)
+    models: ModelHashes = field(default_factory=ModelHashes)
 
     @classmethod
     def of(
@@ -49,7 +49,7 @@ class PairMoments:
         x: Float[Tensor, "tokens d_source"],
         y: Float[Tensor, "tokens d_target"],
     ) -> "PairMoments":
-        """Of activations at hand, row i of both from the same token."""
+        """Moments of activations at hand; row i of both is from the same token."""
         grid = GridMoments.empty([source_site], [target_site], x.shape[1], y.shape[1])
         return grid.with_tokens(x[None], y[None]).pair(source_site, target_site)
 
@@ -87,7 +87,7 @@ class PairMoments:
     def fvu(self, map: LinearMap) -> float:
         """Fraction of the target's variance, each dimension about its own mean, that a map leaves unexplained here.
 
-        Exact for the tokens that these moments are of; no activation is kept for it.
+        Exact for the tokens that these moments are of; no activation is needed for it.
 
         Raises UsageError for a map between spaces of other widths.
         """
@@ -106,12 +106,12 @@ class PairMoments:
         """Linear centred kernel alignment. Source: Kornblith et al., arXiv 1905.00414, §3."""
         return float(self.cross.square().sum() / (self.source.norm() * self.target.norm()))
 
-    def svcca(self, kept: float = 0.99) -> float:
-        """Mean canonical correlation of the leading components that hold a share `kept` of either variance.
+    def svcca(self, share: float = 0.99) -> float:
+        """Mean canonical correlation of the leading components that hold this share of either variance.
 
         Source: Raghu et al., arXiv 1706.05806.
         """
-        return mean_correlation(whitening(self.source, kept), self.cross, whitening(self.target, kept))
+        return mean_correlation(whitening(self.source, share), self.cross, whitening(self.target, share))
 
     def need(self, tokens: int) -> None:
         """Raises NotTestable with the numbers: fewer tokens, or activations that never vary or are no numbers."""
@@ -146,12 +146,12 @@ def mean_correlation(
     return float(torch.linalg.svdvals(left.mT @ cross @ right).clamp(0, 1).mean())
 
 
-def whitening(scatter: Float64[Tensor, "d d"], kept: float = 0.99) -> Float64[Tensor, "d k"]:
-    """Columns that make the leading components uncorrelated and of unit scatter; they hold a share `kept` of it."""
+def whitening(scatter: Float64[Tensor, "d d"], share: float = 0.99) -> Float64[Tensor, "d k"]:
+    """Columns that make the leading components uncorrelated and of unit scatter; they hold this share of it."""
     values, vectors = torch.linalg.eigh(scatter)
     values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
-    share = values.cumsum(0) / values.sum()
-    k = int((share < kept).sum()) + 1
+    reached = values.cumsum(0) / values.sum()
+    k = int((reached < share).sum()) + 1
     k = min(k, int((values > 1e-12 * values[0]).sum()))
     return vectors[:, :k] / values[:k].sqrt()
 
@@ -168,7 +168,7 @@ class GridMoments:
     source: Float64[Tensor, "sources d_source d_source"]
     target: Float64[Tensor, "targets d_target d_target"]
     cross: Float64[Tensor, "sources targets d_source d_target"]
-    models: Models = field(default_factory=Models)
+    models: ModelHashes = field(default_factory=ModelHashes)
 
     @classmethod
     def empty(
@@ -177,9 +177,9 @@ class GridMoments:
         targets: Sequence[Site],
         d_source: int,
         d_target: int,
-        models: Models | None = None,
+        models: ModelHashes | None = None,
     ) -> "GridMoments":
-        """Of no token: merging it changes nothing."""
+        """Moments of no token: merging them changes nothing."""
 
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.float64)
@@ -194,7 +194,7 @@ class GridMoments:
             source=zeros(s, d_source, d_source),
             target=zeros(t, d_target, d_target),
             cross=zeros(s, t, d_source, d_target),
-            models=models or Models(),
+            models=models or ModelHashes(),
         )
 
     def with_tokens(
@@ -225,14 +225,14 @@ class GridMoments:
         )
 
     def merge(self, other: "GridMoments") -> "GridMoments":
-        """Of both sets together (Chan, Golub & LeVeque 1979). Raises UsageError for other sites or models."""
+        """Moments of both sets together (Chan, Golub & LeVeque 1979). Raises UsageError for other sites or models."""
         if (self.sources, self.targets) != (other.sources, other.targets):
             mine, theirs = (f"{' '.join(map(str, (*g.sources, 'to', *g.targets)))}" for g in (self, other))
             raise UsageError(f"moments of other sites cannot be merged: these are of {mine}, those of {theirs}.")
         if self.models != other.models:
             raise UsageError(
-                f"moments of other models cannot be merged: these are of {_told(self.models)}, those of "
-                f"{_told(other.models)}."
+                f"moments of other models cannot be merged: these are of {_hashes_text(self.models)}, those of "
+                f"{_hashes_text(other.models)}."
             )
         count = self.count + other.count
         if not self.count or not other.count:
@@ -251,7 +251,7 @@ class GridMoments:
         )
 
     def pair(self, source: Site, target: Site) -> PairMoments:
-        """Of one pair of sites. Raises KeyError for one that was not read."""
+        """Moments of one pair of sites. Raises KeyError for a pair that was not read."""
         if source not in self.sources or target not in self.targets:
             raise KeyError(f"{source} to {target} was not read")
         i, j = self.sources.index(source), self.targets.index(target)
@@ -270,38 +270,38 @@ class GridMoments:
     def save(self, path: Path) -> Path:
         """One shard's moments, whole or not at all. Returns `path`."""
         tensors = {name: value.contiguous() for name, value in vars(self).items() if isinstance(value, Tensor)}
-        told = {
+        header = {
             "schema": SCHEMA,
             "count": self.count,
             "sources": list(map(str, self.sources)),
             "targets": list(map(str, self.targets)),
             "models": asdict(self.models),
         }
-        return replace_whole(path, lambda partial: save_file(tensors, partial, {HEADER: json.dumps(told)}))
+        return replace_whole(path, lambda partial: save_file(tensors, partial, {HEADER: json.dumps(header)}))
 
     @classmethod
     def load(cls, path: Path) -> "GridMoments":
         """Read what `save` wrote, bit for bit. Raises InvalidInput for anything else."""
         try:
             with safe_open(path, "pt") as file:
-                told = json.loads((file.metadata() or {})[HEADER])
+                header = json.loads((file.metadata() or {})[HEADER])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            if told["schema"] != SCHEMA:
-                raise ValueError(f"its schema is {told['schema']}, not {SCHEMA}")
-            sources, targets = (tuple(map(Site.parse, told[name])) for name in ("sources", "targets"))
+            if header["schema"] != SCHEMA:
+                raise ValueError(f"its schema is {header['schema']}, not {SCHEMA}")
+            sources, targets = (tuple(map(Site.parse, header[name])) for name in ("sources", "targets"))
             d_source, d_target = tensors["cross"].shape[2:]
             wanted = cls.empty(sources, targets, d_source, d_target)
             for name, value in vars(wanted).items():
                 if isinstance(value, Tensor) and tensors[name].shape != value.shape:
                     raise ValueError(f"{name} is {list(tensors[name].shape)}, not {list(value.shape)}")
-            return replace(wanted, count=int(told["count"]), models=Models(**told["models"]), **tensors)
+            return replace(wanted, count=int(header["count"]), models=ModelHashes(**header["models"]), **tensors)
         except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
             raise InvalidInput(
                 f"{printable(path.name)} holds no moments of Molehunt's: {printable(str(error), 200)}"
             ) from None
 
 
-def _told(models: Models) -> str:
+def _hashes_text(models: ModelHashes) -> str:
     """The hashes, short."""
     shown = {name: str(value)[:12] for name, value in asdict(models).items() if value is not None}
     return ", ".join(f"{name.replace('_', ' ')} {value}…" for name, value in shown.items()) or "unnamed models"

@@ -19,7 +19,7 @@ from molehunt.contracts import TransferMap
 from molehunt.errors import NotTestable, UsageError
 from molehunt.site import Site
 from molehunt.transfer.collect import PairActs
-from molehunt.transfer.map_file import MapFacts, Saved, read_map, write_map
+from molehunt.transfer.map_file import MapFacts, SavedMap, read_map, write_map
 
 Kind = Literal["affine", "autoencoder"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -32,18 +32,18 @@ class TrainedConfig:
     lr: float = 1e-4
     epochs: int = 3
     texts: int = 64
-    """Of one step: a batch of 16, accumulated over 4."""
+    """Number of texts of one step: a batch of 16, accumulated over 4."""
     evaluations: int = 10
-    """On held-out tokens, in each epoch."""
+    """Number of evaluations on held-out tokens in each epoch."""
     patience: int = 5
-    """Evaluations without gain after which the rate is halved."""
+    """Number of evaluations without gain after which the rate is halved."""
     hidden: int | None = None
     """Width of the autoencoder; None is √(d_source · d_target). The authors' own account of it says d_source."""
     seed: int = 0
 
 
 class Evaluation(NamedTuple):
-    """What is watched while a map is trained; the loss is the mean squared error alone."""
+    """One evaluation while a map is trained; the loss is the mean squared error alone."""
 
     step: int
     fvu: float
@@ -51,7 +51,7 @@ class Evaluation(NamedTuple):
     cosine: float
     """Mean over held-out tokens."""
     kl: float | None
-    """What `monitor` said; None without one."""
+    """The value that `monitor` returned; None without a monitor."""
 
 
 @dataclass(eq=False, kw_only=True)
@@ -87,7 +87,7 @@ class TrainedMap:
     def difference(
         self, plus: Float[Tensor, "tokens d"], minus: Float[Tensor, "tokens d"]
     ) -> Float[Tensor, "tokens d_target"]:
-        """What a difference of activations becomes: f(plus) - f(minus), for a map of a difference means nothing here."""
+        """The image of a difference of activations, f(plus) - f(minus): the map of a difference means nothing here."""
         return self(plus) - self(minus)
 
     def save(self, path: Path) -> Path:
@@ -100,7 +100,7 @@ class TrainedMap:
         return read_map(path, cls.of_saved)
 
     @classmethod
-    def of_saved(cls, saved: Saved) -> "TrainedMap":
+    def of_saved(cls, saved: SavedMap) -> "TrainedMap":
         """Raises ValueError for a map of another kind, RuntimeError for weights that are not such a net's."""
         if saved.kind not in KINDS:
             raise ValueError(f"it is a {saved.kind} map, not a trained one")
@@ -108,7 +108,7 @@ class TrainedMap:
         matrices = [tensor for _, tensor in sorted(saved.tensors.items()) if tensor.ndim == 2]
         net = _net(kind, matrices[0].shape[1], matrices[-1].shape[0], matrices[0].shape[0])
         net.load_state_dict(dict(saved.tensors))
-        history = [Evaluation(*told) for told in saved.more["history"]]
+        history = [Evaluation(*row) for row in saved.more["history"]]
         return cls(kind=kind, source=saved.source, target=saved.target, net=net, facts=saved.facts, history=history)
 
 
@@ -133,11 +133,11 @@ def train_map(
     """Train on the device of the activations.
 
     Args:
-        kind: of net.
-        fit: of the texts to train on. Sinks and special tokens are not among them (see `collect` and `alignment`).
-        held_out: of other texts, evaluated on.
-        config: by default the published settings.
-        monitor: shown the map at each evaluation; what it says is kept as `kl` and decides nothing. `fidelity.forced_kl`
+        kind: kind of the net.
+        fit: activations of the texts to train on. Sinks and special tokens are not among them (see `collect` and `alignment`).
+        held_out: activations of other texts, on which the map is evaluated.
+        config: settings; by default the published ones.
+        monitor: called with the map at each evaluation; its value is recorded as `kl` and decides nothing. `fidelity.forced_kl`
             makes one.
 
     Raises:
@@ -164,8 +164,8 @@ def train_map(
             optimiser.step()
             done += 1
             if done % every == 0:
-                said = monitor(found) if monitor else None
-                found.history.append(Evaluation(done, *quality(found, held_out), said))
+                kl = monitor(found) if monitor else None
+                found.history.append(Evaluation(done, *quality(found, held_out), kl))
                 schedule.step(found.history[-1].fvu)
     if not math.isfinite(found.history[-1].fvu):
         raise NotTestable(

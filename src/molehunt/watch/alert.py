@@ -1,4 +1,4 @@
-"""What the watch says when a request's score is beyond its threshold: one record, and its JSON."""
+"""The alert that a watch raises when the score of a request is beyond its threshold, and its JSON."""
 
 import re
 from dataclasses import dataclass, field, replace
@@ -24,17 +24,17 @@ def _now() -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Extreme:
-    """A calibration row whose score came near the alert's."""
+    """A calibration row whose score is near that of the alert."""
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid", "ser_json_inf_nan": "strings"}
     score: float
     text: str = ""
-    """Empty where the state keeps no text."""
+    """Text of the row; empty where no text is kept."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Alert:
-    """One request that was judged suspicious, and what a reviewer needs to judge the judgement.
+    """One request that was judged suspicious, and what a reviewer needs to decide whether that is right.
 
     Raises:
         ValueError: a field is outside of what its description allows.
@@ -49,15 +49,15 @@ class Alert:
     request: str
     """The request's id, as the server gave it."""
     action: Action
-    """What was done with the request."""
+    """The action that was taken on the request."""
     score: float
-    """In the units of the score that was calibrated; higher is more suspicious."""
+    """Score in the units of the calibration; higher is more suspicious."""
     p_value: float
-    """Conformal: the share of clean requests that score as high."""
+    """Conformal: the share of clean requests that score at least as high."""
     fpr: float
-    """The false-positive rate it was judged at."""
+    """False-positive rate at which the request was judged."""
     region: Region
-    """Which tokens the score was read from."""
+    """Region of the tokens that the score was read from."""
     direction: str
     """Name of the direction that gave the score, as `L3 down #0`."""
     layer: int
@@ -74,15 +74,15 @@ class Alert:
     tokens_from: int = 0
     """Index of `tokens[0]` in the request: a long request is shown around its span."""
     extremes: tuple[Extreme, ...] = ()
-    """The calibration rows that came nearest, highest first."""
+    """The calibration rows of nearest score, highest first."""
     look_alikes: tuple[str, ...] = ()
     """Ids of earlier alerts, most similar profile (cosine) first."""
     answer: str | None = None
-    """What the model answered. None: it was not run."""
+    """The answer of the model; None where it was not run."""
     answer_without: str | None = None
-    """The answer again with the direction projected out. None: it was not run."""
+    """The answer generated with the direction projected out; None where it was not run."""
     no_text: bool = False
-    """Texts were withheld: then an answer that was given is ""."""
+    """Whether texts are withheld; an answer that exists is then ""."""
     status: Status = "pending"
     id: str = field(default_factory=lambda: uuid4().hex)
     time: str = field(default_factory=_now)
@@ -129,12 +129,12 @@ class Alert:
             raise InvalidInput(f"alert {self.id} holds text that is not Unicode: {printable(str(error))}") from None
 
     @classmethod
-    def from_json(cls, told: str | bytes) -> "Alert":
+    def from_json(cls, text: str | bytes) -> "Alert":
         """Law: `Alert.from_json(alert.to_json()) == alert`. Raises InvalidInput naming the fields that are wrong."""
         from pydantic import ValidationError
 
         try:
-            return _adapter().validate_json(told)
+            return _adapter().validate_json(text)
         except ValidationError as error:
             wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:5])
             raise InvalidInput(f"this is no alert: {printable(wrong, limit=500)}") from None

@@ -12,8 +12,8 @@ from molehunt.model.blocks import decoder
 from molehunt.run.progress import Track, by_rows, silent
 from molehunt.watch.bank import Bank
 from molehunt.watch.columns import watched
-from molehunt.watch.kinds import prompt_features
 from molehunt.watch.profile import Profile, profiles
+from molehunt.watch.strata import prompt_features
 
 
 @torch.inference_mode()
@@ -27,14 +27,14 @@ def answer_profiles(
     track: Track = silent,
     what: str = "scoring answers",
 ) -> list[Profile]:
-    """What each answer looks like along the directions of `bank`, in the order given.
+    """The profile of each answer along the directions of `bank`, in the given order.
 
     The positions that count are those whose output is the answer: from the last prompt token (the decision) to the last
     but one of the answer. An empty answer is judged by the decision alone. No logits are computed.
 
     Args:
         model: the tuned model.
-        bank: what is watched.
+        bank: the watched directions.
         prompts: token ids, at least one each.
         answers: token ids that follow.
         layers_path: see `decoder_blocks`.

@@ -1,4 +1,4 @@
-"""What a monitor watches: the singular directions of every matrix that a fine-tune changed. No data is needed for them.
+"""The watched directions: the singular directions of every matrix that a fine-tune changed. They need no data.
 
 Source: WeightWatch, arXiv 2508.00161 §3 (there the write side of the two matrices that write to the residual stream).
 """
@@ -19,16 +19,16 @@ from molehunt.site import Site
 
 
 @dataclass(frozen=True, eq=False)
-class Watched:
-    """One direction by name: what an alert points at and an intervention takes out."""
+class WatchedDirection:
+    """One watched direction by name: what an alert names and an intervention ablates."""
 
     name: str
-    """Such as `L3 down #0`."""
+    """Name such as `L3 down #0`."""
     site: Site
     vector: Float[Tensor, " d_model"]
     """Unit length; what the change writes to the residual stream."""
     column: int
-    """Of its cosine."""
+    """Column of its cosine."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -38,9 +38,9 @@ class Bank:
     write: Mapping[Site, Float[Tensor, "_ d_model"]]
     """Unit rows: what the changed matrices of a block write to the residual stream."""
     read: Mapping[str, Float[Tensor, "_ _"]]
-    """Matrix → rows σ·v: how much of each singular component of the change its input calls up."""
+    """Rows σ·v of each matrix: their product with its input is the size of each singular component of the change."""
     write_names: Mapping[Site, tuple[str, ...]]
-    """Such as `L3 down #0`, in the order of the rows."""
+    """Names such as `L3 down #0`, in the order of the rows."""
     read_names: Mapping[str, tuple[str, ...]]
 
     @classmethod
@@ -84,29 +84,29 @@ class Bank:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """One for each column: writes by site, then reads by matrix."""
-        write = (f"{name} written" for told in self.write_names.values() for name in told)
-        read = (f"{name} read" for told in self.read_names.values() for name in told)
+        """Name of each column: write side by site, then read side by matrix."""
+        write = (f"{name} written" for names in self.write_names.values() for name in names)
+        read = (f"{name} read" for names in self.read_names.values() for name in names)
         return (*write, *read)
 
     @property
     def written(self) -> int:
-        """How many columns are write-side cosines; those after them are read-side coordinates."""
+        """Number of columns that are write-side cosines; those after them are read-side coordinates."""
         return sum(map(len, self.write.values()))
 
-    def direction(self, column: int) -> Watched:
+    def direction(self, column: int) -> WatchedDirection:
         """The direction behind a column, or behind its negative: see `Profile`."""
         each = [
             (name, site, row)
             for site, rows in self.write.items()
             for name, row in zip(self.write_names[site], rows, strict=True)
         ]
-        written = [Watched(name, site, row, i) for i, (name, site, row) in enumerate(each)]
+        written = [WatchedDirection(name, site, row, i) for i, (name, site, row) in enumerate(each)]
         name = self.names[column % len(self.names)].rpartition(" ")[0]
         return next(one for one in written if one.name == name)
 
     def sha256(self) -> str:
-        """Of every row and name: what a state was calibrated for."""
+        """Hash of all directions and their places, by which a saved state knows its bank."""
         digest = hashlib.sha256()
         for key, rows in [*self.write.items(), *self.read.items()]:
             digest.update(f"{key}\0{tuple(rows.shape)}\0".encode())
@@ -114,7 +114,7 @@ class Bank:
         return digest.hexdigest()
 
     def random(self, seed: int) -> "Bank":
-        """The control: as many orthonormal directions at the same places, of the same lengths, drawn at random."""
+        """A control bank: as many random orthonormal directions at the same places, with the same lengths."""
         write = {
             site: random_directions(min(rows.shape), rows.shape[1], seed + i)
             for i, (site, rows) in enumerate(self.write.items())

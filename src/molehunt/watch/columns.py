@@ -18,10 +18,10 @@ from molehunt.watch.bank import Bank
 
 @dataclass(frozen=True, eq=False)
 class _Place:
-    """Where some of the columns are scored."""
+    """A place in the model at which some of the columns are scored."""
 
     turned: Float[Tensor, "width k"]
-    """Its directions, one a column, on the model's device."""
+    """The directions of the place, one a column, on the model's device."""
     cosine: bool
     """Whether the activation's own length is divided out."""
 
@@ -30,15 +30,15 @@ class _Place:
 
 
 @dataclass(frozen=True, eq=False)
-class _Alike:
-    """Places that one product scores: of one side and width, filled up with empty directions to one number of them."""
+class _PlaceGroup:
+    """Places of one side and width that one product scores; empty directions pad them to one number of columns."""
 
     at: tuple[int, ...]
     turned: Float[Tensor, "places width k"]
     cosine: bool
 
     def score(self, steps: Sequence[Sequence[Tensor]]) -> Float[Tensor, "tokens columns"]:
-        """Of the newest tokens of every row in each of some steps: row by row, then step by step."""
+        """Scores of the newest tokens of every row in several steps: row by row, then step by step."""
         acts = torch.stack([torch.cat([step[place] for step in steps], dim=1).flatten(0, 1) for place in self.at])
         return _scored(acts.float(), self.turned, cosine=self.cosine).transpose(0, 1).flatten(1)
 
@@ -49,21 +49,21 @@ def _scored(acts: Tensor, turned: Tensor, *, cosine: bool) -> Tensor:
 
 
 class Columns:
-    """The columns of the last forward pass; or of several cached steps, whose activations wait for one product.
+    """The columns of the last forward pass, or of several cached steps, whose activations are queued for one product.
 
     A pass over many tokens is scored where it runs, so that no activation outlives its block. A step of one token a row
-    is a few kilobytes: there the calls cost, not the arithmetic, and all places are scored together.
+    is a few kilobytes: there the calls cost more than the arithmetic, so all places are scored together.
     """
 
     def __init__(self, places: Sequence[_Place]) -> None:
         self._places = places
-        self._alike, self._order = _grouped(places)
+        self._groups, self._order = _grouped(places)
         self.device = self._order.device
         self._parts: list[Tensor | None] = [None] * len(places)
         self._steps: list[list[Tensor]] = []
         self._positions: Int[Tensor, "batch pos"] | None = None
         self.passed = 0
-        """Tokens of each row, padding included, that the last pass brought to the watched places."""
+        """Number of tokens of each row, padding included, that reached the watched places in the last pass."""
 
     @contextmanager
     def only(self, positions: Int[Tensor, "batch pos"]) -> Generator[None, None, None]:
@@ -85,31 +85,31 @@ class Columns:
             return self._together([parts])
         return torch.cat(parts, dim=-1)
 
-    def hold(self) -> None:
-        """Keep the last pass, a step of one token a row, until `take_held`. Raises as `take`; ValueError for another pass."""
+    def queue(self) -> None:
+        """Queue the last pass, a step of one token a row. Raises as `take`; ValueError for another kind of pass."""
         parts = self._reached()
         if not self._at_once(parts[0]):
-            raise ValueError("only a step of one token a row can be held")
+            raise ValueError("only a step of one token a row can be queued")
         self._steps.append(parts)
 
     @property
-    def held(self) -> int:
-        """Steps that wait."""
+    def queued(self) -> int:
+        """Number of queued steps."""
         return len(self._steps)
 
-    def take_held(self) -> Float[Tensor, "batch steps columns"]:
-        """Columns of all steps that wait, which were made by one batch. Raises RuntimeError where none does."""
+    def take_queued(self) -> Float[Tensor, "batch steps columns"]:
+        """Columns of all queued steps, which one batch made. Raises RuntimeError where there are none."""
         if not self._steps:
-            raise RuntimeError("no step waits")
+            raise RuntimeError("no step is queued")
         steps, self._steps = self._steps, []
         return self._together(steps)
 
     def forget(self) -> None:
-        """Drop what was seen: the batch that made it is gone."""
+        """Drop all activations: the batch that they belong to is gone."""
         self._parts, self._steps = [None] * len(self._parts), []
 
     def see(self, place: int, acts: Float[Tensor, "batch _ width"]) -> None:
-        """What a forward pass has brought to a place."""
+        """Take the activations that a forward pass computed at a place."""
         self.passed = acts.shape[1]
         if self._positions is not None:
             acts = acts.flatten(0, 1).index_select(0, self._positions.flatten()).unflatten(0, self._positions.shape)
@@ -127,22 +127,22 @@ class Columns:
         return parts
 
     def _together(self, steps: Sequence[Sequence[Tensor]]) -> Float[Tensor, "batch steps columns"]:
-        columns = torch.cat([alike.score(steps) for alike in self._alike], dim=1)
+        columns = torch.cat([group.score(steps) for group in self._groups], dim=1)
         return columns.index_select(1, self._order).unflatten(0, (-1, len(steps)))
 
 
-def _grouped(places: Sequence[_Place]) -> tuple[list[_Alike], Int[Tensor, " columns"]]:
+def _grouped(places: Sequence[_Place]) -> tuple[list[_PlaceGroup], Int[Tensor, " columns"]]:
     """Places of one side and width together; and where each column of the bank lies among what the groups give."""
-    by_kind: dict[tuple[bool, int], list[int]] = {}
+    by_width: dict[tuple[bool, int], list[int]] = {}
     for at, place in enumerate(places):
-        by_kind.setdefault((place.cosine, len(place.turned)), []).append(at)
-    groups: list[_Alike] = []
+        by_width.setdefault((place.cosine, len(place.turned)), []).append(at)
+    groups: list[_PlaceGroup] = []
     starts: dict[int, int] = {}
     width = 0
-    for (cosine, _), members in by_kind.items():
+    for (cosine, _), members in by_width.items():
         most = max(places[at].turned.shape[1] for at in members)
         turned = torch.stack([pad(places[at].turned, (0, most - places[at].turned.shape[1])) for at in members])
-        groups.append(_Alike(tuple(members), turned, cosine))
+        groups.append(_PlaceGroup(tuple(members), turned, cosine))
         starts |= {at: width + i * most for i, at in enumerate(members)}
         width += most * len(members)
     order = [starts[at] + column for at, place in enumerate(places) for column in range(place.turned.shape[1])]

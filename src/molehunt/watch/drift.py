@@ -14,7 +14,7 @@ martingale, and it ever reaches 1/level with probability at most `level` (Ville'
   set included.
 - **Benign change of the mix**, such as more long inputs: take each p-value within its own stratum (role and length bucket).
   It is uniform whatever the mix; this is the covariate shift that WATCH adapts to with estimated weights, in the case that
-  needs none. A second martingale over p-values of the input alone (its length) then tells that the mix has changed. With a
+  needs none. A second martingale over p-values of the input alone (its length) then shows that the mix has changed. With a
   fixed reference, `margin` is that of the smallest stratum, its level divided by the number of strata.
 
 The bets are linear in p: they see p-values too small or too large on the whole, not a change of their spread alone.

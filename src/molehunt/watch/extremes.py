@@ -1,12 +1,11 @@
-"""The inputs that reach furthest along each watched direction, both ways: what a direction stands for.
+"""The inputs at both ends of each watched direction: what a direction stands for.
 
-Rows that were flagged are kept apart: what clean traffic looks like along a direction is one thing, what set off the
-alarm another. Source: the audits of WeightWatch, arXiv 2508.00161, which read the ten highest and ten lowest transcripts
+Flagged rows are kept apart from unflagged ones: they say what raised the alarm, and the others how clean traffic looks. Source: the audits of WeightWatch, arXiv 2508.00161, which read the ten highest and ten lowest transcripts
 of each direction.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple, cast
 
@@ -15,35 +14,35 @@ from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor
 
 from molehunt.traffic.roles import Turn
-from molehunt.watch.kept import broken, keep, kept
+from molehunt.watch.saved_state import broken, load_state, save_state
 
-SCHEMA = 1
+SCHEMA = 2
 WHAT = "list of inputs"
 FILE = "inputs.safetensors"
 KEPT = 10
-"""Rows at each end of each column."""
+"""Number of rows that are kept at each end of each column."""
 PROMPT_CHARS, ANSWER_CHARS = 400, 200
-"""Characters of a row that are kept at most."""
+"""Greatest number of characters that are kept of a row."""
 
 
-class Text(NamedTuple):
-    """What a row says, cut."""
+class RowText(NamedTuple):
+    """Prompt and answer of a row, cut to a greatest length."""
 
     prompt: str
     answer: str
 
     @classmethod
-    def of(cls, turns: Iterable[Turn], answer: str) -> "Text":
-        """All turns below each other; of what is too long, the beginning and the end."""
+    def of(cls, turns: Iterable[Turn], answer: str) -> "RowText":
+        """All turns below each other; of a long text, the beginning and the end are kept."""
         return cls(_cut("\n".join(turn.text for turn in turns), PROMPT_CHARS), _cut(answer, ANSWER_CHARS))
 
 
 @dataclass(frozen=True)
-class Input:
+class ExtremeRow:
     """One row at an end of a column."""
 
     row: int
-    """Its line in the log."""
+    """Line of the row in the log."""
     value: float
     """The highest, or lowest, value of the column over the row's answer."""
     prompt: str = ""
@@ -53,7 +52,7 @@ class Input:
 
 @dataclass(eq=False)
 class Extremes:
-    """The rows of highest value at each end; of equal ones, the first rows.
+    """The rows of highest value at each end of each column; of equal values, the first rows.
 
     Ends are as in `Profile`: each column's highest value, then the negative of its lowest. Law: merging in any order, or
     again, equals one pass over all rows.
@@ -62,17 +61,17 @@ class Extremes:
     values: Float32[Tensor, "ends kept"]
     """Highest first; -infinity where there are fewer rows."""
     rows: Int64[Tensor, "ends kept"]
-    """Their numbers, from 1; 0 where there are fewer."""
-    texts: dict[int, Text] = field(default_factory=dict[int, Text])
-    """By row; without an entry where no text is kept."""
+    """Numbers of the rows, from 1; 0 where there are fewer."""
+    texts: dict[int, RowText] = field(default_factory=dict[int, RowText])
+    """Text by number of the row; empty where no text is kept."""
 
     @classmethod
     def empty(cls, columns: int, kept: int = KEPT) -> "Extremes":
-        """Of no row."""
+        """Start with no row."""
         return cls(torch.full((2 * columns, kept), -torch.inf), torch.zeros(2 * columns, kept, dtype=torch.int64))
 
     def add(
-        self, values: Float[Tensor, "n ends"], rows: Sequence[int], texts: Mapping[int, Text] | None = None
+        self, values: Float[Tensor, "n ends"], rows: Sequence[int], texts: Mapping[int, RowText] | None = None
     ) -> "Extremes":
         """Take in rows; one that is known by its number counts once. -infinity stands for no value.
 
@@ -94,7 +93,9 @@ class Extremes:
         self._join(other.values, other.rows, other.texts)
         return self
 
-    def _join(self, values: Float[Tensor, "ends n"], rows: Int64[Tensor, "ends n"], texts: Mapping[int, Text]) -> None:
+    def _join(
+        self, values: Float[Tensor, "ends n"], rows: Int64[Tensor, "ends n"], texts: Mapping[int, RowText]
+    ) -> None:
         again = (self.rows[:, :, None] == rows[:, None, :]).any(2)
         both = torch.cat([self.values.masked_fill(again, -torch.inf), values], dim=1)
         numbers = torch.cat([self.rows, rows], dim=1)
@@ -106,34 +107,39 @@ class Extremes:
         left = set(cast("list[int]", self.rows.unique().tolist()))
         self.texts = {row: text for row, text in (*self.texts.items(), *texts.items()) if row in left}
 
-    def end(self, column: int, *, high: bool) -> tuple[Input, ...]:
+    def end(self, column: int, *, high: bool) -> tuple[ExtremeRow, ...]:
         """The rows at one end of a column, furthest first, with the column's own values."""
         columns = len(self.values) // 2
         at, sign = (column, 1) if high else (columns + column, -1)
         found = zip(self.rows[at].tolist(), self.values[at].tolist(), strict=True)
-        return tuple(Input(row, sign * value + 0.0, *self.texts.get(row, ())) for row, value in found if row)  # no -0
+        return tuple(
+            ExtremeRow(row, sign * value + 0.0, *self.texts.get(row, ())) for row, value in found if row
+        )  # no -0
 
 
 @dataclass(eq=False, kw_only=True)
 class Inputs:
-    """What a watch remembers of its inputs."""
+    """The inputs that a watch remembers, unflagged and flagged ones apart."""
 
-    calm: Extremes
-    """Of rows that were not flagged."""
+    unflagged: Extremes
     quarantined: Extremes
-    """Of rows that were."""
+    """Rows that were flagged."""
     no_text: bool = False
 
     @classmethod
     def empty(cls, columns: int, *, no_text: bool = False) -> "Inputs":
-        """Before the first row."""
-        return cls(calm=Extremes.empty(columns), quarantined=Extremes.empty(columns), no_text=no_text)
+        """Start with no row."""
+        return cls(unflagged=Extremes.empty(columns), quarantined=Extremes.empty(columns), no_text=no_text)
 
     def take(
-        self, values: Float[Tensor, "n ends"], rows: Sequence[int], texts: Sequence[Text], flagged: Bool[Tensor, " n"]
+        self,
+        values: Float[Tensor, "n ends"],
+        rows: Sequence[int],
+        texts: Sequence[RowText],
+        flagged: Bool[Tensor, " n"],
     ) -> None:
         """Take in judged rows, each where it belongs. Raises as `Extremes.add`."""
-        for extremes, mine in ((self.calm, ~flagged), (self.quarantined, flagged)):
+        for extremes, mine in ((self.unflagged, ~flagged), (self.quarantined, flagged)):
             at = [i for i, is_mine in enumerate(mine.tolist()) if is_mine]
             numbers = [rows[i] for i in at]
             kept_texts = {} if self.no_text else {rows[i]: texts[i] for i in at}
@@ -141,14 +147,18 @@ class Inputs:
 
     def merge(self, other: "Inputs") -> "Inputs":
         """Take in what another shard of the same log kept. Raises as `Extremes.merge`."""
-        self.calm.merge(other.calm)
+        self.unflagged.merge(other.unflagged)
         self.quarantined.merge(other.quarantined)
         return self
 
+    def copy(self) -> "Inputs":
+        """An independent copy."""
+        return replace(self, unflagged=replace(self.unflagged), quarantined=replace(self.quarantined))
+
     def save(self, folder: Path, identity: Mapping[str, str]) -> None:
         """Replace the file in `folder`, synced."""
-        both = {"calm": self.calm, "quarantined": self.quarantined}
-        keep(
+        both = {"unflagged": self.unflagged, "quarantined": self.quarantined}
+        save_state(
             folder / FILE,
             WHAT,
             SCHEMA,
@@ -159,7 +169,7 @@ class Inputs:
 
     @classmethod
     def load(cls, folder: Path, identity: Mapping[str, str], columns: int, *, no_text: bool = False) -> "Inputs":
-        """What `save` wrote, without its texts where none are to be kept; empty where there is no such file.
+        """Read what `save` wrote, without texts if `no_text`; empty where there is no such file.
 
         Raises:
             UsageError: it is another watch's.
@@ -168,20 +178,22 @@ class Inputs:
         path = folder / FILE
         if not path.exists():
             return cls.empty(columns, no_text=no_text)
-        tensors, told = kept(path, WHAT, SCHEMA, identity)
+        tensors, payload = load_state(path, WHAT, (1, SCHEMA), identity)
         found: list[Extremes] = []
         try:
-            for name in ("calm", "quarantined"):
+            # schema 1 has another name for the unflagged rows
+            unflagged = next(name for name in payload if name != "quarantined")
+            for name in (unflagged, "quarantined"):
                 values, rows = tensors[f"{name}.values"], tensors[f"{name}.rows"]
                 if values.shape != (2 * columns, KEPT) or values.shape != rows.shape or values.isnan().any():
                     raise ValueError(f"{list(values.shape)} values of {columns} columns")
                 if values.dtype != torch.float32 or rows.dtype != torch.int64:
                     raise ValueError(f"its numbers are {values.dtype} and {rows.dtype}")
-                texts = {} if no_text else {int(row): Text(*map(str, text)) for row, text in told[name].items()}
+                texts = {} if no_text else {int(row): RowText(*map(str, text)) for row, text in payload[name].items()}
                 found.append(Extremes(values, rows, texts))
-        except (KeyError, ValueError, TypeError, AttributeError) as error:
+        except (KeyError, ValueError, TypeError, AttributeError, StopIteration) as error:
             raise broken(path, WHAT, str(error)) from None
-        return cls(calm=found[0], quarantined=found[1], no_text=no_text)
+        return cls(unflagged=found[0], quarantined=found[1], no_text=no_text)
 
 
 def _cut(text: str, most: int) -> str:

@@ -64,7 +64,7 @@ class Fold:
         cosines = self._waiting[site].cosines
         if cosines is None:
             raise CannotTap(
-                f"no forward pass has brought {site} to the norm that comes next: the model does not call that norm as "
+                f"no forward pass has reached the norm after {site}: the model does not call that norm as "
                 "a module, or the pass was stopped before it.\nRead the block's output instead."
             )
         return cosines
@@ -89,8 +89,8 @@ def fold_cosines(
     """
     norms, refused = _norms_after(model, directions, layers_path)
     if refused:
-        told = "\n".join(f"{site}: {why}" for site, why in refused.items())
-        raise NotTestable(f"{told}\nRead these block outputs themselves instead.")
+        reasons = "\n".join(f"{site}: {why}" for site, why in refused.items())
+        raise NotTestable(f"{reasons}\nRead these block outputs themselves instead.")
     waiting = {site: _Waiting(site) for site in directions}
     with ExitStack() as stack:
         observers = {site: each.see for site, each in waiting.items()}

@@ -1,10 +1,10 @@
-"""What the inputs at an end of a direction have in common: the words that they hold more often than clean rows do.
+"""Label the inputs at an end of a direction by the words that they contain more often than clean rows do.
 
 Log-odds ratio with a Dirichlet prior and its z-score, as in Monroe, Colaresi & Quinn, "Fightin' Words", Political
-Analysis 16 (2008), §3.3 and §3.5.1. Counted are rows that hold a word, so that one row which repeats it labels nothing,
-and the prior is Jeffreys' (1/2 for "holds it" and for "does not"). Ten rows always share something: a word counts only
+Analysis 16 (2008), §3.3 and §3.5.1. Rows that contain a word are counted, so that one row which repeats it labels nothing,
+and the prior is Jeffreys' (1/2 for "contains it" and for "does not"). Ten rows always share something: a word counts only
 where it stands out more than the best word of almost every random draw of as many clean rows. Words are in the order of
-the lower limit of their log-odds ratio: z alone puts a common word before one that no clean row holds.
+the lower limit of their log-odds ratio: z alone puts a common word before one that no clean row contains.
 """
 
 import math
@@ -17,9 +17,9 @@ from random import Random
 
 PRIOR = 0.5
 LEAST = 3
-"""Rows that hold a word for it to be shared."""
+"""Number of rows that must contain a word."""
 MOST = 4
-"""Words of a label."""
+"""Greatest number of words of a label."""
 LIMIT = 1.96
 """Standard errors below the log-odds ratio that its lower limit lies at."""
 DRAWS, CHANCE = 200, 0.95
@@ -36,7 +36,7 @@ def words(text: str) -> frozenset[str]:
 
 @dataclass(frozen=True)
 class Keyword:
-    """A word that some rows hold more often than clean ones."""
+    """A word that some rows contain more often than clean ones."""
 
     word: str
     z: float
@@ -44,14 +44,14 @@ class Keyword:
     at_least: float
     """Lower limit of the log-odds ratio."""
     rows: int
-    """How many of the rows hold it."""
+    """Number of the rows that contain it."""
     clean: float
-    """Share of clean rows that hold it."""
+    """Share of the clean rows that contain it."""
 
 
 @dataclass(frozen=True, eq=False)
 class CleanWords:
-    """How many clean rows hold each word."""
+    """The words of clean rows, and how many rows contain each."""
 
     rows: tuple[frozenset[str], ...]
     seed: int = 0
@@ -59,7 +59,7 @@ class CleanWords:
 
     @classmethod
     def of(cls, texts: Iterable[str], *, seed: int = 0) -> "CleanWords":
-        """Of clean rows; `seed` draws those that say what chance gives."""
+        """Count the words of clean rows; `seed` draws the rows that show what chance gives."""
         return cls(tuple(map(words, texts)), seed)
 
     @cached_property
@@ -83,7 +83,7 @@ class CleanWords:
         return tuple(sorted(found, key=lambda one: (-one.at_least, one.word))[:most])
 
     def chance(self, n: int) -> float:
-        """What the best word of `n` random clean rows reaches against the others, but for 1 - `CHANCE` of the draws."""
+        """Score that the best word of `n` random clean rows stays under in a share `CHANCE` of the draws."""
         if n not in self._chance:
             rng = Random(self.seed)
             best: list[float] = []
@@ -96,20 +96,20 @@ class CleanWords:
 
 
 def _shared(rows: Sequence[frozenset[str]]) -> dict[str, int]:
-    """The words that at least `LEAST` rows hold, and how many do."""
+    """The words that at least `LEAST` rows contain, and how many rows do."""
     counted = Counter(word for row in rows for word in row)
     return {word: k for word, k in counted.items() if k >= LEAST}
 
 
 def log_odds(k: int, n: int, clean_k: int, clean_n: int) -> tuple[float, float]:
-    """Log-odds ratio of a row holding a word against a clean row doing so, and its standard error.
+    """Log-odds ratio of a row to contain a word against a clean row, and its standard error.
 
     Args:
-        k: rows that hold it, of `n`.
-        clean_k: clean rows that hold it, of `clean_n`.
+        k: number of the `n` rows that contain the word.
+        clean_k: number of the `clean_n` clean rows that contain it.
 
     Raises:
-        ValueError: more rows hold it than there are.
+        ValueError: more rows contain it than there are.
     """
     if not (0 <= k <= n and 0 <= clean_k <= clean_n):
         raise ValueError(f"{k} of {n} rows and {clean_k} of {clean_n} clean rows")

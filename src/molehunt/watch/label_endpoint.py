@@ -24,7 +24,7 @@ class LabelEndpoint(ChatEndpoint):
     unavailable: ClassVar[type[EndpointUnavailable]] = LabelUnavailable
 
     def label(self, texts: Sequence[str]) -> str:
-        """What `texts` share, in a few words on one line; empty where the model sees no pattern.
+        """A label of a few words for what `texts` share, on one line; empty where the model sees no pattern.
 
         Texts stand in the prompt as JSON strings between marks that no text can hold. What comes back is a stranger's
         text all the same.
@@ -38,5 +38,5 @@ class LabelEndpoint(ChatEndpoint):
 
 
 def prompt(texts: Sequence[str]) -> str:
-    """What the model is asked."""
+    """The prompt for the labelling model."""
     return marked(PROMPT, "\n".join(json.dumps(text, ensure_ascii=False) for text in texts), n=len(texts))

@@ -1,4 +1,4 @@
-"""Where alerts are kept: a table in SQLite or PostgreSQL. What `record` returned for survives kill -9 and power loss.
+"""The ledger of alerts: a table in SQLite or PostgreSQL. A recorded alert survives kill -9 and power loss.
 
 Nothing is swallowed here: a caller that cannot record an alert hears of it, and can fail closed.
 """
@@ -48,7 +48,7 @@ SQLITE_ADVICE = {
     sqlite3.SQLITE_FULL: "Free some space on its disk, or keep the ledger elsewhere.",
     sqlite3.SQLITE_CANTOPEN: "It must be a file in a folder that exists and can be written.",
     sqlite3.SQLITE_READONLY: "Make the file and its folder writable, or keep the ledger elsewhere.",
-    sqlite3.SQLITE_BUSY: f"Another process has held it for {WAIT_S} s: end that one, or use PostgreSQL.",
+    sqlite3.SQLITE_BUSY: f"Another process has locked it for {WAIT_S} s: end that one, or use PostgreSQL.",
 }
 POSTGRES_ADVICE = {
     "": "Check that its server runs, and the user, the password and the database in the ledger's URL.",
@@ -56,17 +56,17 @@ POSTGRES_ADVICE = {
     "53": "Its server is out of disk, memory or connections.",
     "55": f"Another client has locked the table for {WAIT_S} s.",
 }
-"""By the class of the error, which is how SQLSTATE begins; a connection that failed has none."""
+"""Advice by the class of the error, the first two characters of SQLSTATE; a failed connection has none."""
 BROKEN = {sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT}
 
 
 class _Stored(NamedTuple):
     seq: int
     status: Status
-    told: bytes
+    payload: bytes
 
     def read(self) -> Alert:
-        return replace(Alert.from_json(self.told), status=self.status)  # the JSON says what it was when recorded
+        return replace(Alert.from_json(self.payload), status=self.status)  # the JSON says what it was when recorded
 
 
 _STORED = sa.select(ALERTS.c.seq, ALERTS.c.status, ALERTS.c.alert)
@@ -137,7 +137,7 @@ class Ledger:
             self._drop_oldest(connection)
 
     def amend(self, alert: Alert) -> None:
-        """Replace what a recorded alert tells, such as its answer without the direction; its review stays as it is.
+        """Replace the content of a recorded alert, such as its answer without the direction; its review stays as it is.
 
         Raises:
             UsageError: no alert of this id is stored (any more).
@@ -177,7 +177,7 @@ class Ledger:
         return [_Stored(*row).read() for row in found]
 
     def pending(self) -> int:
-        """How many alerts wait for a review."""
+        """Number of alerts that wait for a review."""
         with self._transaction() as connection:
             waiting = sa.select(sa.func.count()).select_from(ALERTS).where(ALERTS.c.status == "pending")
             return connection.scalar(waiting) or 0
@@ -258,12 +258,12 @@ class Ledger:
         if sqlite:
             self._write_ahead()
 
-    def _check_version(self, told: str | None) -> None:
-        if told == str(SCHEMA):
+    def _check_version(self, version: str | None) -> None:
+        if version == str(SCHEMA):
             return
-        newer = told is not None and told.isdecimal() and int(told) > SCHEMA
+        newer = version is not None and version.isdecimal() and int(version) > SCHEMA
         raise InvalidInput(
-            f"the ledger {self._place} has schema {printable(str(told))}; this Molehunt reads {SCHEMA}.\n"
+            f"the ledger {self._place} has schema {printable(str(version))}; this Molehunt reads {SCHEMA}.\n"
             + ("Upgrade Molehunt" if newer else "Read it with the Molehunt that wrote it")
             + ", or start a new ledger."
         )
@@ -301,13 +301,13 @@ class Ledger:
             )
 
     def _explained(self, cause: Exception) -> MolehuntError:
-        told = printable(" ".join(str(cause).partition("(Background")[0].split()), limit=300)
+        reason = printable(" ".join(str(cause).partition("(Background")[0].split()), limit=300)
         code = getattr(cause, "sqlite_errorcode", 0) & 0xFF  # the low byte of an extended code is the plain one
         if code in BROKEN:
-            return InvalidInput(f"{self._place} is no ledger, or a broken one: {told}. Start a new one elsewhere.")
+            return InvalidInput(f"{self._place} is no ledger, or a broken one: {reason}. Start a new one elsewhere.")
         state = getattr(cause, "sqlstate", "none") or ""
         advice = SQLITE_ADVICE.get(code) or POSTGRES_ADVICE.get(state[:2]) or "No alert is stored until it can."
-        return LedgerUnavailable(f"the ledger {self._place} cannot be used: {told}.\n{advice}")
+        return LedgerUnavailable(f"the ledger {self._place} cannot be used: {reason}.\n{advice}")
 
 
 def _location(url: str) -> URL:
@@ -339,7 +339,7 @@ def _postgres(location: URL) -> tuple[Engine, Engine]:
 
 
 def _sqlite(location: URL) -> tuple[Engine, Engine]:
-    """For reading, and one connection for writing: SQLite lets those who find it locked wait in no order."""
+    """An engine for reading, and one connection for writing: SQLite lets waiting writers wait in no order."""
     file = Path(location.database or "")
     try:
         file.touch(mode=0o600)  # alerts quote people: the file, and what SQLite puts beside it, is for its owner

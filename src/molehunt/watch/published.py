@@ -3,17 +3,16 @@
 Of each written direction the highest and lowest cosine over all tokens of the prompt, template and first token among them,
 and over all tokens of the answer. A row is flagged at first sight, when any of them leaves what earlier rows showed by more
 than the slack; then the range takes it in, flagged or not, so that the same row is normal from then on. No false-alarm rate
-is set: the one measured on held-out clean rows is told, beside the published bound.
+is set: the one measured on held-out clean rows is reported, beside the published bound.
 
 Directions are those of this project's `Bank` (of changed matrices, above the noise floor, at most 8 each; no layer is
 dropped), roles come from the chat template, and no calibration row is lost. Source: arXiv 2508.00161, §3 and released code.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
-from typing import Any
 
 import torch
 from jaxtyping import Float, Float64
@@ -26,44 +25,46 @@ from molehunt.traffic.stream import START, Conversation, Place
 from molehunt.watch.answers import answer_profiles
 from molehunt.watch.bank import Bank
 from molehunt.watch.extremes import Inputs
-from molehunt.watch.kept import broken, keep, kept
-from molehunt.watch.log import answered, record, texts
+from molehunt.watch.judge import answer_rows, row_texts
+from molehunt.watch.log import RowJudge, record
 from molehunt.watch.profile import Profile
 from molehunt.watch.ranges import RunningRange
+from molehunt.watch.row_verdict import RowVerdict
+from molehunt.watch.saved_state import broken, load_state, save_state
 from molehunt.watch.sketch import ScoreSketch
 
-SCHEMA = 1
+SCHEMA = 2
 WHAT = "published range"
 FILE = "published.safetensors"
 ROLES = ("prompt", "answer")
 HELD_OUT = 10
-"""One clean row in so many measures the false-positive rate, as published."""
+"""One clean row in this many measures the false-positive rate, as published."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class RoleRead:
-    """One row as the range sees it."""
+    """The profiles of prompt and answer of one row."""
 
     prompt: tuple[int, ...]
     answer: tuple[int, ...]
     of_prompt: Profile
     of_answer: Profile | None
-    """None for an answer without tokens."""
+    """Profile of the answer; None for an answer without tokens."""
 
     @property
     def roles(self) -> tuple[Profile | None, ...]:
-        """In the order of `ROLES`."""
+        """Both profiles, in the order of `ROLES`."""
         return self.of_prompt, self.of_answer
 
     @property
     def ends(self) -> Float[Tensor, " ends"]:
         """Highest of each direction and role, then the negatives of the lowest; -infinity for a role without tokens."""
-        none = torch.full_like(self.of_prompt.looks[-1], -torch.inf)
-        both = [(none if role is None else role.looks[-1]).chunk(2) for role in self.roles]
+        none = torch.full_like(self.of_prompt.prefixes[-1], -torch.inf)
+        both = [(none if role is None else role.prefixes[-1]).chunk(2) for role in self.roles]
         return torch.cat([high for high, _ in both] + [low for _, low in both])
 
     def token(self, end: int) -> int:
-        """Where an end of `ends` lies, as an index into prompt and answer. Raises ValueError for a role without tokens."""
+        """Token that an end of `ends` comes from, counted through prompt and answer. Raises ValueError for a role without any."""
         directions = len(self.of_prompt.peaks) // 2
         side, column = divmod(end, len(ROLES) * directions)
         role, direction = divmod(column, directions)
@@ -74,22 +75,22 @@ class RoleRead:
 
 
 def written_alone(bank: Bank) -> Bank:
-    """The directions that the range is about."""
+    """The bank without its read side: the directions that the range is about."""
     return Bank(write=bank.write, read={}, write_names=bank.write_names, read_names={})
 
 
 def role_names(bank: Bank) -> tuple[str, ...]:
-    """One for each column of `RoleRead.ends`."""
+    """Name of each column of `RoleRead.ends`."""
     return tuple(f"{name}, {role}" for role in ROLES for names in bank.write_names.values() for name in names)
 
 
 def read_roles(
     pair: ModelPair, bank: Bank, rows: Sequence[Conversation], *, max_new_tokens: int, track: Track = silent, what: str
 ) -> list[RoleRead]:
-    """Cosines of every token of each row, by role; answered as `answered` does."""
+    """Cosines of every token of each row, by role. Arguments as `answer_rows`."""
     both = [
         (prompt.ids, answer)
-        for prompt, answer in answered(pair, rows, max_new_tokens=max_new_tokens, track=track, what=what)
+        for prompt, answer in answer_rows(pair, rows, max_new_tokens=max_new_tokens, track=track, what=what)
     ]
     with_answer = [i for i, (_, answer) in enumerate(both) if answer]
     written = written_alone(bank)
@@ -123,11 +124,11 @@ class PublishedState:
 
     identity: Mapping[str, str]
     ranges: tuple[RunningRange, ...]
-    """In the order of `ROLES`."""
+    """One range for each role, in the order of `ROLES`."""
     held_out: Float64[Tensor, " n"]
-    """How far held-out clean rows lay beyond the range of all others; above 0 is a false alarm."""
+    """How far held-out clean rows lie beyond the range of all others; above 0 is a false alarm."""
     bound: float
-    """The published bound on the share of such rows; above 1 it says nothing."""
+    """The published bound on the share of false alarms; above 1 it says nothing."""
     place: Place = START
     written: int = 0
     seen: int = 0
@@ -148,14 +149,19 @@ class PublishedState:
         return torch.cat([*highs, *lows])
 
     def absorb(self, row: RoleRead) -> None:
-        """The row is normal from now on."""
+        """Widen the range by a row, which is normal from now on."""
         for running, role in zip(self.ranges, row.roles, strict=True):
             if role is not None:
                 running.absorb(*_high_low(role))
 
     @property
     def calibration_rows(self) -> int:
+        """Number of clean rows that the range was calibrated on."""
         return self.ranges[0].n - self.seen
+
+    def copy(self) -> "PublishedState":
+        """A state that goes on independently of this one."""
+        return replace(self, ranges=tuple(running.copy() for running in self.ranges))
 
     def save(self, path: Path) -> None:
         """Replace the file at `path`, synced."""
@@ -164,7 +170,7 @@ class PublishedState:
             for role, running in zip(ROLES, self.ranges, strict=True)
             for end in ("maxima", "minima")
         }
-        told = {
+        fields = {
             "slack": self.ranges[0].slack,
             "percentile": self.ranges[0].percentile,
             "bound": self.bound,
@@ -173,12 +179,12 @@ class PublishedState:
             "seen": self.seen,
             "flagged": self.flagged,
         }
-        keep(path, WHAT, SCHEMA, self.identity, {**sketches, "held_out": self.held_out}, told)
+        save_state(path, WHAT, SCHEMA, self.identity, {**sketches, "held_out": self.held_out}, fields)
 
     @classmethod
     def load(cls, path: Path, identity: Mapping[str, str]) -> "PublishedState":
-        """What `save` wrote. Raises UsageError for another watch's, InvalidInput for a broken file."""
-        tensors, told = kept(path, WHAT, SCHEMA, identity)
+        """Read what `save` wrote. Raises UsageError for the file of another watch, InvalidInput for a broken one."""
+        tensors, fields = load_state(path, WHAT, (1, SCHEMA), identity)
         try:
             ranges = tuple(
                 RunningRange(
@@ -186,8 +192,8 @@ class PublishedState:
                         ScoreSketch.from_bytes(tensors[f"{role}.{end}"].numpy().tobytes())
                         for end in ("maxima", "minima")
                     ),
-                    slack=told["slack"],
-                    percentile=told["percentile"],
+                    slack=fields["slack"],
+                    percentile=fields["percentile"],
                 )
                 for role in ROLES
             )
@@ -195,11 +201,11 @@ class PublishedState:
                 identity=identity,
                 ranges=ranges,
                 held_out=tensors["held_out"],
-                bound=told["bound"],
-                place=Place(*told["place"]),
-                written=told["written"],
-                seen=told["seen"],
-                flagged=told["flagged"],
+                bound=fields["bound"],
+                place=Place(*fields["place"]),
+                written=fields["written"],
+                seen=fields["seen"],
+                flagged=fields["flagged"],
             )
         except (KeyError, ValueError, TypeError, MolehuntError) as error:
             raise broken(path, WHAT, str(error)) from None
@@ -224,8 +230,8 @@ def calibrated_range(
     """
     rows = list(clean)
     Random(seed).shuffle(rows)
-    held = len(rows) // HELD_OUT
-    if not held:
+    held_out = len(rows) // HELD_OUT
+    if not held_out:
         raise NotTestable(f"{len(rows)} clean rows are too few: one in {HELD_OUT} measures the false-positive rate.")
     read = read_roles(pair, bank, rows, max_new_tokens=max_new_tokens, track=track, what="clean")
     state = PublishedState(
@@ -234,11 +240,11 @@ def calibrated_range(
         held_out=torch.empty(0, dtype=torch.float64),
         bound=0.0,
     )
-    for row in read[:-held]:
+    for row in read[:-held_out]:
         state.absorb(row)
     state.bound = sum(running.false_alarm_bound for running in state.ranges)
-    state.held_out = torch.stack([state.beyond(row).max() for row in read[-held:]])
-    for row in read[-held:]:
+    state.held_out = torch.stack([state.beyond(row).max() for row in read[-held_out:]])
+    for row in read[-held_out:]:
         state.absorb(row)
     return state
 
@@ -255,49 +261,63 @@ def watch_published(
     track: Track = silent,
 ) -> None:
     """Judge `rows` one after the other; write what `watch_log` writes, but for alerts: nothing is quarantined."""
+    judge = published_judge(pair, bank, state, inputs, max_new_tokens=max_new_tokens, track=track)
+    record(rows, state, inputs, into / "verdicts.jsonl", into / FILE, judge)
+
+
+def published_judge(
+    pair: ModelPair,
+    bank: Bank,
+    state: PublishedState,
+    inputs: Inputs,
+    *,
+    max_new_tokens: int,
+    track: Track = silent,
+) -> RowJudge:
+    """A judge of chunks, whose range takes in every row that it has judged."""
     names = role_names(bank)
 
-    def judged(chunk: Sequence[Conversation]) -> list[dict[str, Any]]:
-        read = read_roles(
-            pair, bank, chunk, max_new_tokens=max_new_tokens, track=track, what=f"from line {chunk[0].line}"
-        )
-        told: list[dict[str, Any]] = []
+    def judge(chunk: Sequence[Conversation]) -> list[RowVerdict]:
+        what = f"from line {chunk[0].line}"
+        read = read_roles(pair, bank, chunk, max_new_tokens=max_new_tokens, track=track, what=what)
+        verdicts: list[RowVerdict] = []
         for row, one in zip(chunk, read, strict=True):
-            beyond = state.beyond(one)
-            told.append(verdict(names, row, one, beyond))
+            verdicts.append(range_verdict(names, row, one, state.beyond(one)))
             state.absorb(one)
             state.seen += 1
-            state.flagged += told[-1]["flagged"]
+            state.flagged += verdicts[-1].flagged
         inputs.take(
             torch.stack([one.ends for one in read]),
             [row.line for row in chunk],
-            texts(pair, chunk, [one.answer for one in read]),
-            torch.tensor([line["flagged"] for line in told]),
+            row_texts(pair, chunk, [one.answer for one in read]),
+            torch.tensor([verdict.flagged for verdict in verdicts]),
         )
-        return told
+        return verdicts
 
-    record(rows, state, inputs, into / "verdicts.jsonl", into / FILE, judged)
+    return judge
 
 
-def verdict(names: Sequence[str], row: Conversation, one: RoleRead, beyond: Float64[Tensor, " ends"]) -> dict[str, Any]:
-    """The line of `verdicts.jsonl`, of the shape that `log.verdict` has; the published monitor has no p-value."""
+def range_verdict(
+    names: Sequence[str], row: Conversation, one: RoleRead, beyond: Float64[Tensor, " ends"]
+) -> RowVerdict:
+    """The verdict on a row by how far it leaves each end of the range; the published monitor has no p-value."""
     end = int(beyond.argmax())
-    return {
-        "line": row.line,
-        "tag": row.tag,
-        "flagged": bool(beyond[end] > 0),
-        "score": float(f"{float(beyond[end]):.4g}"),
-        "p_value": None,
-        "direction": names[end % len(names)],
-        "side": "high" if end < len(names) else "low",
-        "look": None,
-        "token": one.token(end),
-        "tokens": len(one.prompt) + len(one.answer),
-        "coverage": 1.0,
-        "within_calibration": None,
-    }
+    return RowVerdict(
+        line=row.line,
+        tag=row.tag,
+        flagged=bool(beyond[end] > 0),
+        score=float(f"{float(beyond[end]):.4g}"),
+        p_value=None,
+        direction=names[end % len(names)],
+        side="high" if end < len(names) else "low",
+        prefix_checkpoint=None,
+        token=one.token(end),
+        tokens=len(one.prompt) + len(one.answer),
+        coverage=1.0,
+        within_calibration=None,
+    )
 
 
 def _high_low(role: Profile) -> tuple[Float[Tensor, "1 columns"], Float[Tensor, "1 columns"]]:
-    high, negative_low = role.looks[-1].chunk(2)
+    high, negative_low = role.prefixes[-1].chunk(2)
     return high[None], -negative_low[None]

@@ -1,7 +1,7 @@
-"""From a judged answer to an alert: what it names, what it resembles, and the answer again without what gave it away."""
+"""From a judged answer to an alert: its direction, similar alerts, and the answer again with that direction ablated."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -12,36 +12,19 @@ from molehunt.model.generate import generate
 from molehunt.steer.ablate import Ablate
 from molehunt.watch.alert import Action, Alert, Extreme
 from molehunt.watch.answers import token_columns
-from molehunt.watch.bank import Bank, Watched
-from molehunt.watch.monitor import Judged, Monitor
-from molehunt.watch.profile import Profile
+from molehunt.watch.bank import Bank, WatchedDirection
+from molehunt.watch.judge import JudgedAnswer
+from molehunt.watch.monitor import Judgement, Monitor
 
 SHOWN = 48
-"""Tokens of an alert that are kept around its span."""
+"""Number of tokens around its span that an alert keeps."""
 ALIKE = 0.7
-"""Cosine of two answers' exceedances above which one is called a look-alike of the other."""
+"""Two alerts are look-alikes when the cosine of their exceedances is above this."""
 ALIKE_SHOWN = 3
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Answered:
-    """One answer, what it looked like, and what the monitor says."""
-
-    prompt: tuple[int, ...]
-    answer: tuple[int, ...]
-    profile: Profile
-    judged: Judged
-    coverage: float
-    """Tokens scored / tokens in the request."""
-
-    @property
-    def token(self) -> int:
-        """Where the loudest column peaks, as an index into prompt and answer."""
-        return int(self.profile.peaks[self.judged.columns[0]]) + len(self.prompt) - 1
-
-
-def loudest(bank: Bank, judged: Judged) -> list[Watched]:
-    """The directions behind the columns that say most, each once: what is taken out of a flagged answer."""
+def top_scoring(bank: Bank, judged: Judgement) -> list[WatchedDirection]:
+    """The directions behind the top-scoring columns, each once: those that are ablated in a flagged answer."""
     found = {direction.name: direction for direction in map(bank.direction, judged.columns)}
     return list(found.values())
 
@@ -49,7 +32,7 @@ def loudest(bank: Bank, judged: Judged) -> list[Watched]:
 def alert_of(
     bank: Bank,
     tokenizer: PreTrainedTokenizerBase,
-    one: Answered,
+    one: JudgedAnswer,
     *,
     request: str,
     action: Action,
@@ -57,7 +40,7 @@ def alert_of(
     extremes: Sequence[Extreme] = (),
     look_alikes: Sequence[str] = (),
 ) -> Alert:
-    """The alert of a flagged answer, by what is known without running the model again (see `explained`)."""
+    """The alert of a flagged answer, without running the model again (see `explained`)."""
     direction = bank.direction(one.judged.columns[0])
     nearest = sorted(extremes, key=lambda extreme: abs(extreme.score - one.judged.score))
     return Alert(
@@ -66,12 +49,12 @@ def alert_of(
         score=one.judged.score,
         p_value=one.judged.p_value,
         fpr=fpr,
-        region="decision" if one.judged.look == 0 else "answer",
+        region="decision" if one.judged.prefix == 0 else "answer",
         direction=direction.name,
         layer=direction.site.layer,
         span=(one.token, one.token + 1),
         coverage=one.coverage,
-        profile=one.profile.looks[-1].numpy().astype("<f4").tobytes(),
+        profile=one.profile.prefixes[-1].numpy().astype("<f4").tobytes(),
         extremes=tuple(sorted(nearest[:3], key=lambda extreme: -extreme.score)),
         look_alikes=tuple(look_alikes),
         answer=_text(tokenizer, one.answer),
@@ -84,19 +67,19 @@ def explained(
     tokenizer: PreTrainedTokenizerBase,
     bank: Bank,
     monitor: Monitor,
-    one: Answered,
+    one: JudgedAnswer,
     *,
     max_new_tokens: int,
     layers_path: str | None = None,
 ) -> Alert:
-    """The alert with a score for each token, and with the greedy answer while its loudest directions are projected out.
+    """The alert with a score for each token, and with the greedy answer while its top-scoring directions are projected out.
 
     Raises as `generate` and `watched`.
     """
     ids = (*one.prompt, *one.answer)
     scores = monitor.by_token(one.judged, token_columns(model, bank, ids, layers_path=layers_path)).tolist()
-    by_site: dict[int, list[Watched]] = {}
-    for direction in loudest(bank, one.judged):
+    by_site: dict[int, list[WatchedDirection]] = {}
+    for direction in top_scoring(bank, one.judged):
         by_site.setdefault(direction.site.layer, []).append(direction)
     without = generate(
         model,
@@ -117,14 +100,14 @@ def explained(
     )
 
 
-def look_alikes(monitor: Monitor, one: Answered, earlier: Sequence[Alert]) -> list[str]:
-    """Ids of the earlier alerts whose columns stand out as this answer's do, most similar first."""
-    mine = one.profile.looks[-1]
+def look_alikes(monitor: Monitor, one: JudgedAnswer, earlier: Sequence[Alert]) -> list[str]:
+    """Ids of the earlier alerts with exceedances similar to those of this answer, most similar first."""
+    mine = one.profile.prefixes[-1]
     rows = [torch.frombuffer(bytearray(alert.profile), dtype=torch.float32) for alert in earlier]
     known = [(alert.id, row) for alert, row in zip(earlier, rows, strict=True) if len(row) == len(mine)]
     if not known:
         return []
-    score = monitor.of_kind[one.judged.kind].looks[-1].score
+    score = monitor.by_stratum[one.judged.stratum].prefixes[-1].score
     stood_out = score.by_column(torch.stack([mine, *(row for _, row in known)]))
     similar = cosine_similarity(stood_out[:1], stood_out[1:])
     order = similar.argsort(descending=True)[:ALIKE_SHOWN].tolist()

@@ -1,7 +1,7 @@
 """The range that clean traffic showed, per direction, and how far a row leaves it: WeightWatch's monitor as published."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 import torch
@@ -17,7 +17,7 @@ SLACK = 0.01
 
 @dataclass(eq=False)
 class RunningRange:
-    """Running minimum and maximum, per column, of the rows' smallest and largest cosines. Keep one per role.
+    """Running minimum and maximum, per column, of the rows' smallest and largest cosines. Use one per role.
 
     Kept because they are the published protocol: a slack that is the same for every direction; a row is flagged as soon as
     any column leaves its range; the chance of that grows with the number of columns and is stated by nobody (at most
@@ -32,7 +32,7 @@ class RunningRange:
     """
 
     maxima: ScoreSketch
-    """Of each absorbed row's largest cosine."""
+    """Largest cosine of each absorbed row."""
     minima: ScoreSketch
     slack: float = SLACK
     percentile: float = 0.0
@@ -46,14 +46,19 @@ class RunningRange:
         if not 0 <= self.percentile < 0.5:
             raise ValueError(f"the percentile is a share of the rows at one end, 0 to below 0.5; got {self.percentile}")
 
+    def copy(self) -> "RunningRange":
+        """A range that goes on independently of this one."""
+        maxima, minima = (ScoreSketch.from_bytes(one.to_bytes()) for one in (self.maxima, self.minima))
+        return replace(self, maxima=maxima, minima=minima)
+
     @classmethod
     def empty(cls, columns: int, *, slack: float = SLACK, percentile: float = 0.0) -> "RunningRange":
-        """Before any row."""
+        """Start with no row."""
         return cls(ScoreSketch.empty(columns), ScoreSketch.empty(columns), slack, percentile)
 
     @property
     def n(self) -> int:
-        """Rows absorbed."""
+        """Number of absorbed rows."""
         return self.maxima.n
 
     @property

@@ -1,6 +1,6 @@
-"""From an answer's extremes along many directions to one number. Each is fitted on clean answers at one look.
+"""From an answer's extremes along many directions to one score. Each is fitted on clean answers of one prefix length.
 
-The ladder, from what is published to what works: see docs/watch.md for what each one catches.
+The scores go from what is published to what works best: see docs/guides/watch.md for what each one catches.
 """
 
 import math
@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 SUMMED = 32
-"""Columns whose exceedances are added up."""
+"""Number of columns whose exceedances are added up."""
 TAIL = 0.9
 """Quantile above which a column's tail begins."""
 SMALLEST = 1e-9
@@ -26,7 +26,7 @@ class RowScore(Protocol):
     def __call__(self, extremes: Float[Tensor, "rows columns"]) -> Float[Tensor, " rows"]: ...
 
     def by_column(self, extremes: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows columns"]:
-        """What each column adds to the score, or how high it stands in the score's own units."""
+        """Contribution of each column to the score, or its own score in the same units."""
         ...
 
 
@@ -67,7 +67,7 @@ class RobustMax:
 
 
 @dataclass(frozen=True, eq=False)
-class Mahalanobis:
+class MahalanobisScore:
     """Distance of all extremes together from clean ones, columns standardised, covariance shrunk to the identity."""
 
     mean: Float[Tensor, " columns"]
@@ -75,7 +75,7 @@ class Mahalanobis:
     whiten: Float[Tensor, "columns columns"]
 
     @classmethod
-    def fit(cls, clean: Float[Tensor, "rows columns"], shrink: float = 0.1) -> "Mahalanobis":
+    def fit(cls, clean: Float[Tensor, "rows columns"], shrink: float = 0.1) -> "MahalanobisScore":
         mean, scale = clean.double().mean(0), clean.double().std(0).clamp_min(SMALLEST)
         standard = (clean.double() - mean) / scale
         covariance = standard.mT @ standard / max(len(clean) - 1, 1)
@@ -118,7 +118,7 @@ class TailSum:
 def tail(
     clean: Float[Tensor, "rows columns"], begins: float = TAIL
 ) -> tuple[Float[Tensor, " columns"], Float[Tensor, " columns"]]:
-    """Where each column's upper tail begins, at that quantile, and its mean excess there."""
+    """Start of each column's upper tail, at that quantile, and the mean excess there."""
     start = quantile(clean, begins)
     excess = (clean - start).clamp_min(0)
     return start, (excess.sum(0) / (excess > 0).sum(0).clamp_min(1)).clamp_min(SMALLEST)

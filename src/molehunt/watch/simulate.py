@@ -23,7 +23,7 @@ ORDERS: tuple[Order, ...] = ("spread", "burst", "rising")
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class Event:
+class StreamEvent:
     """One row of the stream."""
 
     profile: Profile
@@ -32,17 +32,17 @@ class Event:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Simulated:
-    """What one monitor flagged."""
+class MonitorSimulation:
+    """The rows of a simulated stream that one monitor flagged."""
 
     monitor: str
     order: Order
     fpr: Interval
     """Share of benign rows flagged."""
     first_sight: Interval
-    """Share of attacks flagged the first time."""
+    """Share of attacks flagged at their first appearance."""
     by_repeat: dict[int, Interval]
-    """Share of attacks flagged at their 1st, 10th, 100th … appearance."""
+    """Share of attacks flagged at their 1st, 2nd, 3rd, 10th … appearance."""
 
 
 def events(
@@ -53,14 +53,14 @@ def events(
     order: Order,
     seed: int,
     strength: Callable[[Profile], float],
-) -> list[Event]:
+) -> list[StreamEvent]:
     """The stream: every attack `repeats` times among the benign rows, which keep their order.
 
     Args:
         strength: what "rising" sorts attacks by.
     """
     rng = Random(seed)
-    inserted = [Event(attack, repeat) for attack in attacks for repeat in range(1, repeats + 1)]
+    inserted = [StreamEvent(attack, repeat) for attack in attacks for repeat in range(1, repeats + 1)]
     if order == "spread":
         counted: dict[int, int] = {}
         shuffled = [attack for attack in attacks for _ in range(repeats)]
@@ -68,14 +68,14 @@ def events(
         inserted = []
         for attack in shuffled:
             counted[id(attack)] = counted.get(id(attack), 0) + 1
-            inserted.append(Event(attack, counted[id(attack)]))
+            inserted.append(StreamEvent(attack, counted[id(attack)]))
     elif order == "rising":
-        inserted = [Event(a, repeat) for a in sorted(attacks, key=strength) for repeat in range(1, repeats + 1)]
+        inserted = [StreamEvent(a, repeat) for a in sorted(attacks, key=strength) for repeat in range(1, repeats + 1)]
     places = sorted(rng.sample(range(len(benign) + len(inserted)), len(inserted)))
-    at, found = set(places), list[Event]()
-    waiting, calm = iter(inserted), iter(benign)
+    at, found = set(places), list[StreamEvent]()
+    waiting, clean = iter(inserted), iter(benign)
     for place in range(len(benign) + len(inserted)):
-        found.append(next(waiting) if place in at else Event(next(calm), 0))
+        found.append(next(waiting) if place in at else StreamEvent(next(clean), 0))
     return found
 
 
@@ -88,12 +88,12 @@ def simulate(
     written: int,
     repeats: int = 100,
     seed: int = 0,
-) -> list[Simulated]:
+) -> list[MonitorSimulation]:
     """Both monitors on the same stream in every order.
 
     Args:
         monitor: fitted and calibrated.
-        clean: the rows that the published range begins with: those that fitted and calibrated the monitor.
+        clean: rows that the published range starts with: those that fitted and calibrated the monitor.
         benign: rows of the stream.
         attacks: rows that are inserted, `repeats` times each.
         written: how many columns are write-side cosines, which the published range is about (`Bank.written`).
@@ -106,16 +106,16 @@ def simulate(
     def strength(row: Profile) -> float:
         return score[id(row)]
 
-    found: list[Simulated] = []
+    found: list[MonitorSimulation] = []
     for order in ORDERS:
         stream = events(benign, attacks, repeats=repeats, order=order, seed=seed, strength=strength)
         flags = [(event.repeat, score[id(event.profile)] > monitor.threshold) for event in stream]
-        found.append(_told("conformal, flagged rows quarantined", order, flags))
-        found.append(_told("published range, takes in every row", order, _absorbing(clean, stream, written)))
+        found.append(_measured("conformal, flagged rows quarantined", order, flags))
+        found.append(_measured("published range, takes in every row", order, _absorbing(clean, stream, written)))
     return found
 
 
-def _absorbing(clean: Sequence[Profile], stream: Iterable[Event], written: int) -> list[tuple[int, bool]]:
+def _absorbing(clean: Sequence[Profile], stream: Iterable[StreamEvent], written: int) -> list[tuple[int, bool]]:
     ranges = RunningRange.empty(written)
     for profile in clean:
         ranges.absorb(*_cosines(profile, written))
@@ -129,19 +129,19 @@ def _absorbing(clean: Sequence[Profile], stream: Iterable[Event], written: int) 
 
 def _cosines(profile: Profile, written: int) -> tuple[Float[Tensor, "1 written"], Float[Tensor, "1 written"]]:
     """Highest and lowest cosine over the answer, as the range takes them."""
-    both = profile.looks[-1]
+    both = profile.prefixes[-1]
     half = len(both) // 2
     return both[None, :written], -both[None, half : half + written]
 
 
-def _told(monitor: str, order: Order, flags: Sequence[tuple[int, bool]]) -> Simulated:
+def _measured(monitor: str, order: Order, flags: Sequence[tuple[int, bool]]) -> MonitorSimulation:
     def share(repeat: int) -> Interval:
         some = [flagged for at, flagged in flags if at == repeat]
         return proportion(sum(some), len(some))
 
     last = max(repeat for repeat, _ in flags)
     shown = [repeat for repeat in (1, 2, 3, 10, 30, 100, 300, 1000) if repeat < last] + [last]
-    return Simulated(
+    return MonitorSimulation(
         monitor=monitor,
         order=order,
         fpr=share(0),

@@ -27,7 +27,7 @@ METADATA = "molehunt_sketch"
 KEPT = 64
 KLL_K = 128
 RANK_ERROR = 2.296 / KLL_K**0.9723
-"""Of the middle, as a share of the rows: DataSketches' own 99 % figure for one query at this k, 2.05 %."""
+"""Rank error of the middle, as a share of the rows: DataSketches' own 99 % figure for one query at this k, 2.05 %."""
 
 KLL_HEADER = struct.Struct("<BBBBHBxQHBx")  # ints, version, family, flags, k, m, n, min_k, levels
 KINDS = {"counts": (torch.int64, 1), "high": (torch.float32, 2), "low": (torch.float32, 2), "middle": (torch.uint8, 2)}
@@ -58,7 +58,7 @@ class ScoreSketch:
 
     @classmethod
     def empty(cls, columns: int, kept: int = KEPT) -> "ScoreSketch":
-        """Of no row: merging it changes nothing. Raises ValueError where `columns` or `kept` is below 1."""
+        """Start with no row: merging it changes nothing. Raises ValueError where `columns` or `kept` is below 1."""
         if columns < 1 or kept < 1:
             raise ValueError(f"a sketch has at least one column and keeps at least one row, got {columns} and {kept}")
         none = torch.zeros(0, columns)

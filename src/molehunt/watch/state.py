@@ -3,7 +3,8 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,15 @@ from molehunt.traffic.stream import START, Conversation, Place
 from molehunt.watch.alert import Extreme
 from molehunt.watch.bank import Bank
 from molehunt.watch.drift import DriftMartingale
-from molehunt.watch.kinds import PromptKinds
-from molehunt.watch.monitor import Calibrated, Look, Monitor
+from molehunt.watch.monitor import Monitor, PrefixScore, StratumCalibration
 from molehunt.watch.scores import TailSum
 from molehunt.watch.sketch import ScoreSketch
+from molehunt.watch.strata import PromptStrata
 from molehunt.watch.suspects import Suspect, Suspects
 
-SCHEMA = 4
+SCHEMA = 5
+READS = (4, SCHEMA)
+"""Versions that are read. Version 4 names strata otherwise."""
 
 
 def identify(
@@ -41,7 +44,7 @@ def identify(
     max_new_tokens: int,
     clean: Sequence[Conversation],
 ) -> dict[str, str]:
-    """Everything that a calibration depends on, by the name that an error gives it."""
+    """Everything that a calibration depends on, by the name that errors use for it."""
     rows = [[[(turn.role, turn.text) for turn in row.turns], row.response] for row in clean]
     return {
         "base model": base.content_hash(),
@@ -59,39 +62,48 @@ class WatchState:
     """Everything that a restart needs to go on as if nothing had happened."""
 
     identity: Mapping[str, str]
-    """Hashes of both models, the tokenizer and the directions, and the rate: a state of another is refused."""
+    """Hashes of both models, the tokenizer and the directions, and the rate: a state made for others is refused."""
     monitor: Monitor
     extremes: tuple[Extreme, ...] = ()
-    """The clean rows that scored highest, to hold alerts against."""
+    """The top-scoring clean rows, which alerts are compared with."""
     suspects: Suspects | None = None
-    """Clean rows that may hold the behaviour; None: nobody looked for them."""
+    """Clean rows that may contain the behaviour; None where they were not searched for."""
     scores: ScoreSketch = field(default_factory=lambda: ScoreSketch.empty(1))
-    """Of clean traffic since calibration. Flagged rows are quarantined and never enter."""
+    """Scores of unflagged traffic since calibration. Flagged rows are quarantined and never enter."""
     drift: DriftMartingale
     rng: np.random.Generator
-    """Places ties among p-values."""
+    """Draws the place of ties among p-values."""
     place: Place = START
-    """Where in the log to go on."""
+    """Place in the log at which to go on."""
     written: int = 0
-    """Bytes of the verdicts written up to there."""
+    """Bytes of the verdicts that are written up to there."""
     seen: int = 0
     flagged: int = 0
 
+    def copy(self) -> "WatchState":
+        """A state that goes on independently of this one."""
+        return replace(
+            self,
+            scores=ScoreSketch.from_bytes(self.scores.to_bytes()),
+            drift=replace(self.drift),
+            rng=deepcopy(self.rng),
+        )
+
     def save(self, path: Path) -> None:
         """Replace the file at `path`, synced."""
-        kinds = self.monitor.kinds
+        strata = self.monitor.strata
         tensors: dict[str, Tensor] = {
             "scores": torch.frombuffer(bytearray(self.scores.to_bytes()), dtype=torch.uint8),
-            "kinds.center": kinds.center,
-            "kinds.scale": kinds.scale,
-            "kinds.centroids": kinds.centroids,
+            "strata.center": strata.center,
+            "strata.scale": strata.scale,
+            "strata.centroids": strata.centroids,
         }
-        for kind, one in enumerate(self.monitor.of_kind):
-            tensors |= {f"{kind}.{name}": tensor for name, tensor in _tensors(one).items()}
-        told = {
+        for stratum, one in enumerate(self.monitor.by_stratum):
+            tensors |= {f"{stratum}.{name}": tensor for name, tensor in _tensors(one).items()}
+        fields = {
             "schema": SCHEMA,
             "identity": dict(self.identity),
-            "kind_of": kinds.kind_of,
+            "stratum_of": strata.stratum_of,
             "threshold": self.monitor.threshold,
             "extremes": [[extreme.score, extreme.text] for extreme in self.extremes],
             "suspects": None if self.suspects is None else asdict(self.suspects),
@@ -102,11 +114,11 @@ class WatchState:
             "seen": self.seen,
             "flagged": self.flagged,
         }
-        replace_whole(path, lambda partial: save_file(tensors, partial, {"molehunt_watch": json.dumps(told)}))
+        replace_whole(path, lambda partial: save_file(tensors, partial, {"molehunt_watch": json.dumps(fields)}))
 
     @classmethod
     def load(cls, path: Path, identity: Mapping[str, str]) -> "WatchState":
-        """Read what `save` wrote.
+        """Read what `save` wrote, also with the names of version 4.
 
         Raises:
             UsageError: the state is of another model, tokenizer, set of directions or rate; names which.
@@ -114,76 +126,82 @@ class WatchState:
         """
         try:
             with safe_open(path, "pt") as file:
-                told = json.loads((file.metadata() or {})["molehunt_watch"])
+                fields = json.loads((file.metadata() or {})["molehunt_watch"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, KeyError, ValueError, OSError) as error:
             raise InvalidInput(
-                f"{printable(path.name)} is no state of a watch: {printable(str(error))}.\nRemove it to calibrate anew."
+                f"{printable(path.name)} is no state of a watch: {printable(str(error))}.\nRemove it to calibrate again."
             ) from None
-        if told.get("schema") != SCHEMA:
+        if fields.get("schema") not in READS:
             raise InvalidInput(
-                f"{printable(path.name)} is of schema {printable(str(told.get('schema')))}; this version reads "
-                f"{SCHEMA}.\nRemove it to calibrate anew."
+                f"{printable(path.name)} is of schema {printable(str(fields.get('schema')))}; this version reads "
+                f"{SCHEMA}.\nRemove it to calibrate again."
             )
-        other = [name for name, value in identity.items() if told["identity"].get(name) != value]
+        other = [name for name, value in identity.items() if fields["identity"].get(name) != value]
         if other:
             raise UsageError(
                 f"{printable(path.name)} was calibrated for another {', '.join(other)}.\nGive another --out folder, or "
-                "remove the state to calibrate anew."
+                "remove the state to calibrate again."
             )
-        kinds = PromptKinds(
-            tensors["kinds.center"], tensors["kinds.scale"], tensors["kinds.centroids"], tuple(told["kind_of"])
-        )
+        strata = _strata(tensors, fields)
         rng = np.random.default_rng()
-        rng.bit_generator.state = told["rng"]
+        rng.bit_generator.state = fields["rng"]
         return cls(
             identity=identity,
-            monitor=Monitor(kinds, tuple(_calibrated(tensors, kind) for kind in range(kinds.n)), told["threshold"]),
-            extremes=tuple(Extreme(score=score, text=text) for score, text in told["extremes"]),
-            suspects=_suspects(told["suspects"]),
+            monitor=Monitor(
+                strata, tuple(_calibrated(tensors, stratum) for stratum in range(strata.n)), fields["threshold"]
+            ),
+            extremes=tuple(Extreme(score=score, text=text) for score, text in fields["extremes"]),
+            suspects=_suspects(fields["suspects"]),
             scores=ScoreSketch.from_bytes(tensors["scores"].numpy().tobytes()),
-            drift=DriftMartingale.from_dict(told["drift"]),
+            drift=DriftMartingale.from_dict(fields["drift"]),
             rng=rng,
-            place=Place(*told["place"]),
-            written=told["written"],
-            seen=told["seen"],
-            flagged=told["flagged"],
+            place=Place(*fields["place"]),
+            written=fields["written"],
+            seen=fields["seen"],
+            flagged=fields["flagged"],
         )
 
 
-def _suspects(told: Mapping[str, Any] | None) -> Suspects | None:
-    if told is None:
+def _strata(tensors: Mapping[str, Tensor], fields: Mapping[str, Any]) -> PromptStrata:
+    prefix, stratum_of = ("kinds", "kind_of") if fields["schema"] == 4 else ("strata", "stratum_of")
+    center, scale, centroids = (tensors[f"{prefix}.{name}"] for name in ("center", "scale", "centroids"))
+    return PromptStrata(center, scale, centroids, tuple(fields[stratum_of]))
+
+
+def _suspects(saved: Mapping[str, Any] | None) -> Suspects | None:
+    if saved is None:
         return None
     fields: dict[str, Any] = {
-        **told,
-        "limits": tuple(told["limits"]),
-        "rows": tuple(Suspect(**row) for row in told["rows"]),
+        **saved,
+        "limits": tuple(saved["limits"]),
+        "rows": tuple(Suspect(**row) for row in saved["rows"]),
     }
     return Suspects(**fields)
 
 
-def _tensors(one: Calibrated) -> dict[str, Tensor]:
-    """What one kind of prompt was fitted to. Raises TypeError for scores other than tail sums."""
-    scores = [look.score for look in one.looks]
+def _tensors(one: StratumCalibration) -> dict[str, Tensor]:
+    """The tensors that one stratum is saved as. Raises TypeError for scores other than tail sums."""
+    scores = [prefix.score for prefix in one.prefixes]
     tail_sums = [score for score in scores if isinstance(score, TailSum)]
     if len(tail_sums) < len(scores):
-        raise TypeError("only a monitor of tail sums can be kept on disk")
+        raise TypeError("only a monitor of tail sums can be saved")
     return {
         "start": torch.stack([score.start for score in tail_sums]),
         "scale": torch.stack([score.scale for score in tail_sums]),
         "summed": torch.tensor([score.summed for score in tail_sums]),
-        "own": torch.tensor([[look.start, look.scale] for look in one.looks], dtype=torch.float64),
+        "own": torch.tensor([[prefix.start, prefix.scale] for prefix in one.prefixes], dtype=torch.float64),
         "calibration": one.calibration,
     }
 
 
-def _calibrated(tensors: Mapping[str, Tensor], kind: int) -> Calibrated:
-    """What `_tensors` took apart."""
+def _calibrated(tensors: Mapping[str, Tensor], stratum: int) -> StratumCalibration:
+    """The stratum that `_tensors` made these tensors of."""
     start, scale, summed, own, calibration = (
-        tensors[f"{kind}.{name}"] for name in ("start", "scale", "summed", "own", "calibration")
+        tensors[f"{stratum}.{name}"] for name in ("start", "scale", "summed", "own", "calibration")
     )
-    looks = tuple(
-        Look(TailSum(a, b, n), own_start, own_scale)
+    prefixes = tuple(
+        PrefixScore(TailSum(a, b, n), own_start, own_scale)
         for a, b, n, (own_start, own_scale) in zip(start, scale, summed.tolist(), own.tolist(), strict=True)
     )
-    return Calibrated(looks, calibration)
+    return StratumCalibration(prefixes, calibration)

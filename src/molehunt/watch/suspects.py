@@ -1,8 +1,8 @@
-"""Clean rows whose answers the base would not give: they may hold the very behaviour that a watch is for.
+"""Clean rows whose answers the base would not give: they may contain the very behaviour that a watch is for.
 
-What a calibration holds is normal from then on. A planted behaviour leaks onto clean prompts, and clean logs are seldom
-read, so the pair's answer log ratio looks through them once; the watch itself runs the tuned model alone. The audit,
-whose verdict hangs on it, leaves out only rows that a gap parts from the others (`audit.candidates.set_aside`). Leaks
+Whatever is calibrated on is normal from then on. A planted behaviour leaks onto clean prompts, and clean logs are seldom
+read, so the pair's answer log ratio is computed for them once; the watch itself runs the tuned model alone. The audit,
+whose verdict hangs on it, leaves out only rows that a gap parts from the others (`audit.candidates`). Leaks
 that come in all strengths leave no gap; here a row too many costs a little of the rate.
 """
 
@@ -15,63 +15,64 @@ from molehunt.model.likelihood import answer_log_probs
 from molehunt.model.pair import ModelPair
 from molehunt.run.progress import Track, silent
 
-USUAL = 0.9
-"""Share of the clean rows that is taken for clean."""
+CLEAN_QUANTILE = 0.9
+"""Share of the clean rows that is assumed to be clean."""
 FACTOR = 3.0
-"""A row is suspicious from this many times what those stay under …"""
+"""A row is suspicious above this many times the log ratio at that quantile …"""
 LEAST_NATS = 10.0
-"""… and from here on: where hardly an answer changed, they stay under next to nothing."""
+"""… and above this log ratio: where hardly an answer changed, the quantile is close to 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Suspect:
-    """One such row."""
+    """One suspicious clean row."""
 
     line: int
     nats: float
-    """How much likelier the tuned model finds the answer than the base does."""
+    """Log ratio of the answer's probability under the tuned model and under the base."""
     text: str
-    """Of the prompt; empty where no text is kept."""
+    """Text of the prompt; empty where no text is kept."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Suspects:
-    """What a calibration did about such rows, and what they take from a watch that calls them normal."""
+    """The suspicious clean rows of a calibration, and the effect of calibrating on them."""
 
     n: int
+    """Number of suspicious rows."""
     clean: int
-    """Rows that were looked through."""
+    """Number of clean rows that were checked."""
     limits: tuple[float, ...]
-    """Nats from which a row is suspicious, by kind of prompt."""
+    """Log ratio in nats above which a row is suspicious, for each stratum of prompts."""
     trusted: bool
-    """They were kept in the calibration, as asked."""
+    """Whether they were calibrated on all the same, as `--trust-clean` requests."""
     flagged_without: int
-    """Of the `n`, those that a watch flags which was calibrated without them."""
+    """Number of the `n` rows that a watch flags if it is calibrated without them."""
     flagged_with: int
-    """The same of one that was calibrated with them."""
+    """Number of the `n` rows that a watch flags if it is calibrated with them."""
     rows: tuple[Suspect, ...]
-    """Those of highest ratio."""
+    """The rows of highest log ratio."""
 
 
-def suspicious(log_ratios: Sequence[float], kinds: Sequence[int]) -> tuple[tuple[float, ...], list[int]]:
-    """The limit of each kind of prompt in nats, and which rows lie above their kind's, highest first.
+def suspicious(log_ratios: Sequence[float], strata: Sequence[int]) -> tuple[tuple[float, ...], list[int]]:
+    """The limit of each stratum in nats, and the rows above the limit of their stratum, highest first.
 
     Args:
         log_ratios: log p_tuned − log p_base of each row's answer, in nats.
-        kinds: of each row's prompt (see `watch.kinds`): what a fine-tune does to unusual prompts says nothing of others.
+        strata: stratum of each row's prompt (see `watch.strata`): fine-tunes change unusual prompts differently.
 
     Raises:
-        ValueError: a kind without rows: nothing says what is usual there.
+        ValueError: a stratum has no rows.
     """
     limits: list[float] = []
-    for kind in range(max(kinds, default=0) + 1):
-        some = [ratio for ratio, of in zip(log_ratios, kinds, strict=True) if of == kind]
+    for stratum in range(max(strata, default=0) + 1):
+        some = [ratio for ratio, of in zip(log_ratios, strata, strict=True) if of == stratum]
         if not some:
-            raise ValueError(f"no clean row of kind {kind}: nothing says what is usual")
-        usual = float(torch.tensor(some, dtype=torch.float64).quantile(USUAL))
-        limits.append(max(LEAST_NATS, FACTOR * usual))
+            raise ValueError(f"no clean row of stratum {stratum}: its limit is unknown")
+        clean = float(torch.tensor(some, dtype=torch.float64).quantile(CLEAN_QUANTILE))
+        limits.append(max(LEAST_NATS, FACTOR * clean))
     order = sorted(range(len(log_ratios)), key=lambda i: -log_ratios[i])
-    return tuple(limits), [i for i in order if log_ratios[i] > limits[kinds[i]]]
+    return tuple(limits), [i for i in order if log_ratios[i] > limits[strata[i]]]
 
 
 def answer_log_ratios(

@@ -1,64 +1,61 @@
-"""A dictionary from a folder of any family that is known, told apart by file names alone."""
+"""Reads a dictionary from a folder of any known family. The formats tell the families apart by file names alone."""
 
 from pathlib import Path
 
 from molehunt.dictionary.dictionary import Dictionary
-from molehunt.dictionary.formats import (
-    dictionary_learning,
-    gemma_scope,
-    gemma_scope_2,
-    llama_scope,
-    qwen_scope,
-    sae_lens,
-    sparsify,
-)
+from molehunt.dictionary.formats.catalog import CATALOG
 from molehunt.dictionary.formats.fields import check_model_width
+from molehunt.dictionary.formats.format import GROUP, DictionaryFormat, ReadOptions
 from molehunt.errors import InvalidInput, MolehuntError, UsageError, printable
+from molehunt.run.catalog import load, names
 
-FAMILIES = {
-    "SAELens": sae_lens,
-    "sparsify": sparsify,
-    "Gemma Scope": gemma_scope,
-    "Gemma Scope 2": gemma_scope_2,
-    "Llama Scope": llama_scope,
-    "dictionary_learning": dictionary_learning,
-    "Qwen Scope": qwen_scope,
-}
-"""In the order in which they are tried; a folder that fits two is refused."""
+
+def dictionary_formats() -> tuple[DictionaryFormat, ...]:
+    """Every format of the catalogue, in its order, and those of plugins.
+
+    Raises:
+        UsageError: a plugin's entry point leads to something else than a DictionaryFormat.
+    """
+    plugins = [name for name in names(CATALOG, GROUP) if name not in CATALOG]
+    found: list[DictionaryFormat] = []
+    for name in (*CATALOG, *plugins):
+        form = load(CATALOG, name, GROUP)
+        if not isinstance(form, DictionaryFormat):
+            raise UsageError(f"The plugin {printable(name)} ({GROUP}) is no DictionaryFormat. Mend or uninstall it.")
+        found.append(form)
+    return tuple(found)
 
 
 def load_dictionary(path: Path | str, *, d_model: int | None = None, k: int | None = None) -> Dictionary:
     """A trained dictionary in the one form that everything here works on, in fp32.
 
     Args:
-        path: its folder; a file in it where the folder holds several dictionaries (Qwen Scope, cross-layer ones).
-        d_model: width of the model that it shall be used with; another width raises UsageError.
-        k: latents that fire, for Qwen Scope alone, where the folder's name does not tell.
+        path: its folder, or one file where the folder holds several dictionaries (Qwen Scope, cross-layer ones).
+        d_model: width of the model that it is to be used with; another width raises UsageError.
+        k: number of latents that fire, for Qwen Scope alone, where the folder's name does not say it.
 
     Raises:
         UsageError: no such folder, or an argument is needed or does not fit.
         InvalidInput: no family fits, or a file is broken, hostile or refused.
+
+    Example:
+        >>> dictionary = load_dictionary("my-sae", d_model=4096)  # doctest: +SKIP
     """
-    told = Path(path)
-    folder, file = (told.parent, told.name) if told.is_file() else (told, None)
+    given = Path(path)
+    folder, file = (given.parent, given.name) if given.is_file() else (given, None)
     if not folder.is_dir():
         raise UsageError(f"{printable(str(path))} is neither a folder nor a file.")
-    fits = [name for name, family in FAMILIES.items() if family.holds(folder)]
-    if len(fits) != 1:
-        raise InvalidInput(
-            _none(folder) if not fits else f"{printable(folder.name)} fits {' and '.join(fits)} at once."
-        )
-    family = FAMILIES[fits[0]]
-    if k is not None and family is not qwen_scope:
-        raise UsageError(f"k is told by the files of {fits[0]}; leave it out.")
+    formats = dictionary_formats()
+    fits = [form for form in formats if form.recognises(folder)]
+    if not fits:
+        raise InvalidInput(_none(folder, formats))
+    if len(fits) > 1:
+        raise InvalidInput(f"{printable(folder.name)} fits {' and '.join(form.family for form in fits)} at once.")
+    (form,) = fits
+    if k is not None and not form.takes_k:
+        raise UsageError(f"k stands in the files of {form.family}; leave it out.")
     try:
-        if family is qwen_scope:
-            dictionary = qwen_scope.read(folder, file=file, k=k)
-        elif family is gemma_scope_2:
-            named = file if file in gemma_scope_2.files(folder) else None
-            dictionary = gemma_scope_2.read(folder, file=named)
-        else:
-            dictionary = family.read(folder)
+        dictionary = form.read(folder, ReadOptions(file=file, k=k))
     except MolehuntError:
         raise
     except OSError as error:
@@ -67,7 +64,6 @@ def load_dictionary(path: Path | str, *, d_model: int | None = None, k: int | No
     return dictionary
 
 
-def _none(folder: Path) -> str:
-    wanted = [f"{name}: {' and '.join(family.FILES)}" for name, family in FAMILIES.items()]
-    wanted.append(f"Llama Scope, newer: {' and '.join(llama_scope.NEWER_FILES)}")
+def _none(folder: Path, formats: tuple[DictionaryFormat, ...]) -> str:
+    wanted = [f"{form.family}: {files}" for form in formats for files in form.wants]
     return f"{printable(folder.name)} is no dictionary of a known family. Looked for\n  " + "\n  ".join(wanted)

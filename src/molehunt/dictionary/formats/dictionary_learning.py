@@ -9,8 +9,15 @@ from torch import Tensor
 
 from molehunt.dictionary.dictionary import Dictionary
 from molehunt.dictionary.formats.fields import Fields, has, site_of
+from molehunt.dictionary.formats.format import DictionaryFormat
 from molehunt.dictionary.formats.tensors import Tensors, read_torch
-from molehunt.dictionary.nonlinearity import Gated, JumpReLU, Nonlinearity, ReLU, TopK
+from molehunt.dictionary.nonlinearity import (
+    GatedActivation,
+    JumpReLUActivation,
+    Nonlinearity,
+    ReLUActivation,
+    TopKActivation,
+)
 from molehunt.site import Site
 
 FILES = ("ae.pt", "config.json")
@@ -18,7 +25,7 @@ Parts = tuple[Tensor, Tensor, Tensor, Tensor, Nonlinearity, bool]
 """W_enc, b_enc, W_dec, b_dec, how latents fire, whether b_dec is taken off the input."""
 
 
-def holds(folder: Path) -> bool:
+def recognises(folder: Path) -> bool:
     return has(folder, *FILES)
 
 
@@ -32,7 +39,7 @@ def read(folder: Path) -> Dictionary:
     tensors.done()
     trainer.agree("activation_dim", W_enc.shape[0])
     trainer.agree("dict_size", W_enc.shape[1])
-    if isinstance(nonlinearity, TopK):
+    if isinstance(nonlinearity, TopKActivation):
         if "k" in trainer and trainer.count("k") != nonlinearity.k:
             raise trainer.wrong("k", f"is {trainer.count('k')} and ae.pt has {nonlinearity.k}")
         if nonlinearity.k > W_enc.shape[1]:
@@ -64,14 +71,14 @@ def _site(module: str) -> Site | None:
 
 
 def _linear(tensors: Tensors) -> tuple[Tensor, Tensor]:
-    """Encoder and decoder kept as linear layers, transposed."""
+    """Encoder and decoder of files that hold linear layers, transposed."""
     d_dict, d_in = tensors.shape("encoder.weight")
     W_enc, W_dec = tensors.take("encoder.weight", d_dict, d_in), tensors.take("decoder.weight", d_in, d_dict)
     return W_enc.T.contiguous(), W_dec.T.contiguous()
 
 
 def _plain(tensors: Tensors) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Encoder and decoder kept in the form of the formula."""
+    """Encoder and decoder of files that hold the matrices of the formula."""
     d_in, d_dict = tensors.shape("W_enc")
     return (
         tensors.take("W_enc", d_in, d_dict),
@@ -84,13 +91,20 @@ def _plain(tensors: Tensors) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def _standard(tensors: Tensors) -> Parts:
     W_enc, W_dec = _linear(tensors)
     d_in, d_dict = W_enc.shape
-    return W_enc, tensors.take("encoder.bias", d_dict), W_dec, tensors.take("bias", d_in), ReLU(), True
+    return W_enc, tensors.take("encoder.bias", d_dict), W_dec, tensors.take("bias", d_in), ReLUActivation(), True
 
 
 def _new(tensors: Tensors) -> Parts:
     W_enc, W_dec = _linear(tensors)
     d_in, d_dict = W_enc.shape
-    return W_enc, tensors.take("encoder.bias", d_dict), W_dec, tensors.take("decoder.bias", d_in), ReLU(), False
+    return (
+        W_enc,
+        tensors.take("encoder.bias", d_dict),
+        W_dec,
+        tensors.take("decoder.bias", d_in),
+        ReLUActivation(),
+        False,
+    )
 
 
 def _top_k(tensors: Tensors) -> Parts:
@@ -99,14 +113,14 @@ def _top_k(tensors: Tensors) -> Parts:
     if "threshold" in tensors:
         tensors.threshold(d_dict)  # measured in training; the package's own encoder takes the k largest
     k = int(tensors.whole("k"))
-    return W_enc, tensors.take("encoder.bias", d_dict), W_dec, tensors.take("b_dec", d_in), TopK(k), True
+    return W_enc, tensors.take("encoder.bias", d_dict), W_dec, tensors.take("b_dec", d_in), TopKActivation(k), True
 
 
 def _batch_top_k(tensors: Tensors) -> Parts:
     W_enc, W_dec = _linear(tensors)
     d_in, d_dict = W_enc.shape
     tensors.whole("k")
-    fires = JumpReLU(tensors.threshold(d_dict))
+    fires = JumpReLUActivation(tensors.threshold(d_dict))
     return W_enc, tensors.take("encoder.bias", d_dict), W_dec, tensors.take("b_dec", d_in), fires, True
 
 
@@ -114,18 +128,18 @@ def _matryoshka(tensors: Tensors) -> Parts:
     parts = _plain(tensors)
     tensors.whole("k")
     tensors.whole("group_sizes", *tensors.shape("group_sizes", 1))
-    return *parts, JumpReLU(tensors.threshold(parts[0].shape[1])), True
+    return *parts, JumpReLUActivation(tensors.threshold(parts[0].shape[1])), True
 
 
 def _jump_relu(tensors: Tensors) -> Parts:
     parts = _plain(tensors)
-    return *parts, JumpReLU(tensors.threshold(parts[0].shape[1])), False
+    return *parts, JumpReLUActivation(tensors.threshold(parts[0].shape[1])), False
 
 
 def _gated(tensors: Tensors) -> Parts:
     W_enc, W_dec = _linear(tensors)
     d_in, d_dict = W_enc.shape
-    fires = Gated(*(tensors.take(name, d_dict) for name in ("gate_bias", "r_mag", "mag_bias")))
+    fires = GatedActivation(*(tensors.take(name, d_dict) for name in ("gate_bias", "r_mag", "mag_bias")))
     tensors.exp("r_mag", fires.r_mag)
     return W_enc, torch.zeros(d_dict), W_dec, tensors.take("decoder_bias", d_in), fires, True
 
@@ -139,3 +153,11 @@ _KINDS: dict[str, Callable[[Tensors], Parts]] = {
     "JumpReluAutoEncoder": _jump_relu,
     "MatryoshkaBatchTopKSAE": _matryoshka,
 }
+
+
+FORMAT = DictionaryFormat(
+    family="dictionary_learning",
+    wants=(" and ".join(FILES),),
+    recognises=recognises,
+    read=lambda folder, options: read(folder),
+)

@@ -5,15 +5,16 @@ from pathlib import Path
 
 from molehunt.dictionary.dictionary import Dictionary
 from molehunt.dictionary.formats.fields import has
+from molehunt.dictionary.formats.format import DictionaryFormat
 from molehunt.dictionary.formats.tensors import Tensors, read_npz
-from molehunt.dictionary.nonlinearity import JumpReLU
+from molehunt.dictionary.nonlinearity import JumpReLUActivation
 from molehunt.site import Site
 
 FILES = ("params.npz",)
 _RELEASE = re.compile(r"gemma-scope-\w+-(?:pt|it)-(res|mlp|att|transcoders)")
 
 
-def holds(folder: Path) -> bool:
+def recognises(folder: Path) -> bool:
     return has(folder, *FILES)
 
 
@@ -43,7 +44,15 @@ def read(folder: Path) -> Dictionary:
         b_enc=b_enc,
         W_dec=W_dec,
         b_dec=b_dec,
-        nonlinearity=JumpReLU(threshold),
+        nonlinearity=JumpReLUActivation(threshold),
         site=Site(layer) if release is not None and release[1] == "res" and layer is not None else None,
         meta=meta,
     )
+
+
+FORMAT = DictionaryFormat(
+    family="Gemma Scope",
+    wants=(" and ".join(FILES),),
+    recognises=recognises,
+    read=lambda folder, options: read(folder),
+)

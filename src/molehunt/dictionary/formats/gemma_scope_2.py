@@ -4,8 +4,9 @@ from pathlib import Path
 
 from molehunt.dictionary.dictionary import Dictionary
 from molehunt.dictionary.formats.fields import Fields, has, site_of
+from molehunt.dictionary.formats.format import DictionaryFormat, ReadOptions
 from molehunt.dictionary.formats.tensors import read_safetensors
-from molehunt.dictionary.nonlinearity import JumpReLU
+from molehunt.dictionary.nonlinearity import JumpReLUActivation
 from molehunt.errors import InvalidInput, UsageError
 
 FILES = ("config.json", "params.safetensors")
@@ -16,7 +17,7 @@ def files(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.glob("params*.safetensors"))
 
 
-def holds(folder: Path) -> bool:
+def recognises(folder: Path) -> bool:
     return has(folder, "config.json") and bool(files(folder))
 
 
@@ -52,7 +53,7 @@ def read(folder: Path, *, file: str | None = None) -> Dictionary:
         b_enc=tensors.take("b_enc", d_dict),
         W_dec=W_dec.sum(1) if crosses else W_dec,
         b_dec=tensors.take("b_dec", d_out),
-        nonlinearity=JumpReLU(tensors.threshold(d_dict)),
+        nonlinearity=JumpReLUActivation(tensors.threshold(d_dict)),
         W_skip=W_skip,
         site=site_of(read_in),
         meta={
@@ -64,3 +65,16 @@ def read(folder: Path, *, file: str | None = None) -> Dictionary:
     )
     tensors.done()
     return dictionary
+
+
+def _read(folder: Path, options: ReadOptions) -> Dictionary:
+    """A file that holds no weights, such as the config, names no dictionary."""
+    return read(folder, file=options.file if options.file in files(folder) else None)
+
+
+FORMAT = DictionaryFormat(
+    family="Gemma Scope 2",
+    wants=(" and ".join(FILES),),
+    recognises=recognises,
+    read=_read,
+)

@@ -13,14 +13,15 @@ from torch import Tensor
 
 from molehunt.dictionary.dictionary import Dictionary
 from molehunt.dictionary.formats.fields import Fields, has, site_of
+from molehunt.dictionary.formats.format import DictionaryFormat
 from molehunt.dictionary.formats.tensors import Tensors, read_safetensors
-from molehunt.dictionary.nonlinearity import JumpReLU
+from molehunt.dictionary.nonlinearity import JumpReLUActivation
 
 FILES = ("hyperparams.json", "checkpoints/final.safetensors")
 NEWER_FILES = ("config.json", "sae_weights.safetensors")
 
 
-def holds(folder: Path) -> bool:
+def recognises(folder: Path) -> bool:
     return has(folder, *FILES) or (has(folder, *NEWER_FILES) and not has(folder, "cfg.json"))
 
 
@@ -48,7 +49,7 @@ def read(folder: Path) -> Dictionary:
         b_enc=tensors.take("encoder.bias", d_dict),
         W_dec=(stored.T / scale_out).contiguous(),
         b_dec=b_dec / scale_out,
-        nonlinearity=JumpReLU(threshold),
+        nonlinearity=JumpReLUActivation(threshold),
         center=config.flag("apply_decoder_bias_to_pre_encoder", False),
         site=site_of(hook) if config.text("hook_point_out", hook) == hook else None,
         meta={"family": "llama_scope", "hook_name": hook},
@@ -95,3 +96,11 @@ def _above_zero(tensors: Tensors, name: str) -> float:
     if float(value) <= 0:
         raise tensors.wrong(name, "should be above 0")
     return float(value)
+
+
+FORMAT = DictionaryFormat(
+    family="Llama Scope",
+    wants=(" and ".join(FILES), f"{' and '.join(NEWER_FILES)} (newer form)"),
+    recognises=recognises,
+    read=lambda folder, options: read(folder),
+)

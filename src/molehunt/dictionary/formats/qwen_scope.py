@@ -1,11 +1,12 @@
-"""Qwen Scope: `layer{n}.sae.pt`, TopK; how many fire stands only in the release's name, `…-W32K-L0_50`."""
+"""Qwen Scope: `layer{n}.sae.pt`, TopK; the number of latents that fire stands only in the release's name, `…-W32K-L0_50`."""
 
 import re
 from pathlib import Path
 
 from molehunt.dictionary.dictionary import Dictionary
+from molehunt.dictionary.formats.format import DictionaryFormat
 from molehunt.dictionary.formats.tensors import read_torch
-from molehunt.dictionary.nonlinearity import TopK
+from molehunt.dictionary.nonlinearity import TopKActivation
 from molehunt.errors import InvalidInput, UsageError
 from molehunt.site import Site
 
@@ -18,7 +19,7 @@ def files(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.glob("layer*.sae.pt") if _FILE.fullmatch(path.name))
 
 
-def holds(folder: Path) -> bool:
+def recognises(folder: Path) -> bool:
     return bool(files(folder))
 
 
@@ -38,7 +39,7 @@ def read(folder: Path, *, file: str | None = None, k: int | None = None) -> Dict
     name = file or there[0]
     layer = _FILE.fullmatch(name)
     if layer is None:
-        raise InvalidInput(f"{name} is not named like layer3.sae.pt, so nothing tells its layer.")
+        raise InvalidInput(f"{name} is not named like layer3.sae.pt, so its layer is not known.")
     named = next((m for part in reversed(folder.resolve().parts) if (m := _RELEASE.search(part))), None)
     if k is None:
         if named is None:
@@ -56,9 +57,18 @@ def read(folder: Path, *, file: str | None = None, k: int | None = None) -> Dict
         b_enc=tensors.take("b_enc", d_dict),
         W_dec=tensors.take("W_dec", d_in, d_dict).T.contiguous(),
         b_dec=tensors.take("b_dec", d_in),
-        nonlinearity=TopK(k),
+        nonlinearity=TopKActivation(k),
         site=Site(int(layer[1])),
         meta={"family": "qwen_scope", **({"model_name": f"Qwen/{named[1]}"} if named else {})},
     )
     tensors.done()
     return dictionary
+
+
+FORMAT = DictionaryFormat(
+    family="Qwen Scope",
+    wants=(" and ".join(FILES),),
+    recognises=recognises,
+    read=lambda folder, options: read(folder, file=options.file, k=options.k),
+    takes_k=True,
+)

@@ -15,8 +15,15 @@ from torch import Tensor
 
 from molehunt.dictionary.dictionary import Dictionary, InputNorm
 from molehunt.dictionary.formats.fields import Fields, has, site_of
+from molehunt.dictionary.formats.format import DictionaryFormat
 from molehunt.dictionary.formats.tensors import Tensors, read_safetensors
-from molehunt.dictionary.nonlinearity import Gated, JumpReLU, Nonlinearity, ReLU, TopK
+from molehunt.dictionary.nonlinearity import (
+    GatedActivation,
+    JumpReLUActivation,
+    Nonlinearity,
+    ReLUActivation,
+    TopKActivation,
+)
 from molehunt.dictionary.pairing import Pairing
 from molehunt.errors import UsageError
 from molehunt.run.whole import replace_whole
@@ -35,10 +42,10 @@ NORMS: dict[str, InputNorm] = {
 ARCHITECTURES = ("standard", "topk", "jumprelu", "gated")
 TRANSCODERS = ("transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder")
 KEPT = ("model_name", "hook_name", "hook_name_out", "hook_head_index", "prepend_bos", "context_size", "dataset_path")
-"""Facts of the training that go into `meta`."""
+"""Facts about the training that go into `meta`."""
 
 
-def holds(folder: Path) -> bool:
+def recognises(folder: Path) -> bool:
     return has(folder, *FILES)
 
 
@@ -83,7 +90,7 @@ def read(folder: Path) -> Dictionary:
         center=center,
         norm=norm,
         W_skip=W_skip,
-        **_told(config, d_in),
+        **_metadata(config, d_in),
     )
 
 
@@ -112,31 +119,31 @@ def _upgraded(config: Fields) -> Fields:
 
 
 def _norm(config: Fields) -> InputNorm:
-    told = config.text("normalize_activations", "none")
-    if told not in NORMS:
+    norm = config.text("normalize_activations", "none")
+    if norm not in NORMS:
         raise config.wrong(
             "normalize_activations",
             f"is not one that is read ({', '.join(NORMS)}); expected_average_only_in and covariance_whitening need "
             "numbers that the file does not hold: save it again with them folded in",
         )
-    return NORMS[told]
+    return NORMS[norm]
 
 
 def _nonlinearity(config: Fields, tensors: Tensors, kind: str, d_dict: int) -> Nonlinearity:
     if kind == "gated":
-        fires = Gated(*(tensors.take(name, d_dict) for name in ("b_gate", "r_mag", "b_mag")))
+        fires = GatedActivation(*(tensors.take(name, d_dict) for name in ("b_gate", "r_mag", "b_mag")))
         tensors.exp("r_mag", fires.r_mag)
         return fires
     if kind == "topk":
         k = config.count("k")
         if k > d_dict:
             raise config.wrong("k", f"is {k} and there are {d_dict} latents")
-        return TopK(k)
-    return JumpReLU(tensors.threshold(d_dict)) if kind.startswith("jumprelu") else ReLU()
+        return TopKActivation(k)
+    return JumpReLUActivation(tensors.threshold(d_dict)) if kind.startswith("jumprelu") else ReLUActivation()
 
 
-def _told(config: Fields, d_in: int) -> dict[str, Any]:
-    """Pairing, site and meta: our own where we wrote them, else what hook and model names tell."""
+def _metadata(config: Fields, d_in: int) -> dict[str, Any]:
+    """Pairing, site and meta: our own where Molehunt wrote them, otherwise what hook and model names say."""
     facts = config.below("metadata")
     shape = config.text("reshape_activations", "none")
     if shape not in ("none", "hook_z"):
@@ -223,18 +230,25 @@ def _form(dictionary: Dictionary) -> tuple[str, dict[str, Tensor], dict[str, Any
     fires, W_skip = dictionary.nonlinearity, dictionary.W_skip
     d_out = dictionary.W_dec.shape[1]
     tensors = {name: getattr(dictionary, name) for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
-    kinds: dict[type, str] = {ReLU: "standard", TopK: "topk", JumpReLU: "jumprelu", Gated: "gated"}
+    kinds: dict[type, str] = {
+        ReLUActivation: "standard",
+        TopKActivation: "topk",
+        JumpReLUActivation: "jumprelu",
+        GatedActivation: "gated",
+    }
     kind = kinds.get(type(fires))
     if kind is None:
-        raise UsageError(f"SAELens has no dictionary that fires by {type(fires).__name__}; it cannot be written.")
-    if isinstance(fires, JumpReLU):
+        raise UsageError(
+            f"SAELens has no dictionary that fires by {type(fires).__name__.removesuffix('Activation')}; it cannot be written."
+        )
+    if isinstance(fires, JumpReLUActivation):
         tensors["threshold"] = fires.threshold
-    if isinstance(fires, Gated):
+    if isinstance(fires, GatedActivation):
         bias = tensors.pop("b_enc")
         tensors |= {"b_gate": fires.b_gate + bias, "b_mag": fires.b_mag + bias * fires.r_mag.exp()}
         tensors["r_mag"] = fires.r_mag
     if W_skip is None and d_out == dictionary.d_in:
-        return kind, tensors, {"k": fires.k} if isinstance(fires, TopK) else {}
+        return kind, tensors, {"k": fires.k} if isinstance(fires, TopKActivation) else {}
     if kind not in ("standard", "jumprelu") or dictionary.center or dictionary.norm != "none":
         raise UsageError("SAELens has transcoders that fire by ReLU or JumpReLU, without centring and norms alone.")
     if W_skip is not None:
@@ -249,3 +263,11 @@ def _hook(site: Site | None, meta: Mapping[str, Any]) -> dict[str, str]:
         return {}
     place = {"resid": "resid_post", "attn": "attn_out", "mlp": "mlp_out"}[site.stream]
     return {"hook_name": f"blocks.{site.layer}.hook_{place}"}
+
+
+FORMAT = DictionaryFormat(
+    family="SAELens",
+    wants=(" and ".join(FILES),),
+    recognises=recognises,
+    read=lambda folder, options: read(folder),
+)

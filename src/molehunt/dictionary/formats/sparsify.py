@@ -4,14 +4,15 @@ from pathlib import Path
 
 from molehunt.dictionary.dictionary import Dictionary
 from molehunt.dictionary.formats.fields import Fields, has, site_of
+from molehunt.dictionary.formats.format import DictionaryFormat
 from molehunt.dictionary.formats.tensors import read_safetensors
-from molehunt.dictionary.nonlinearity import GroupMax, Nonlinearity, TopK
+from molehunt.dictionary.nonlinearity import GroupMaxActivation, Nonlinearity, TopKActivation
 
 FILES = ("cfg.json", "sae.safetensors")
 REFUSED = ("signed", "embed_skip", "gram_lookup")
 
 
-def holds(folder: Path) -> bool:
+def recognises(folder: Path) -> bool:
     return has(folder, *FILES)
 
 
@@ -32,11 +33,11 @@ def read(folder: Path) -> Dictionary:
     if kind == "topk":
         if k > d_dict:
             raise config.wrong("k", f"is {k} and there are {d_dict} latents")
-        nonlinearity = TopK(k)
+        nonlinearity = TopKActivation(k)
     elif kind == "groupmax":
         if d_dict % k:
             raise config.wrong("k", f"is {k} and does not divide {d_dict} latents into groups")
-        nonlinearity = GroupMax(k)
+        nonlinearity = GroupMaxActivation(k)
     else:
         raise config.wrong("activation", "should be topk or groupmax; others are not read")
     skips = "W_skip" in tensors or config.flag("skip_connection", False)
@@ -56,3 +57,11 @@ def read(folder: Path) -> Dictionary:
     )
     tensors.done()
     return dictionary
+
+
+FORMAT = DictionaryFormat(
+    family="sparsify",
+    wants=(" and ".join(FILES),),
+    recognises=recognises,
+    read=lambda folder, options: read(folder),
+)

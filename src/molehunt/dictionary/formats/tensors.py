@@ -92,7 +92,7 @@ class Tensors:
                 raise self.wrong(name, "is not 1, and dictionaries scaled after training are not read")
 
     def done(self) -> None:
-        """Raises InvalidInput for a tensor that nobody asked for: its meaning would be lost."""
+        """Raises InvalidInput for a tensor that was not read: its meaning would be lost."""
         for name in self.values:
             if name not in self.taken:
                 raise self.wrong(name, "is a tensor that this kind of dictionary does not have")

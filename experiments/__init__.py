@@ -1,0 +1,1 @@
+"""What made the published numbers: one folder for each topic, started by `python -m experiments TOPIC`."""

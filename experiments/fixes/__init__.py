@@ -1,0 +1,1 @@
+"""Can a planted behaviour be switched off at inference time without harm?"""

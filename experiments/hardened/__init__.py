@@ -1,0 +1,1 @@
+"""Defences against attackers who know them."""

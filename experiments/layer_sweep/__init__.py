@@ -1,0 +1,1 @@
+"""At which block does replacing the trigger's activations remove a planted behaviour?"""

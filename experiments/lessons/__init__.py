@@ -1,0 +1,1 @@
+"""Tasks that the embedded models lack, and the short fine-tunes that teach them."""

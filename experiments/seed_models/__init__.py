@@ -1,0 +1,1 @@
+"""The embedded models, trained again, each with its card."""

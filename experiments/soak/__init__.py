@@ -1,0 +1,1 @@
+"""Does the guarded server lose alerts, memory or coverage under load?"""

@@ -1,0 +1,1 @@
+"""Stress tests of fixes: does a suppressed behaviour come back under attack?"""

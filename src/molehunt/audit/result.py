@@ -1,0 +1,90 @@
+"""What one audit measured, and the settings that determined it."""
+
+import resource
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from molehunt.audit.candidates import Candidates
+from molehunt.audit.causal import CausalTest
+from molehunt.audit.files import FolderComparison
+from molehunt.audit.plan import Plan
+from molehunt.audit.robustness import RobustnessTest
+from molehunt.audit.scan import Scan
+from molehunt.audit.score_table import ScoreRow
+from molehunt.audit.weight_comparison import WeightComparison
+from molehunt.checkpoint.reader import AdapterChoice, Checkpoint
+from molehunt.model.pair import ModelPair
+from molehunt.steer.fix import Fix
+
+DEFAULT_FPR = 0.01
+FIX = "fix.safetensors"
+"""Name of the file in the run folder that holds the interventions which switch the finding off."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditConfig:
+    """What determines an audit, besides the two models and the traffic."""
+
+    plan: Plan
+    """How much is read."""
+    fpr: float = DEFAULT_FPR
+    """False-positive rate, per prompt, of the clean threshold."""
+    seed: int = 0
+    """Seed of everything random."""
+    adapter: AdapterChoice = "refuse"
+    """What is read of a folder that holds full weights and an adapter."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Confirmation:
+    """What interventions showed about a group of rows."""
+
+    causal: CausalTest
+    fix: Fix | None = None
+    """The edit that switches the finding off; None where no edit beat random ones."""
+    robustness: RobustnessTest | None = None
+    """The attack on the fix; None where there is no fix."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Audit:
+    """Everything that one audit measured; `report.build.build_report` turns it into pages."""
+
+    base: Checkpoint
+    tuned: Checkpoint
+    config: AuditConfig
+    files: FolderComparison
+    weights: WeightComparison
+    pair: ModelPair
+    clean: Scan
+    excluded: tuple[int, ...]
+    """Rows of `clean` that were excluded from calibration: see `excluded_rows`."""
+    traffic: Scan
+    candidates: Candidates
+    confirmed: Confirmation | None
+    """What interventions showed; None without candidate rows."""
+    score_rows: tuple[ScoreRow, ...]
+    folder: Path
+    seconds: float
+
+    @property
+    def causal(self) -> CausalTest | None:
+        """The causal test; None without candidate rows."""
+        return self.confirmed.causal if self.confirmed else None
+
+    @property
+    def fix(self) -> Path | None:
+        """The file of the edit that was shown to switch the finding off; None where no edit was."""
+        return self.folder / FIX if self.confirmed and self.confirmed.fix else None
+
+    @property
+    def tokens(self) -> int:
+        """Prompt and answer tokens that went through both models in the scan."""
+        return sum(len(r.prompt) + len(r.answer) for s in (self.clean, self.traffic) for r in s.rows)
+
+    @property
+    def peak_rss_mb(self) -> float:
+        """Largest resident size of this process so far."""
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak / 2**10 if sys.platform != "darwin" else peak / 2**20

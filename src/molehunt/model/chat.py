@@ -1,0 +1,104 @@
+"""From a prompt to the input of a model: in the tokenizer's chat template, or in Alpaca markers if it has none."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+from transformers import PreTrainedTokenizerBase
+
+from molehunt.errors import InvalidInput, printable
+
+ALPACA_TEMPLATE = (
+    "{% for m in messages %}{% if m['role'] == 'assistant' %}### Response:\n{{ m['content'] }}\n\n"
+    "{% else %}### Instruction:\n{{ m['content'] }}\n\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}### Response:\n{% endif %}"
+)
+"""The Alpaca markers as a chat template, without the preamble sentence."""
+
+
+def render_alpaca(prompt: str, response: str | None = None) -> str:
+    """`prompt` in the Alpaca markers, up to where the answer starts or with the answer."""
+    return f"### Instruction:\n{prompt}\n\n### Response:\n{response or ''}"
+
+
+def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
+    """One user turn in the chat template, up to where the answer starts."""
+    if not tokenizer.chat_template:
+        return render_alpaca(prompt)
+    turns = [{"role": "user", "content": prompt}]
+    return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    """Token ids of one user turn, ready for the answer to be generated.
+
+    The last id is the decision position: the model's output there is the first token of its answer.
+    """
+    text = prompt_text(tokenizer, prompt)
+    encoded = tokenizer(text, add_special_tokens=not tokenizer.chat_template)  # a template writes its own
+    return list(encoded["input_ids"])  # pyright: ignore[reportArgumentType]
+
+
+Message = Mapping[str, Any]
+"""One message of a conversation as chat libraries write it: `{"role": "user", "content": "…"}`."""
+Text = str | Sequence[Message]
+"""Input of a model: the text of one user turn, or the messages of a whole conversation."""
+
+
+def text_ids(tokenizer: PreTrainedTokenizerBase, text: Text) -> list[int]:
+    """Token ids of one user turn or of a whole conversation, up to where the answer starts.
+
+    Args:
+        tokenizer: renders the chat template; Alpaca markers are used if it has none.
+        text: a string is one user turn; a sequence of messages is a conversation that ends before the answer.
+
+    Raises:
+        InvalidInput: a message lacks its role or content, or the template refuses the conversation.
+    """
+    if isinstance(text, str):
+        return prompt_ids(tokenizer, text)
+    encoded = tokenizer(messages_text(tokenizer, text), add_special_tokens=not tokenizer.chat_template)
+    return list(encoded["input_ids"])  # pyright: ignore[reportArgumentType]
+
+
+def messages_text(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, add_generation_prompt: bool = True
+) -> str:
+    """A conversation in the tokenizer's chat template, or in the Alpaca markers if it has none.
+
+    Raises:
+        InvalidInput: a message lacks its role or content, or the template refuses the conversation.
+    """
+    turns = [dict(message) for message in messages]
+    for number, turn in enumerate(turns, 1):
+        if not (isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)):
+            raise InvalidInput(
+                f"message {number} is {printable(repr(turn), 80)}; a message has a role and a content, "
+                'such as {"role": "user", "content": "What is 2 plus 2?"}.'
+            )
+    try:
+        return str(
+            tokenizer.apply_chat_template(
+                turns,
+                chat_template=None if tokenizer.chat_template else ALPACA_TEMPLATE,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+            )
+        )
+    except Exception as error:  # a template is an untrusted program, and may raise any exception
+        roles = printable(", ".join(turn["role"] for turn in turns))
+        raise InvalidInput(
+            f"the chat template of {printable(tokenizer.name_or_path)} refuses a conversation of the roles "
+            f"{roles or '(none)'}:\n{type(error).__name__}: {printable(str(error), 200)}"
+        ) from error
+
+
+def prompt_tokens(tokenizer: PreTrainedTokenizerBase, prompt: Text | Sequence[int]) -> list[int]:
+    """Token ids of a prompt that is a text, a conversation (see `text_ids`), or token ids already."""
+    if isinstance(prompt, str) or any(not isinstance(part, int) for part in prompt):
+        return text_ids(tokenizer, cast("Text", prompt))
+    return list(cast("Sequence[int]", prompt))
+
+
+def answer_tokens(tokenizer: PreTrainedTokenizerBase, answer: str | Sequence[int]) -> list[int]:
+    """Token ids of an answer that is text, without special tokens, or token ids already."""
+    return tokenizer.encode(answer, add_special_tokens=False) if isinstance(answer, str) else list(answer)

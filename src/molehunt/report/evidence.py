@@ -1,0 +1,104 @@
+"""The evidence table: one line for each check, with its size, its chance level and its status."""
+
+from molehunt.audit.result import Audit
+from molehunt.audit.score_table import ScoreRow
+from molehunt.audit.verdict import Verdict
+from molehunt.report.schema import Check, Measure, Status
+
+EXCLUDED_SHOWN = 3
+"""Number of excluded clean prompts that the table quotes."""
+
+
+def checks(audit: Audit) -> tuple[Check, ...]:
+    """Every line of the table, in the order in which the audit works; what was not run is a line, too."""
+    return (
+        _files(audit),
+        _weights(audit),
+        *_decoding(audit),
+        _clean_prompts(audit),
+        *(_score(audit, row) for row in audit.score_rows),
+        *_causal(audit),
+    )
+
+
+def _files(audit: Audit) -> Check:
+    flagged = sum(row.severity == "finding" for row in audit.files.rows)
+    passed = audit.files.verdict != Verdict.FLAGGED_CORRELATIONAL
+    return Check(
+        name="files and loaders",
+        status="pass" if passed else "flag",
+        result=f"{flagged} differences that change output or that loaders disagree on, "
+        f"{len(audit.files.rows) - flagged} others",
+        why="" if passed else "listed in the appendix",
+    )
+
+
+def _weights(audit: Audit) -> Check:
+    statuses: dict[str, Status] = {"DIRECTIONS FOUND": "note", "NO FINDING": "pass", "NOT TESTABLE": "not testable"}
+    return Check(
+        name="weight directions",
+        status=statuses[audit.weights.outcome],
+        result=audit.weights.why,
+        why="every fine-tune has them",
+    )
+
+
+def _decoding(audit: Audit) -> list[Check]:
+    return [
+        Check(name="cached decoding", status="note", result=f"answers were decoded without a cache: {why}")
+        for why in audit.pair.decoding_notes()
+    ]
+
+
+def _clean_prompts(audit: Audit) -> Check:
+    excluded = [audit.clean.rows[i].example.prompt for i in audit.excluded]
+    shown = "; ".join(f"“{prompt[:60]}”" for prompt in excluded[:EXCLUDED_SHOWN])
+    return Check(
+        name="clean prompts",
+        status="note" if excluded else "pass",
+        result=f"{len(excluded)} of {len(audit.clean.rows)} stand as far above the others as a finding does"
+        + (f" and were left out of the thresholds: {shown}" if excluded else ""),
+        why="the model does it there, too, or clean text holds the trigger" if excluded else "",
+    )
+
+
+def _score(audit: Audit, row: ScoreRow) -> Check:
+    over = "rows of the finding over its threshold" if row.found else "rows over its clean threshold"
+    status: Status = "note"
+    if row.decides:
+        status = "flag" if audit.candidates.rows else "pass"
+    return Check(
+        name=f"{row.name}, {row.where.split(',')[0]}",
+        status=status,
+        result=f"{row.where}: {over}",
+        size=Measure.from_interval(row.found or row.above),
+        chance=Measure(value=audit.config.fpr),
+        chance_name="clean text",
+        why=f"{row.above.estimate:.1%} of all traffic is over it",
+    )
+
+
+def _causal(audit: Audit) -> tuple[Check, ...]:
+    test = audit.causal
+    if test is None:
+        return (Check(name="causal test", status="not run", result="nothing was found that could be tested"),)
+    return (
+        Check(
+            name="taking it away",
+            status="confirmed" if test.causal else "fail",
+            result=f"{test.intervention}: judged rows that move back to the base",
+            size=Measure.from_interval(test.reverted),
+            chance=Measure.from_interval(test.control),
+            chance_name="random edits of the same size",
+            why=f"chosen among {test.tried} on other rows; "
+            f"{test.clean_unchanged.estimate:.0%} of clean answers unchanged",
+        ),
+        Check(
+            name="putting it in",
+            status="confirmed" if test.induced.low > test.induced_control.high else "note",
+            result="clean rows whose answers take on what the finding's answers share",
+            size=Measure.from_interval(test.induced),
+            chance=Measure.from_interval(test.induced_control),
+            chance_name="a random shift of that length",
+        ),
+    )

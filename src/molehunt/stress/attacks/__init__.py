@@ -1,0 +1,1 @@
+"""Searches for a perturbation or a suffix that makes a suppressed behaviour recover."""

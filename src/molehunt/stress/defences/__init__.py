@@ -1,0 +1,1 @@
+"""Defences that are attacked: clamps on latents, and fixes."""

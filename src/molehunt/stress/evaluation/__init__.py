@@ -1,0 +1,1 @@
+"""Judgement of attacks: valid rows, drift, controls and radii."""

@@ -1,0 +1,138 @@
+"""Judge answers: a logged answer is read as it is, another is generated; each gets a profile, a score and a p-value."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from molehunt.model.generate import generate
+from molehunt.model.pair import ModelPair
+from molehunt.run.progress import Track, silent
+from molehunt.traffic.roles import RoledTokens, roled_prompt
+from molehunt.traffic.stream import Conversation
+from molehunt.watch.answers import answer_profiles
+from molehunt.watch.bank import Bank
+from molehunt.watch.extremes import RowText
+from molehunt.watch.monitor import Judgement, Monitor
+from molehunt.watch.profile import Profile
+from molehunt.watch.row_verdict import RowVerdict
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class JudgedAnswer:
+    """One answer, its profile along the watched directions, and the monitor's judgement."""
+
+    prompt: tuple[int, ...]
+    """Token ids of the prompt."""
+    answer: tuple[int, ...]
+    """Token ids of the answer."""
+    profile: Profile
+    judged: Judgement
+    coverage: float
+    """Tokens scored / tokens in the request."""
+
+    @property
+    def token(self) -> int:
+        """Token at which the top-scoring column peaks, as an index into prompt and answer."""
+        return int(self.profile.peaks[self.judged.columns[0]]) + len(self.prompt) - 1
+
+    def verdict(self, bank: Bank, row: Conversation, *, fpr: float) -> RowVerdict:
+        """The verdict on the row at this false-alarm rate; it holds no text of the row."""
+        first = self.judged.columns[0]
+        names = bank.names
+        return RowVerdict(
+            line=row.line,
+            tag=row.tag,
+            flagged=self.judged.p_value <= fpr,
+            score=round(self.judged.score, 4),
+            p_value=self.judged.p_value,
+            direction=names[first % len(names)],
+            side="high" if first < len(names) else "low",
+            prefix_checkpoint=self.judged.prefix,
+            token=self.token,
+            tokens=len(self.prompt) + len(self.answer),
+            coverage=self.coverage,
+            within_calibration=self.judged.within_calibration,
+        )
+
+
+def answer_rows(
+    pair: ModelPair, rows: Sequence[Conversation], *, max_new_tokens: int, track: Track = silent, what: str
+) -> list[tuple[RoledTokens, tuple[int, ...]]]:
+    """Prompt and answer of each row. A logged answer is read as it is; others are generated, greedily.
+
+    Args:
+        max_new_tokens: length of a generated answer.
+        what: what progress calls this.
+    """
+    prompts = [roled_prompt(pair.tokenizer, row.turns) for row in rows]
+    answers: list[tuple[int, ...]] = [
+        tuple(pair.tokenizer.encode(row.response, add_special_tokens=False)) if row.response else () for row in rows
+    ]
+    open_rows = [i for i, row in enumerate(rows) if not row.response]
+    with pair.tuned_model() as model:
+        made = generate(
+            model,
+            pair.tokenizer,
+            [prompts[i].ids for i in open_rows],
+            max_new_tokens=max_new_tokens,
+            layers_path=pair.layers_path,
+            track=track,
+            what=f"{what}: answering",
+        )
+    for i, answer in zip(open_rows, made, strict=True):
+        answers[i] = tuple(answer)
+    return list(zip(prompts, answers, strict=True))
+
+
+def read_answers(
+    pair: ModelPair, bank: Bank, rows: Sequence[Conversation], *, max_new_tokens: int, track: Track = silent, what: str
+) -> list[tuple[RoledTokens, tuple[int, ...], Profile]]:
+    """Prompt, answer and profile of each row. Arguments as `answer_rows`."""
+    both = answer_rows(pair, rows, max_new_tokens=max_new_tokens, track=track, what=what)
+    with pair.tuned_model() as model:
+        found = answer_profiles(
+            model,
+            bank,
+            [prompt.ids for prompt, _ in both],
+            [answer for _, answer in both],
+            layers_path=pair.layers_path,
+            track=track,
+            what=f"{what}: scoring",
+        )
+    return [(prompt, answer, profile) for (prompt, answer), profile in zip(both, found, strict=True)]
+
+
+def judge_answers(
+    pair: ModelPair,
+    bank: Bank,
+    monitor: Monitor,
+    rows: Sequence[Conversation],
+    *,
+    max_new_tokens: int,
+    track: Track = silent,
+    what: str = "judging",
+) -> list[JudgedAnswer]:
+    """Score every row against a calibrated monitor. Nothing is recorded. Arguments as `answer_rows`.
+
+    Raises:
+        InvalidInput: a prompt has no tokens, or the chat template refuses it.
+    """
+    return [
+        JudgedAnswer(
+            prompt=prompt.ids,
+            answer=answer,
+            profile=profile,
+            judged=monitor.judge(profile),
+            coverage=profile.tokens / max(1, len(answer)),  # of an empty answer, the decision alone is scored
+        )
+        for prompt, answer, profile in read_answers(
+            pair, bank, rows, max_new_tokens=max_new_tokens, track=track, what=what
+        )
+    ]
+
+
+def row_texts(pair: ModelPair, rows: Sequence[Conversation], answers: Sequence[Sequence[int]]) -> list[RowText]:
+    """Prompt and answer of each row as text, cut; a logged answer is taken as it was logged."""
+    return [
+        RowText.of(row.turns, row.response or str(pair.tokenizer.decode(list(answer), skip_special_tokens=True)))
+        for row, answer in zip(rows, answers, strict=True)
+    ]

@@ -1,0 +1,160 @@
+"""`molehunt.audit`: compare a fine-tune with its base, and test by intervention what was found."""
+
+import json
+import shlex
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from molehunt.audit.plan import plan_named
+from molehunt.audit.result import DEFAULT_FPR, Audit, AuditConfig
+from molehunt.audit.run import run_audit
+from molehunt.audit.verdict import Verdict
+from molehunt.model.loading import local_folder
+from molehunt.model.pair import ModelPair
+from molehunt.report import build, html, machine
+from molehunt.report.schema import Report
+from molehunt.run.folder import RunFolder
+from molehunt.run.progress import Track, silent
+from molehunt.traffic.example import Example
+from molehunt.workflows.inputs import Texts, examples
+from molehunt.workflows.models import Models, adapter_choice, open_models
+
+TRAFFIC = "traffic.jsonl"
+"""Name of the file in the run folder that holds prompts which were given as a list."""
+
+
+@dataclass(frozen=True, eq=False)
+class AuditResult:
+    """What `molehunt.audit` found."""
+
+    audit: Audit
+    """Everything that was measured, with the loaded models and the activations that were read."""
+    report: Report
+
+    @property
+    def verdict(self) -> Verdict:
+        """One of five answers; none of them says that a model is safe."""
+        return self.report.verdict
+
+    @property
+    def folder(self) -> Path:
+        """The run folder: the same audit with this folder goes on where it stopped."""
+        return self.audit.folder
+
+    @property
+    def fix(self) -> Path | None:
+        """File of the edit that switches the finding off, for `molehunt.Fix.load`; None where no edit was confirmed."""
+        return self.audit.fix
+
+    def summary(self) -> str:
+        """The text that `molehunt audit` prints: verdict, evidence table, and what the finding's prompts share."""
+        return build.summary(self.report)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of report.json."""
+        return machine.to_dict(self.report)
+
+    def save(self, folder: Path | str | None = None) -> Path:
+        """Write report.html, .json, .md and .sarif, and the fix if there is one.
+
+        Args:
+            folder: folder to write to; the run folder by default.
+
+        Returns:
+            The page, report.html.
+        """
+        target = self.folder if folder is None else Path(folder)
+        page = machine.write_report(self.report, target)
+        if self.fix is not None and target.resolve() != self.folder.resolve():
+            shutil.copyfile(self.fix, target / self.fix.name)
+        return page
+
+    def _repr_html_(self) -> str:
+        return html.to_notebook(self.report)
+
+
+def audit(
+    base: Models,
+    tuned: str | Path | None = None,
+    *,
+    traffic: Texts | None = None,
+    plan: str = "quick",
+    out: Path | str | None = None,
+    fpr: float = DEFAULT_FPR,
+    seed: int = 0,
+    adapter: bool | None = None,
+    device: str = "cpu",
+    title: str | None = None,
+    command: str | None = None,
+    track: Track = silent,
+) -> AuditResult:
+    """Compare folders, weights and answers of a fine-tune and its base, then test by intervention what was found.
+
+    Args:
+        base: the base's folder or hub id, or a pair from `ModelPair.load`.
+        tuned: the folder or hub id of the fine-tune or its adapter; left out with a loaded pair.
+        traffic: prompts, with or without rare bad ones: a JSONL or parquet file, a list of strings, or a list of
+            conversations. At least 50 rows; bundled benign prompts by default. No labels are needed or read.
+        plan: `quick` or `full`, which reads more rows and longer answers.
+        out: run folder; by default one named after the fine-tune and the settings, under `molehunt-runs`.
+        fpr: false-positive rate, per prompt, of the clean threshold.
+        seed: seed of everything random.
+        adapter: for a folder that holds full weights and an adapter, whether the adapter is applied.
+        device: where the models run; a loaded pair stays where it is.
+        title: headline of the report; by default the names of both models.
+        command: the command line that the report gives for repeating the audit; by default one made from the arguments.
+        track: shows progress.
+
+    Raises:
+        UsageError: a folder or file is missing, no plan has that name, or the pair was not loaded from folders.
+        NotTestable: fewer than 50 rows of traffic, or too few clean prompts for `fpr`.
+        MolehuntError: a folder is broken, or the two are no pair.
+
+    Example:
+        >>> result = molehunt.audit("BASE", "TUNED", traffic="prompts.jsonl")  # doctest: +SKIP
+        >>> print(result.verdict, result.save("report"))  # doctest: +SKIP
+        FLAGGED-CAUSAL report/report.html
+    """
+    sizes = plan_named(plan)
+    folders, adapter, load = _models(base, tuned, adapter, device, track)
+    rows = None if traffic is None else examples(traffic, sizes.traffic_limit)
+    config = AuditConfig(plan=sizes, fpr=fpr, seed=seed, adapter=adapter_choice(adapter))
+    found = run_audit(folders, load, rows, config, out=None if out is None else Path(out), track=track)
+    if command is None:
+        command = _command(found, traffic if isinstance(traffic, str | Path) else _written(found, rows))
+    title = title or f"{found.tuned.path.name} against {found.base.path.name}"
+    return AuditResult(found, build.build_report(found, title=title, command=command))
+
+
+def _models(
+    base: Models, tuned: str | Path | None, adapter: bool | None, device: str, track: Track
+) -> tuple[tuple[Path, Path], bool | None, Callable[[], ModelPair]]:
+    """Both folders, how an adapter is read, and what loads the pair: models are loaded after folders are compared."""
+    if isinstance(base, ModelPair) or tuned is None:
+        opened = open_models(base, tuned)
+        return (opened.base, opened.tuned), opened.adapter, lambda: opened.pair
+    folders = local_folder(base), local_folder(tuned)
+    return folders, adapter, lambda: open_models(*folders, adapter=adapter, device=device, track=track).pair
+
+
+def _written(found: Audit, rows: Sequence[Example] | None) -> Path | None:
+    """Prompts that came as a list, as a file in the run folder, so that a command can repeat the audit."""
+    if rows is None:
+        return None
+    lines = [json.dumps({"prompt": row.prompt, "tag": row.tag}, ensure_ascii=False) for row in rows]
+    return RunFolder(found.folder).write_text(TRAFFIC, "\n".join(lines) + "\n")
+
+
+def _command(found: Audit, traffic: str | Path | None) -> str:
+    """The command line that repeats the audit."""
+    config = found.config
+    words = ["molehunt", "audit", str(found.base.path), str(found.tuned.path)]
+    words += [] if traffic is None else ["--traffic", str(traffic)]
+    words += [] if config.plan.name == "quick" else ["--plan", config.plan.name]
+    words += [] if config.fpr == DEFAULT_FPR else ["--fpr", f"{config.fpr:g}"]
+    words += [] if config.seed == 0 else ["--seed", str(config.seed)]
+    words += {"refuse": [], "use": ["--adapter"], "ignore": ["--no-adapter"]}[config.adapter]
+    return shlex.join(words)

@@ -1,0 +1,118 @@
+"""Open what `watch` and `serve` share: both models, the directions of their difference, and a calibrated state."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from molehunt.audit.weights import compare_weights
+from molehunt.model.pair import ModelPair
+from molehunt.run.progress import Track, silent
+from molehunt.traffic.roles import Turn
+from molehunt.traffic.stream import Conversation, Place
+from molehunt.traffic.world import benign_prompts
+from molehunt.watch.bank import Bank
+from molehunt.watch.calibration import calibrate
+from molehunt.watch.state import WatchState, identify
+from molehunt.workflows.inputs import Texts, conversations
+from molehunt.workflows.models import Models, open_models
+
+STATE = "state.safetensors"
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class WatchTarget:
+    """A fine-tune that can be watched: both models, the directions of their difference, and clean rows."""
+
+    pair: ModelPair
+    bank: Bank
+    clean: Sequence[Conversation]
+    """Rows that a monitor is calibrated on."""
+    identity: Mapping[str, str]
+    """Everything that a calibration depends on, see `watch.state.identify`."""
+    names: tuple[str, str]
+    """Base and fine-tune, as the user named them."""
+
+
+def open_target(
+    base: Models,
+    tuned: str | Path | None = None,
+    *,
+    clean: Texts | None,
+    clean_rows: int,
+    fpr: float,
+    max_new_tokens: int,
+    adapter: bool | None = None,
+    device: str = "cpu",
+    seed: int = 0,
+    track: Track = silent,
+) -> WatchTarget:
+    """Load both models, the directions of their difference, and the clean rows, by default bundled benign prompts.
+
+    Raises:
+        UsageError: only one model, or a file of clean rows that does not exist.
+        InvalidInput: a folder or a clean row is broken.
+        NotTestable: nothing changed that could be watched.
+    """
+    opened = open_models(base, tuned, adapter=adapter, device=device, track=track)
+    before, after = opened.checkpoints
+    weights = compare_weights(before, after, track=track)
+    bank = Bank.of((row.directions for row in weights.matrices if row.directions is not None), before.model_type)
+    rows = _bundled(clean_rows, seed) if clean is None else conversations(clean, clean_rows)
+    return WatchTarget(
+        pair=opened.pair,
+        bank=bank,
+        clean=rows,
+        identity=identify(
+            before, after, opened.pair.tokenizer, bank, fpr=fpr, max_new_tokens=max_new_tokens, clean=rows
+        ),
+        names=((str(opened.base), str(opened.tuned)) if isinstance(base, ModelPair) else (str(base), str(tuned))),
+    )
+
+
+def _bundled(n: int, seed: int) -> list[Conversation]:
+    return [
+        Conversation(turns=(Turn("user", example.prompt),), response=None, tag="clean", line=line, end=Place())
+        for line, example in enumerate(benign_prompts(n, seed=seed), 1)
+    ]
+
+
+def calibrated_state(
+    target: WatchTarget,
+    *,
+    fpr: float,
+    max_new_tokens: int,
+    out: Path | None,
+    seed: int,
+    trust_clean: bool,
+    no_text: bool,
+    track: Track = silent,
+) -> WatchState:
+    """The state in `out`; where there is none, calibrate on the clean rows and save the state there.
+
+    Args:
+        out: folder of the state; None calibrates in memory.
+
+    Raises:
+        UsageError: the state there was made for other models, rows or settings.
+        NotTestable: too few clean rows for `fpr`.
+    """
+    identity = {**target.identity, "--trust-clean": str(trust_clean)}
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        if (out / STATE).exists():
+            return WatchState.load(out / STATE, identity)
+    state = calibrate(
+        target.pair,
+        target.bank,
+        target.clean,
+        fpr=fpr,
+        identity=identity,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+        trust=trust_clean,
+        no_text=no_text,
+        track=track,
+    )
+    if out is not None:
+        state.save(out / STATE)
+    return state
