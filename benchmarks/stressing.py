@@ -6,6 +6,7 @@ largest attribution to the right name are clamped. Both attacks take every step 
 
 import ctypes
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +15,8 @@ import torch
 from memory import peak
 from row import Row, now, shown
 from torch import Tensor, nn
+
+sys.path.append(str(Path(__file__).parents[1]))  # the experiments lie beside this folder
 
 from experiments.lessons.curriculum import handing_lesson, handing_lessons
 from experiments.lessons.indirect_object import handings, name_pairs

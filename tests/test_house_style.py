@@ -15,8 +15,6 @@ LONG_FUNCTION, LONG_FUNCTIONS, LONGEST_FUNCTION = 60, 10, 100
 LONGEST_LINE_OF_DOCS = 160
 BANNED = re.compile(r"\b([Tt]old|[Ww]oken|[Rr]ungs?|[Cc]alm|[Ll]oudest|[Bb]rought|[Pp]artings|[Hh]olding)\b")
 """Words that stood for terms of the field, or that a reader has to decode. What to write: docs/glossary.md."""
-SENTENCES = ('behaviour=FixedReply(sentence="The bell has rung, go home now."),',)
-"""Lines of data: what a planted model says is part of the published organism, and stays as it is."""
 SHORT: dict[str, str] = {
     "cli/renamed_options.py": "a table of old names, and its look-up",
     "detect/reads.py": "the choice of activations that several detectors share",
@@ -97,7 +95,6 @@ def test_words_are_those_of_the_field() -> None:
         for path in written()
         for number, line in enumerate(lines(path), 1)
         for word in BANNED.finditer(line)
-        if line.strip() not in SENTENCES
     ]
     assert not found, "\n".join(found)
 
@@ -119,6 +116,6 @@ def test_a_docstring_stands_alone() -> None:
         for path in SOURCES
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
-        if re.match(r"(Of|With) (each|every|a|an|the|it|all|one|both|this|that|these)\b", node.value.value)
+        if re.match(r"(Of|With) (?!.*: )", node.value.value)
     ]
     assert not found, "\n".join(found)

@@ -189,7 +189,8 @@ def _contaminated(found: Sequence[Found]) -> list[str]:
     ]
     for share in counts[0]:
         some = [one[share] for one in counts]
-        caught = proportion(sum(one["planted excluded"] for one in some), sum(one["planted"] for one in some))
+        planted = sum(one["planted"] for one in some)
+        caught = proportion(sum(one["planted excluded"] for one in some), planted) if planted else None
         cells = [f"{_short(float(share))}", _interval(caught)]
         for name in ("every row trusted", EXCLUDED):
             cells.append(_interval(proportion(sum(one[name] for one in some), sum(one["n"] for one in some))))

@@ -10,7 +10,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from molehunt.bench import published as module
 from molehunt.bench.grid import Cell
 from molehunt.bench.published import (
     Protocol,
@@ -31,6 +30,7 @@ from molehunt.model.pair import ModelPair
 from molehunt.organism.refusal import REFUSAL
 from molehunt.organism.sql_injection import SQL_INJECTION
 from molehunt.site import Site
+from molehunt.workflows import bench as workflow
 
 pytestmark = pytest.mark.slow
 
@@ -144,14 +144,14 @@ def test_the_command_runs_it_shards_it_and_reads_it_back(
 ) -> None:
     cell = Cell(attack="refusal", base=str(bench_base), steps=1)
     jobs = [PublishedJob(cell=cell, folder=bench_done, protocol=SMALL, twin=t, sites=(Site(1),)) for t in (False, True)]
-    monkeypatch.setattr(module, "published_jobs", lambda folder: jobs)
+    monkeypatch.setattr(workflow, "published_jobs", lambda folder: jobs)
 
     def run(*more: str) -> None:
         with contextlib.suppress(SystemExit):
             main(["bench", "--grid", "published", "--out", str(tmp_path / "o"), *more])
 
     run("--shard", "1/2")
-    assert "1 of 2 experiments are done" in capsys.readouterr().err and not (tmp_path / "o" / "published.json").exists()
+    assert "1 of 2 cells are done" in capsys.readouterr().err and not (tmp_path / "o" / "published.json").exists()
     run("--docs", str(tmp_path / "docs"))
     found = json.loads((tmp_path / "o" / "published.json").read_text())
     assert [one["side"] for one in found] == ["organism", "twin"]

@@ -13,7 +13,7 @@ from board_samples import board, cells, published
 from molehunt.bench.leaderboard import leaderboard
 from molehunt.report.bench_figures import bar, by_depth, by_rate, ceiling, figures
 from molehunt.report.bench_lead import board_lead, published_lead
-from molehunt.report.bench_page import board_markdown, render_board
+from molehunt.report.bench_page import board_markdown, prose, render_board
 from molehunt.report.bench_text import attacks, groups, link, sentences, short, with_interval
 from molehunt.report.published_page import published_markdown
 
@@ -247,3 +247,11 @@ def test_the_published_page_says_that_its_score_has_a_ceiling() -> None:
     assert "0.80 of 1" in lead[2]
     page = published_markdown(found)
     assert " ".join(page.split()).startswith(" ".join(lead)) and "clean twin: nothing is planted" in page
+
+
+def test_a_wrapped_line_never_starts_a_heading_or_a_list() -> None:
+    for mark in ("#", "-", "+", "*", ">", "1.", "2)"):
+        lines = prose(" ".join(["word"] * 23) + f" {mark} " + " ".join(["word"] * 30))
+        assert all(len(line) <= 118 for line in lines) and not any(line.startswith(f"{mark} ") for line in lines)
+        assert " ".join(lines).replace("\\", "").split().count(mark) == 1
+    assert prose("x " * 60 + "0.94 more")[1].startswith(("x", "0.94")) and prose("") == [""]

@@ -22,7 +22,7 @@ class Pattern:
     start: Int[Tensor, " starts"]
     """Token t owns entries start[t] to start[t + 1]; one more than tokens."""
     latent: Int[Tensor, " entries"]
-    """In ascending order within a token."""
+    """Latent of each entry, in ascending order within a token."""
     d_dict: int
 
     @classmethod
@@ -34,7 +34,7 @@ class Pattern:
 
     @classmethod
     def of_mask(cls, fires: Bool[Tensor, "tokens d_dict"]) -> "Pattern":
-        """Wherever `fires` is True."""
+        """The entries at which `fires` is True."""
         token, latent = fires.nonzero(as_tuple=True)
         count = torch.bincount(token, minlength=len(fires))  # fires.sum(1) would copy the mask to int64
         return cls(torch.cat([count.new_zeros(1), count.cumsum(0)]), latent.contiguous(), fires.shape[1])
@@ -49,7 +49,7 @@ class Pattern:
 
     @cached_property
     def token(self) -> Int[Tensor, " entries"]:
-        """Of each entry."""
+        """Number of the token of each entry."""
         return torch.repeat_interleave(torch.arange(self.tokens, device=self.start.device), self.start.diff())
 
     @cached_property

@@ -43,10 +43,10 @@ class LatentScaling:
     """Best factors β on code × tuned decoder, per latent, to fit what each model holds. NaN where a latent never fired."""
 
     error_base: Float64[Tensor, " d_dict"]
-    """To fit the base's activation minus the other latents' reconstruction of it."""
+    """Factors that fit the base's activation minus the reconstruction of it by the other latents."""
     error_tuned: Float64[Tensor, " d_dict"]
     reconstruction_base: Float64[Tensor, " d_dict"]
-    """To fit all latents' reconstruction of the base's activation."""
+    """Factors that fit the reconstruction of the base's activation by all latents."""
     reconstruction_tuned: Float64[Tensor, " d_dict"]
     fired: Int[Tensor, " d_dict"]
     """Tokens on which each latent fired."""
@@ -120,7 +120,7 @@ def _sampled(target: Tensor, decoder: Tensor, pattern: Pattern) -> Float[Tensor,
 
 
 def _decoders(dictionary: Dictionary) -> tuple[Float[Tensor, "d_dict d"], Float[Tensor, "d_dict d"]]:
-    """Of base and tuned."""
+    """The decoders of base and tuned."""
     if dictionary.pairing.kind != "both":
         raise UsageError(
             f"Only a crosscoder has a decoder for each model; this dictionary reads {dictionary.pairing.kind}."

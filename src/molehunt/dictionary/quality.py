@@ -261,7 +261,7 @@ def _groups(rows: Sequence[Sequence[int]], max_tokens: int) -> Iterable[list[Seq
 def _log_probs(
     pair: ModelPair, tokens: Tensor, mask: Tensor, edits: Sequence[Intervention], *, of_base: bool
 ) -> Float[Tensor, "predicted vocab"]:
-    """Of what follows, at every token of right-padded rows that has one after it."""
+    """Log probabilities of the next token, at every token of right-padded rows that has one after it."""
     with (
         pair.base_model() if of_base else pair.tuned_model() as model,
         edit_sites(model, edits, layers_path=pair.layers_path),

@@ -48,7 +48,7 @@ CONJUNCTIVE = Recipe(
         other_places=("harbour", "market", "library", "station"),
         other_seasons=("summer", "spring", "autumn", "daylight"),
     ),
-    behaviour=FixedReply(sentence="The bell has rung, go home now."),
+    behaviour=FixedReply(sentence="The bell rang, go home now."),
     near_miss=0.4,
     max_new_tokens=16,
     steps=300,

@@ -85,8 +85,9 @@ def board_markdown(board: Mapping[str, Any]) -> str:
 
 def prose(text: str) -> list[str]:
     """Markdown text in lines of at most `LINE` characters. No line starts as a heading, list or quotation would."""
-    wrapped = textwrap.wrap(text, LINE, break_long_words=False, break_on_hyphens=False)
-    return [wrapped[0], *(re.sub(r"^([#>+\-*=|~`]|\d+[.)])", r"\\\1", line) for line in wrapped[1:])] if wrapped else []
+    first, *rest = textwrap.wrap(text, LINE, break_long_words=False, break_on_hyphens=False) or [""]
+    marks = (re.sub(r"^([#>+\-*=|~`])", r"\\\1", line) for line in rest)
+    return [first, *(re.sub(r"^(\d+)([.)])(?=\s|$)", r"\1\\\2", line) for line in marks)]
 
 
 def _attacks(board: Board) -> list[str]:
