@@ -6,6 +6,7 @@ The page's writer also puts the numbers into the package, where the audit reads 
 from typing import Any
 
 from experiments.setting import Setting
+from experiments.verdicts.small_audit import small_audit
 from molehunt.organism.catalog import CATALOG
 from molehunt.organism.plant import PlantConfig, plant
 from molehunt.organism.poison import Recipe, organism_traffic, training_prompts
@@ -38,7 +39,9 @@ def measure(name: str, setting: Setting) -> dict[str, Any]:
             regime="lora" if regime == "lora" else "full", seed=SEED, steps=20 if setting.quick else None
         )
         plant(recipe, base, twin, config, poisoned=False)
-    found = audit(
-        base, twin, traffic=[row.prompt for row in rows], out=setting.scratch / f"audit-{attack}-{regime}"
-    ).audit
+    out = setting.scratch / f"audit-{attack}-{regime}"
+    if setting.quick:
+        found = small_audit(base, twin, list(rows), out).audit
+    else:
+        found = audit(base, twin, traffic=[row.prompt for row in rows], out=out).audit
     return {"strength": round(found.candidates.strength, 3), "rows": n}

