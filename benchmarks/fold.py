@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from typing import Any
 
 import torch
+from norm_fold import fold_cosines
 from row import Row, now, shown
 from torch import Tensor, nn
 from torch.nn.functional import normalize
@@ -17,7 +18,6 @@ from molehunt.model.blocks import decoder_blocks, final_norm, unembedding
 from molehunt.model.cache import left_by, with_cache
 from molehunt.model.taps import observe_sites
 from molehunt.site import Site
-from molehunt.watch.fold import fold_cosines
 
 K = 24
 TOKENS = 256

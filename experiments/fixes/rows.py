@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from random import Random
 
 from experiments.setting import Setting
+from experiments.weight_fix.repair import RepairConfig
 from molehunt.bench.grid import Cell
 from molehunt.errors import NotTestable
 from molehunt.organism.poison import Recipe, clean_example, near_miss_example, training_prompts
-from molehunt.steer.repair import RepairConfig
 from molehunt.traffic.example import Example
 from molehunt.traffic.world import ask
 

@@ -35,7 +35,7 @@ class Size:
 
 
 PUBLISHED = Size(rows=1000, rate=0.01, near_rate=0.02)
-QUICK = Size(rows=150, rate=0.06, near_rate=0.06)
+QUICK = Size(rows=60, rate=0.12, near_rate=0.1)
 
 
 def size_of(setting: Setting) -> Size:

@@ -15,10 +15,10 @@ from molehunt.workflows.models import open_models
 SMALL = replace(
     plan_named("quick"),
     clean_prompts=200,
-    max_new_tokens=24,
-    max_sites=3,
+    max_new_tokens=12,
+    max_sites=2,
     directions=2,
-    confirm_rows=8,
+    confirm_rows=4,
     random_controls=1,
     stress_rows=2,
     stress_steps=4,

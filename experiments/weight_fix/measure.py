@@ -16,6 +16,7 @@ from experiments.fixes.rows import QUICK as QUICK_ROWS
 from experiments.fixes.rows import Counts, Rows, drawn
 from experiments.layer_sweep.measure import swept_cells
 from experiments.setting import Setting
+from experiments.weight_fix.repair import CONSISTENCY, RepairConfig
 from molehunt.audit.weight_comparison import ROLES, WRITERS
 from molehunt.audit.weights import compare_weights
 from molehunt.bench.grid import Cell
@@ -26,7 +27,6 @@ from molehunt.model.pair import ModelPair
 from molehunt.organism.poison import training_prompts
 from molehunt.site import Site
 from molehunt.steer.patch import prompt_acts
-from molehunt.steer.repair import CONSISTENCY, RepairConfig
 from molehunt.steer.saved_model import write_model
 from molehunt.steer.weight_edit import Edits, orthogonalisation, subtraction
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM, LlamaModel
 
+from benchmarks.norm_fold import fold_cosines
 from molehunt.errors import CannotTap, NotTestable
 from molehunt.model import cache_check
 from molehunt.model.cache_check import decoding_check, extending_check, unsound
@@ -15,7 +16,6 @@ from molehunt.site import Site
 from molehunt.steer.add import Add
 from molehunt.steer.random_edit import RandomEdit
 from molehunt.steer.row_gate import RowGate
-from molehunt.watch.fold import fold_cosines
 from renamed_cache import OWN
 from tiny_models import D_MODEL, hooks, prompts, tiny_model, tiny_tokenizer, with_lora
 

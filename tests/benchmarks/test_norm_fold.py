@@ -9,12 +9,12 @@ from torch import nn
 from torch.nn.functional import normalize
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from benchmarks.norm_fold import fold_cosines, unfoldable
 from molehunt.errors import CannotTap, NotTestable
 from molehunt.model.cache import left_by, with_cache
 from molehunt.model.taps import edit_sites, read_sites
 from molehunt.site import Site
 from molehunt.steer.add import Add
-from molehunt.watch.fold import fold_cosines, unfoldable
 from tiny_models import D_MODEL, N_LAYERS, VOCAB, Blocks, hooks, prompts, tiny_model, with_lora
 
 SITES = [Site(layer) for layer in range(N_LAYERS)]

