@@ -47,7 +47,7 @@ def opening(found: Sequence[dict[str, Any]]) -> list[str]:
         "A patch that removes a planted behaviour in one model was carried to another model through a linear map between their "
         "activations.",
         f"In {equal} of {counted(len(ways), 'pair')} of models it removed the behaviour as often as the target's own patch, within "
-        f"5 points; in {random} a map that knows nothing but means could not be told from it.",
+        f"5 points; in {random} a map that knows nothing but means did not differ from it measurably.",
         "Do not take a success of replacing activations as proof that a map carries meaning: compare it with the shuffled map "
         "first.",
     ]

@@ -47,7 +47,7 @@ class Size:
 
 
 PUBLISHED = Size(fit=600, calibrate=1000, clean=600, asked=100, steps=EraseConfig().steps, fpr=0.01)
-QUICK = Size(fit=40, calibrate=30, clean=20, asked=6, steps=12, fpr=0.05)
+QUICK = Size(fit=70, calibrate=30, clean=20, asked=6, steps=12, fpr=0.05)
 
 
 def size_of(setting: Setting) -> Size:

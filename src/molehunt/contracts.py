@@ -41,7 +41,7 @@ class Detector(Protocol):
     """Gives each token one score from a reading of a model pair. A higher score is more suspicious.
 
     Example:
-        >>> detector = mh.fit_detector("mean-difference", pair, clean, suspect, site=Site(3))  # doctest: +SKIP
+        >>> detector = mh.fit_detector(pair, "mean-difference", clean=clean, suspect=suspect, site=mh.Site(3))  # doctest: +SKIP
         >>> scores = detector.score(pair.read(texts, sites=detector.sites))  # doctest: +SKIP
     """
 

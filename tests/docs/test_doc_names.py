@@ -17,7 +17,7 @@ PACKAGE = ROOT / "src" / "molehunt"
 EXPERIMENTS = ROOT / "experiments"
 WRITTEN_FILES = {file for files in WRITTEN.values() for file in files} | {"clean.jsonl", "triggered.jsonl"}
 """What commands write into the folder of `--out`, and what the tutorial writes."""
-SOURCES = "\n".join(path.read_text() for path in sorted((ROOT / "src").rglob("*.py")))
+SOURCES = "\n".join(path.read_text() for root in ("src", "experiments") for path in sorted((ROOT / root).rglob("*.py")))
 FORMER = {"prompts.show_it"}
 """Names in files of earlier versions."""
 THEIRS = {"vllm", "openai", "output_hidden_states", "AsyncLLM", "finish_reason"}

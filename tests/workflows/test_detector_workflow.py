@@ -34,7 +34,7 @@ def pair(bench_base: Path, tmp_path_factory: pytest.TempPathFactory) -> mh.Model
 
 @pytest.fixture(scope="module")
 def found(pair: mh.ModelPair) -> FittedDetector:
-    return mh.fit_detector("mean-difference", pair, clean=CLEAN, suspect=SUSPECT, fpr=0.05)
+    return mh.fit_detector(pair, "mean-difference", clean=CLEAN, suspect=SUSPECT, fpr=0.05)
 
 
 def test_it_separates_what_it_was_shown_at_the_threshold_of_clean_texts_that_fitted_nothing(
@@ -68,29 +68,29 @@ def test_it_is_a_result_that_can_be_read_saved_and_loaded(
 def test_every_detector_without_a_dictionary_can_be_fitted(key: str, pair: mh.ModelPair) -> None:
     (recipe,) = [one for one in detector_recipes() if one.key == key]
     labels = {"suspect": SUSPECT} if "labels" in recipe.needs else {}
-    found = mh.fit_detector(key, pair, clean=CLEAN[:40], fpr=0.1, **labels)
+    found = mh.fit_detector(pair, key, clean=CLEAN[:40], fpr=0.1, **labels)
     scores = torch.tensor(found.scores(SUSPECT))
     assert scores.isfinite().all() and found.recipe == key
     assert found.fit_rows == (13 if recipe.needs & {"clean", "labels"} else 0)
 
 
 def test_where_scores_are_read(pair: mh.ModelPair) -> None:
-    ratio = mh.fit_detector("answer-log-ratio", pair, clean=CLEAN[:20], fpr=0.1)
+    ratio = mh.fit_detector(pair, "answer-log-ratio", clean=CLEAN[:20], fpr=0.1)
     assert (ratio.readout.where, ratio.readout.how) == ("generated", "sum")
-    kl = mh.fit_detector("token-kl", pair, clean=CLEAN[:20], fpr=0.1, where="generated", how="max")
+    kl = mh.fit_detector(pair, "token-kl", clean=CLEAN[:20], fpr=0.1, where="generated", how="max")
     assert kl.readout.how == "max" and min(kl.scores(CLEAN[:3])) > 0
     with pytest.raises(UsageError, match="answer-log-ratio is read at generated, not at decision"):
-        mh.fit_detector("answer-log-ratio", pair, clean=CLEAN, where="decision")
+        mh.fit_detector(pair, "answer-log-ratio", clean=CLEAN, where="decision")
 
 
 def test_what_is_missing_is_named(pair: mh.ModelPair) -> None:
     with pytest.raises(UsageError, match=r"no detector 'mean-diff'\.\nAvailable: .*mean-difference"):
-        mh.fit_detector("mean-diff", pair, clean=CLEAN)
+        mh.fit_detector(pair, "mean-diff", clean=CLEAN)
     with pytest.raises(UsageError, match="mean-difference cannot be fitted: give suspect texts"):
-        mh.fit_detector("mean-difference", pair, clean=CLEAN, fpr=0.1)
+        mh.fit_detector(pair, "mean-difference", clean=CLEAN, fpr=0.1)
     with pytest.raises(UsageError, match="diff-sae-latent cannot be fitted: give a dictionary"):
-        mh.fit_detector("diff-sae-latent", pair, clean=CLEAN, suspect=SUSPECT, fpr=0.1)
+        mh.fit_detector(pair, "diff-sae-latent", clean=CLEAN, suspect=SUSPECT, fpr=0.1)
     with pytest.raises(UsageError, match="token-kl is not fitted on texts"):
-        mh.fit_detector("token-kl", pair, clean=CLEAN, suspect=SUSPECT, fpr=0.1)
+        mh.fit_detector(pair, "token-kl", clean=CLEAN, suspect=SUSPECT, fpr=0.1)
     with pytest.raises(NotTestable, match="60 clean rows cannot hold"):
-        mh.fit_detector("mean-difference", pair, clean=CLEAN, suspect=SUSPECT, fpr=0.001)
+        mh.fit_detector(pair, "mean-difference", clean=CLEAN, suspect=SUSPECT, fpr=0.001)

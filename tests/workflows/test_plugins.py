@@ -153,7 +153,7 @@ def test_a_board_ranks_a_plugin_and_leaves_the_numbers_of_the_others_alone(
 def test_a_plugin_is_fitted_and_applied_by_name(tmp_path: Path) -> None:
     pair = mh.ModelPair.load(good_folder(tmp_path / "base"), good_folder(tmp_path / "tuned"))
     clean = [f"Row {i}" for i in range(60)]
-    found = mh.fit_detector("throw-away-distance", pair, clean=clean, fpr=0.1)
+    found = mh.fit_detector(pair, "throw-away-distance", clean=clean, fpr=0.1)
     assert len(found.scores(["Row 1", "; ; ; ;"])) == 2
     found.save(tmp_path / "saved")
     again = type(found).load(tmp_path / "saved", pair)

@@ -137,8 +137,8 @@ class FittedDetector:
 
 
 def fit_detector(
-    name: str,
     pair: ModelPair,
+    name: str,
     *,
     clean: Texts,
     suspect: Texts | None = None,
@@ -156,8 +156,8 @@ def fit_detector(
     A third of the clean texts is for fitting, and the others, which fit nothing, set the threshold.
 
     Args:
-        name: such as `mean-difference`, `delta-mahalanobis` or `token-kl`; a wrong name lists them all.
         pair: base and fine-tune.
+        name: name of the detector, such as `mean-difference`, `delta-mahalanobis` or `token-kl`; a wrong name lists them all.
         clean: texts without the behaviour, as the traffic to come will be; 1/fpr or more are needed for the threshold.
         suspect: texts with the behaviour, for detectors that learn from labels.
         traffic: unlabelled texts, for detectors that look for rare rows among them.
@@ -176,7 +176,7 @@ def fit_detector(
     Example:
         >>> import molehunt as mh
         >>> pair = mh.ModelPair.load("BASE", "TUNED")  # doctest: +SKIP
-        >>> found = mh.fit_detector("mean-difference", pair, clean="clean.jsonl", suspect="bad.jsonl")  # doctest: +SKIP
+        >>> found = mh.fit_detector(pair, "mean-difference", clean="clean.jsonl", suspect="bad.jsonl")  # doctest: +SKIP
         >>> found.flags(["What is 2 plus 2?"])  # doctest: +SKIP
     """
     recipe = _recipe(name)
