@@ -30,6 +30,7 @@ from molehunt.model.mixed_rows import BASE_ROWS, ONE_PASS_UP_TO, adapter_by_row,
 from molehunt.model.padding import pad_rows
 from molehunt.model.same_parameters import check_same_parameters
 from molehunt.model.taps import read_sites
+from molehunt.run.literals import checked
 from molehunt.run.progress import Track, silent
 from molehunt.site import Site
 
@@ -203,6 +204,7 @@ class ModelPair:
         _refuse_one_string(texts)
         return [text_ids(self.tokenizer, text) for text in texts]
 
+    @checked
     def generate(
         self,
         texts: Sequence[Text],

@@ -19,6 +19,7 @@ from molehunt.model.blocks import d_model_of, decoder_blocks
 from molehunt.model.chat import Text
 from molehunt.model.pair import ModelPair
 from molehunt.model.taps import edit_sites
+from molehunt.run.literals import checked
 from molehunt.run.progress import Track, silent
 from molehunt.run.whole import replace_whole
 from molehunt.site import Site
@@ -81,6 +82,7 @@ class SteeringVector:
                 raise ValueError(f"L{layer}: the vector holds values that are no number")
 
     @classmethod
+    @checked
     def fit(
         cls,
         pair: ModelPair,

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from molehunt.audit.plan import plan_named
 from molehunt.audit.result import DEFAULT_FPR, Audit, AuditConfig
@@ -17,6 +17,7 @@ from molehunt.model.pair import ModelPair
 from molehunt.report import build, html, machine
 from molehunt.report.schema import Report
 from molehunt.run.folder import RunFolder
+from molehunt.run.literals import checked
 from molehunt.run.progress import Track, silent
 from molehunt.traffic.example import Example
 from molehunt.workflows.inputs import Texts, examples
@@ -76,12 +77,13 @@ class AuditResult:
         return html.to_notebook(self.report)
 
 
+@checked
 def audit(
     base: Models,
     tuned: str | Path | None = None,
     *,
     traffic: Texts | None = None,
-    plan: str = "quick",
+    plan: Literal["quick", "full"] = "quick",
     out: Path | str | None = None,
     fpr: float = DEFAULT_FPR,
     seed: int = 0,

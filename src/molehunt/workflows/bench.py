@@ -16,6 +16,7 @@ from molehunt.report.bench_lead import board_lead, published_lead
 from molehunt.report.bench_page import board_markdown, render_board
 from molehunt.report.published_page import published_markdown
 from molehunt.run.folder import RunFolder
+from molehunt.run.literals import checked
 from molehunt.run.local import LocalExecutor, WorkShard
 from molehunt.run.progress import Track, silent
 from molehunt.workflows.result import summary_html
@@ -89,6 +90,7 @@ class BenchResult:
         return summary_html(self.summary())
 
 
+@checked
 def bench(
     grid: str | Path | Grid = "core",
     *,

@@ -31,6 +31,7 @@ from molehunt.errors import InvalidInput, UsageError, printable
 from molehunt.measure.threshold import conformal_threshold
 from molehunt.model.pair import ModelPair
 from molehunt.run.folder import RunFolder
+from molehunt.run.literals import checked
 from molehunt.run.progress import Track, silent
 from molehunt.run.whole import replace_whole
 from molehunt.site import Site
@@ -136,6 +137,7 @@ class FittedDetector:
         return summary_html(self.summary())
 
 
+@checked
 def fit_detector(
     pair: ModelPair,
     name: str,

@@ -20,6 +20,7 @@ from molehunt.dictionary.train import GROUP, DictionarySpec, TrainingConfig, tra
 from molehunt.errors import UsageError, printable
 from molehunt.run.catalog import names
 from molehunt.run.folder import RunFolder
+from molehunt.run.literals import checked
 from molehunt.run.progress import Track, silent
 from molehunt.run.unit import file_hash
 from molehunt.site import Site
@@ -123,6 +124,7 @@ class DictionaryChoices:
         return tuple(found)
 
 
+@checked
 def train(
     store: ActivationStore | Path | str,
     *,

@@ -13,6 +13,7 @@ from molehunt.activation.store import ActivationStore
 from molehunt.model.chat import prompt_ids
 from molehunt.model.pair import ModelPair
 from molehunt.run.folder import RunFolder
+from molehunt.run.literals import checked
 from molehunt.run.progress import Track, silent
 from molehunt.site import Site
 from molehunt.traffic.example import Example
@@ -71,6 +72,7 @@ class HarvestResult:
         return summary_html(self.summary())
 
 
+@checked
 def harvest(
     base: Models,
     tuned: str | Path | None = None,

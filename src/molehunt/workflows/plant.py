@@ -11,6 +11,7 @@ from molehunt.organism.plant import PlantConfig
 from molehunt.organism.poison import Recipe, named_recipe, recipe_names
 from molehunt.organism.seed_model import seed_path
 from molehunt.run.folder import RunFolder
+from molehunt.run.literals import checked
 from molehunt.run.progress import Track, silent
 from molehunt.workflows.result import summary_html
 
@@ -66,6 +67,7 @@ class PlantResult:
         return summary_html(self.summary())
 
 
+@checked
 def plant(
     recipe: str | Recipe,
     into: Path | str,

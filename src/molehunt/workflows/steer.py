@@ -10,6 +10,7 @@ from molehunt.contracts import Intervention
 from molehunt.errors import UsageError
 from molehunt.model.chat import Text
 from molehunt.model.pair import ModelPair
+from molehunt.run.literals import checked
 from molehunt.run.progress import Track, silent
 from molehunt.run.whole import write_whole
 from molehunt.site import Site
@@ -120,6 +121,7 @@ class SteerResult:
         return summary_html(self.summary())
 
 
+@checked
 def steer(
     base: Models,
     tuned: str | Path | None = None,

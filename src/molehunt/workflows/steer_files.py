@@ -12,6 +12,7 @@ from molehunt.errors import UsageError
 from molehunt.model.blocks import unwrapped
 from molehunt.model.loading import local_folder
 from molehunt.model.pair import ModelPair
+from molehunt.run.literals import checked
 from molehunt.run.progress import Track, silent
 from molehunt.steer.export_gguf import write_gguf
 from molehunt.steer.export_lm_eval import write_lm_eval
@@ -21,6 +22,7 @@ from molehunt.steer.weight_edit import orthogonalisation, subtraction
 from molehunt.workflows.models import Models, adapter_choice, open_models, open_pair
 
 
+@checked
 def save_fixed(
     base: Models,
     tuned: str | Path | None = None,
@@ -86,6 +88,7 @@ class ExportedVector:
         return {**asdict(self), "file": str(self.file)}
 
 
+@checked
 def export_vector(
     base: Models,
     tuned: str | Path | None = None,

@@ -7,6 +7,7 @@ from typing import Any
 
 from molehunt.model.pair import ModelPair
 from molehunt.report.escape import visible
+from molehunt.run.literals import checked
 from molehunt.run.progress import Track, silent
 from molehunt.run.whole import write_whole
 from molehunt.steer.trial import FixTrial, Steered, TrialRow
@@ -62,6 +63,7 @@ class TrialResult:
         return summary_html(self.summary())
 
 
+@checked
 def try_fix(
     base: Models,
     tuned: str | Path | None = None,

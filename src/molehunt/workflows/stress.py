@@ -13,6 +13,7 @@ from molehunt.errors import InvalidInput, UsageError, printable
 from molehunt.model.chat import prompt_ids
 from molehunt.report.stress_page import render_stress
 from molehunt.report.stress_table import stress_summary, stress_table
+from molehunt.run.literals import checked
 from molehunt.run.progress import Track, silent
 from molehunt.run.whole import write_whole
 from molehunt.site import Site
@@ -69,6 +70,7 @@ class StressResult:
         return stress_table(self.certificate, self.notes)
 
 
+@checked
 def stress(
     base: Models,
     tuned: str | Path | None = None,

@@ -11,6 +11,7 @@ from molehunt.measure.interval import Interval
 from molehunt.model.blocks import decoder_blocks
 from molehunt.model.chat import prompt_text
 from molehunt.model.pair import ModelPair
+from molehunt.run.literals import checked
 from molehunt.run.progress import Track, silent
 from molehunt.run.whole import write_whole
 from molehunt.site import Site
@@ -98,6 +99,7 @@ class TransferResult:
         return summary_html(self.summary())
 
 
+@checked
 def transfer(
     source: ModelPair | str | Path,
     target: ModelPair | str | Path,

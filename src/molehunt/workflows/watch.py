@@ -12,6 +12,7 @@ from molehunt.report.watch_build import verdict_lines
 from molehunt.report.watch_page import render_watch
 from molehunt.report.watch_schema import WatchReport
 from molehunt.report.watch_text import to_text
+from molehunt.run.literals import checked
 from molehunt.run.local import WorkShard
 from molehunt.run.progress import Track, silent
 from molehunt.run.whole import replace_whole, write_whole
@@ -136,6 +137,7 @@ class WatchResult:
         return summary_html(self.summary())
 
 
+@checked
 def watch(
     base: Models,
     tuned: str | Path | None = None,
