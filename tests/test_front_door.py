@@ -37,7 +37,8 @@ def fresh(code: str) -> str:
 def test_the_names_are_few_and_listed() -> None:
     assert len(mh.__all__) <= MOST_NAMES
     assert mh.__all__ == sorted(mh.__all__) and set(mh.__all__) == set(mh._HOMES)
-    assert set(mh.__all__) <= set(dir(mh))
+    assert {name for name in dir(mh) if not (name.startswith("__") and name.endswith("__"))} == set(mh.__all__)
+    assert {"__all__", "__doc__", "__version__"} <= set(dir(mh))
     assert {"ModelPair", "SteeringVector", "Site", "edit_sites", "read_sites", *VERBS} <= set(mh.__all__)
 
 

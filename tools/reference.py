@@ -1,4 +1,4 @@
-"""Write docs/reference.md from the source: the public names of `molehunt` and the commands, each with its own words.
+"""Write docs/reference.md from the source: public names, results, options, and commands, each with its docstring.
 
 Signatures and docstrings are read from the syntax trees, so nothing depends on which libraries are installed. Commands
 are read as typer declares them. `python tools/reference.py --check` fails where the page is not what this would write.
@@ -30,6 +30,46 @@ HEAD = """\
 [The tutorial](tutorial.md) shows the functions at work, and [the guides](index.md) the commands.
 
 """
+RESULTS = {
+    "AuditResult": "molehunt.workflows.audit",
+    "WatchResult": "molehunt.workflows.watch",
+    "AnswerVerdict": "molehunt.workflows.watch",
+    "RowVerdict": "molehunt.watch.row_verdict",
+    "SteerResult": "molehunt.workflows.steer",
+    "TransferResult": "molehunt.workflows.transfer",
+    "StressResult": "molehunt.workflows.stress",
+    "FittedDetector": "molehunt.workflows.detector",
+    "PlantResult": "molehunt.workflows.plant",
+    "BenchResult": "molehunt.workflows.bench",
+}
+"""Classes of what the verbs return, and of what these return in turn."""
+OPTIONS = {
+    "WatchOptions": "molehunt.workflows.watch_options",
+    "StressConfig": "molehunt.stress.evaluation.config",
+    "SoftConfig": "molehunt.stress.attacks.soft_suffix",
+    "DiscreteConfig": "molehunt.stress.attacks.discrete_suffix",
+    "Track": "molehunt.run.progress",
+}
+"""Classes whose fields are arguments of verbs, and the type of `track`."""
+AUTHORS = {
+    "DetectorRecipe": "molehunt.detect.recipe",
+    "FitInputs": "molehunt.detect.recipe",
+    "FitRows": "molehunt.detect.recipe",
+    "LabelledRows": "molehunt.detect.recipe",
+    "Readout": "molehunt.detect.recipe",
+    "AuditReadout": "molehunt.detect.recipe",
+}
+"""Classes that a detector of another package uses."""
+SECTIONS = {
+    "Results": (RESULTS, "The functions return these. A result comes from its function; nobody needs to make one."),
+    "Options": (
+        OPTIONS,
+        "`molehunt.watch` takes the fields of `WatchOptions` as keyword arguments (`attacks` and `repeats` belong to "
+        "`molehunt watch --attacks`), and `molehunt.stress` those of `StressConfig`. `Track` is what every argument "
+        "`track` takes.",
+    ),
+    "For authors of detectors": (AUTHORS, "[Architecture](architecture.md#a-detector) has a worked example."),
+}
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 
@@ -41,17 +81,23 @@ def page() -> str:
     parts += [function_entry(name, definition(name)) for name in verbs]
     parts.append("## Classes\n\n")
     parts += [class_entry(name, definition(name)) for name in classes]
+    for title, (homes, introduction) in SECTIONS.items():
+        parts.append(f"## {title}\n\n{paragraph(introduction)}\n\n")
+        parts += [class_entry(name, definition(name, home), home) for name, home in homes.items()]
     parts.append("## Commands\n\n")
     parts += [entry for name in COMMANDS for entry in command_entries(name)]
     return "".join(parts).rstrip("\n") + "\n"
 
 
-def definition(name: str) -> Any:
-    """The node that defines a public name, in the file that `molehunt` imports it from."""
-    path = ROOT / "src" / Path(*molehunt._HOMES[name].split(".")).with_suffix(".py")
+def definition(name: str, home: str | None = None) -> Any:
+    """The node that defines a name in the module `home`, which for a public name is where `molehunt` imports it from."""
+    home = home or molehunt._HOMES[name]
+    path = ROOT / "src" / Path(*home.split(".")).with_suffix(".py")
     found = [node for node in ast.parse(path.read_text()).body if isinstance(node, Definition) and node.name == name]
     if not found:
-        raise SystemExit(f"{path.relative_to(ROOT)} defines no {name}; molehunt/__init__.py says that it does")
+        raise SystemExit(
+            f"{path.relative_to(ROOT)} defines no {name}; molehunt/__init__.py or tools/ says that it does"
+        )
     return found[-1]  # behind its overloads
 
 
@@ -60,9 +106,13 @@ def function_entry(name: str, node: ast.FunctionDef) -> str:
     return f"### `{name}`\n\n{signature_block(node, name)}{prose_of(node)}"
 
 
-def class_entry(name: str, node: ast.ClassDef) -> str:
-    """One public class: docstring, fields and methods."""
+def class_entry(name: str, node: ast.ClassDef, home: str = "") -> str:
+    """One class: docstring, the module to import it from, fields and methods."""
     text = f"### `{name}`\n\n{prose_of(node)}"
+    extended = [base for base in map(ast.unparse, node.bases) if base in RESULTS or base in AUTHORS]
+    notes = [f"Import it from `{home}`."] if home else []
+    notes += [f"It also has everything that `{base}` has." for base in extended]
+    text += f"{' '.join(notes)}\n\n" if notes else ""
     fields = list(fields_of(node))
     if fields:
         lines = [wrapped(f"- `{field}`: {words}" if words else f"- `{field}`", "  ") for field, words in fields]
@@ -88,7 +138,12 @@ def fields_of(node: ast.ClassDef) -> Iterator[tuple[str, str]]:
         if isinstance(one, ast.AnnAssign) and isinstance(one.target, ast.Name) and not one.target.id.startswith("_"):
             stands_below = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
             words = str(after.value.value) if stands_below else ""  # pyright: ignore[reportAttributeAccessIssue]
-            yield f"{one.target.id}: {ast.unparse(one.annotation)}", " ".join(words.split())
+            yield f"{one.target.id}: {ast.unparse(one.annotation)}{plain_default(one.value)}", " ".join(words.split())
+
+
+def plain_default(value: ast.expr | None) -> str:
+    """The default of a field as a reader writes it; empty where there is none, or where a call makes it."""
+    return "" if value is None or isinstance(value, ast.Call) else f" = {ast.unparse(value)}"
 
 
 def signature_block(node: ast.FunctionDef, name: str) -> str:

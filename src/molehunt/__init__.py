@@ -100,7 +100,8 @@ class _FrontDoor(ModuleType):
             super().__setattr__(name, value)
 
     def __dir__(self) -> list[str]:
-        return sorted({*vars(self), *__all__})
+        dunder = {name for name in vars(self) if name.startswith("__") and name.endswith("__")}
+        return sorted({*dunder, *__all__})
 
 
 sys.modules[__name__].__class__ = _FrontDoor

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from operator import index
 from typing import Literal, get_args
 
 Stream = Literal["resid", "attn", "mlp"]
@@ -15,7 +16,7 @@ class Site:
     Law: `Site.parse(str(site)) == site`.
 
     Raises:
-        ValueError: the layer is negative, or the stream is not one of `STREAMS`.
+        ValueError: the layer is no whole number or negative, or the stream is not one of `STREAMS`.
 
     Example:
         >>> site = Site(6, "resid")
@@ -31,6 +32,12 @@ class Site:
     """`resid` is the block's output (before any final norm); `attn` and `mlp` are what those modules return."""
 
     def __post_init__(self) -> None:
+        try:
+            index(self.layer)
+        except TypeError:
+            raise ValueError(
+                f"layer is a whole number, such as Site(3), and got {self.layer!r}; Site.parse('L3.resid') reads text"
+            ) from None
         if self.layer < 0:
             raise ValueError(f"layer must be 0 or more, got {self.layer}")
         if self.stream not in STREAMS:

@@ -84,6 +84,17 @@ def test_a_vector_is_the_shift_of_means_and_a_fresh_process_steers_with_it_alike
     assert json.loads(done.stdout)["rows"] == strong["rows"]
 
 
+def test_ablating_removes_by_default_and_a_negative_share_is_refused(
+    here: Path, vector: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    by_default = tried(capsys, here, vector, "--operator", "ablate")
+    assert by_default == tried(capsys, here, vector, "--operator", "ablate", "--strength", 1)
+    pair, rows = (here / "base", here / "tuned"), ("--prompts", here / "triggered.jsonl")
+    for command in (("try", *pair, vector, *rows), ("capability", *pair, vector, "--each", 2)):
+        assert call("steer", *command, "--operator", "ablate", "--strength", -1) == 2
+        assert "amplifies the behaviour" in capsys.readouterr().err
+
+
 def test_a_condition_opens_for_the_prompts_it_was_fitted_for(
     here: Path, vector: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -210,7 +210,8 @@ def test_a_behaviour_that_nobody_shows(here: Path, tmp_path: Path, capsys: pytes
     save_dictionary(made(), tmp_path / "sae")
     clamp = ("--dictionary", tmp_path / "sae", "--features", 3)
     assert stressed(here, ["--match", "no model says this"], tmp_path / "out", *clamp) == 3
-    assert "None of 16 prompts shows" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "None of 16 prompts shows" in err and "The first answer is '" in err and "Upper and lower case count" in err
 
 
 def test_latents_are_selected_on_prompts_that_are_not_attacked(here: Path, match: list[str], tmp_path: Path) -> None:

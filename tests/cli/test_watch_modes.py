@@ -140,9 +140,9 @@ def test_directions_are_labelled_by_a_model_and_a_failing_one_costs_no_verdict(
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (("--slack", "0.1"), "belong to --mode published"),
-        (("--percentile", "0"), "belong to --mode published"),
-        (("--mode", "published", "--attacks", "log.jsonl"), "leave --mode out"),
+        (("--slack", "0.1"), "belong to the mode published"),
+        (("--percentile", "0"), "belong to the mode published"),
+        (("--mode", "published", "--attacks", "log.jsonl"), "leave mode (--mode) out"),
         (("--label-with", "http://127.0.0.1:1/v1"), "go together"),
         (("--label-model", "m"), "go together"),
         (("--label-with", "ftp://x", "--label-model", "m"), "is no URL"),
@@ -201,5 +201,5 @@ def test_an_empty_log_has_a_page_too(capsys, folders: tuple[Path, Path], tmp_pat
         "--out",
         tmp_path / "out",
     )
-    assert code == 0 and "NO FINDING: 0 of 0 rows" in output
+    assert code == 0 and "nothing judged yet" in output
     assert "No row was judged." in (tmp_path / "out" / "watch.html").read_text()

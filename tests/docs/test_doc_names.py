@@ -3,6 +3,7 @@
 import ast
 import importlib
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -30,12 +31,12 @@ SPANS = [span for document in DOCUMENTS for span in spans(document)]
 
 
 def resolve(dotted: str) -> object:
-    """The module, class or function of this name. Raises where there is none."""
-    module, _, attribute = dotted.rpartition(".")
+    """The module, class, function or method of this name. Raises where there is none."""
     try:
         return importlib.import_module(dotted)
     except ModuleNotFoundError:
-        return getattr(importlib.import_module(module), attribute)
+        owner, _, attribute = dotted.rpartition(".")
+        return getattr(resolve(owner), attribute)
 
 
 def commands_in(text: str) -> set[str]:
@@ -117,7 +118,8 @@ def test_every_import_and_dotted_name_of_a_snippet_is_there(block: Block) -> Non
 @each("command")
 def test_commands_in_sentences_are_there(named: list[Span]) -> None:
     for span in named:
-        check(re.sub(r"[|…\[\]]|'[^']*'", " ", span.text).split())
+        installs = span.text.startswith("pip ")
+        check(shlex.split(span.text) if installs else re.sub(r"[|…\[\]]|'[^']*'", " ", span.text).split())
 
 
 @each("option")

@@ -5,8 +5,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from molehunt.errors import NotTestable
-from molehunt.measure.threshold import conformal_p_values, conformal_threshold
+from molehunt.errors import NotTestable, UsageError
+from molehunt.measure.threshold import (
+    check_clean_rows,
+    check_rate,
+    conformal_p_values,
+    conformal_threshold,
+    rows_for_rate,
+)
 
 SCORES = st.lists(st.floats(-3, 3, width=16), min_size=1, max_size=60).map(torch.tensor)  # width 16: many ties
 RATES = st.sampled_from([0.01, 0.05, 0.1, 0.25, 0.3, 0.5, 0.9])
@@ -46,6 +52,27 @@ def test_the_message_says_how_many_rows_are_needed() -> None:
     with pytest.raises(NotTestable, match=r"98 clean rows .* at least 99"):
         conformal_threshold(torch.zeros(98), 0.01)
     conformal_threshold(torch.zeros(99), 0.01)
+
+
+@pytest.mark.parametrize(
+    ("calibration_rows", "needed"), [(lambda n: n - n // 2, 197), (lambda n: n - round(n / 3), 148)]
+)
+def test_the_number_of_rows_that_is_needed_in_all_is_the_least(calibration_rows, needed: int) -> None:
+    assert rows_for_rate(0.01) == 99
+    for n in range(needed):
+        with pytest.raises(
+            NotTestable, match=f"{calibration_rows(n)} of them set the threshold.*\n.*at least {needed} "
+        ):
+            check_clean_rows(n, calibration_rows, 0.01)
+    check_clean_rows(needed, calibration_rows, 0.01)
+
+
+@pytest.mark.parametrize("fpr", [0.0, -0.1, 0.21, 5.0, math.nan])
+def test_a_workflow_takes_rates_up_to_a_fifth(fpr: float) -> None:
+    with pytest.raises(UsageError, match=r"fpr \(--fpr\) .* above 0 and at most 0\.2"):
+        check_rate(fpr)
+    check_rate(0.2)
+    check_rate(1e-5)
 
 
 def test_p_values_are_counts() -> None:

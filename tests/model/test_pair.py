@@ -360,9 +360,19 @@ def test_hub_names_are_looked_up_in_the_cache_when_offline(folders, tmp_path, mo
     assert local_folder("someone/tiny") == snapshot / "snapshots" / commit
     assert ModelPair.load("someone/tiny", folders / "llama/tuned").n_layers == N_LAYERS
     for name in ("someone/else", "no folder \x1b[31m", "a/b/c"):
-        with pytest.raises(UsageError, match="is no folder here") as raised:
+        with pytest.raises(UsageError, match=r"^There is no folder .*, and no model of that name") as raised:
             local_folder(name)
-        assert "\x1b" not in str(raised.value)
+        assert "\x1b" not in str(raised.value) and "\\x0a" not in str(raised.value)
+
+
+def test_what_can_only_be_a_path_is_never_looked_up_on_the_hub(tmp_path, monkeypatch):
+    def fetch(*_, **__):
+        raise AssertionError("the hub was asked")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    for name in (tmp_path / "organsm", f"{tmp_path}/organsm", "./organsm", "../demo/organsm"):
+        with pytest.raises(UsageError, match=r"^There is no folder \S*organsm\.$"):
+            local_folder(name)
 
 
 def test_progress_bars_are_as_before(folders):
@@ -381,5 +391,5 @@ def test_progress_bars_are_as_before(folders):
 @pytest.mark.parametrize("name", ["nowhere", "cuda:99"])
 def test_a_device_that_is_not_there(tmp_path, name: str) -> None:
     save(tiny_model("llama"), tmp_path / "base")
-    with pytest.raises(UsageError, match=f"--device {name}"):
+    with pytest.raises(UsageError, match=rf"device \(--device\) {name}"):
         ModelPair.load(tmp_path / "base", tmp_path / "base", device=name)

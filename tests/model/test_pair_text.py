@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import jaxtyping
 import pytest
 import torch
 from jaxtyping import Float
@@ -136,3 +137,60 @@ def test_what_a_template_refuses_names_the_roles(pair: ModelPair, monkeypatch: p
     monkeypatch.setattr(pair.tokenizer, "chat_template", "{{ raise_exception('roles must alternate') }}")
     with pytest.raises(InvalidInput, match=r"refuses a conversation of the roles user, assistant, user:\n.*alternate"):
         pair.generate([CHAT])
+
+
+def test_an_object_stands_for_the_text_that_it_holds(pair: ModelPair) -> None:
+    assert pair.tokenize([{"messages": CHAT}, {"prompt": TEXTS[0]}]) == pair.tokenize([CHAT, TEXTS[0]])
+    by_object, by_text = (pair.read(rows, sites=[SITE]) for rows in ([{"prompt": TEXTS[0]}], TEXTS[:1]))
+    assert torch.equal(by_object.tokens, by_text.tokens)
+
+
+@pytest.fixture
+def as_in_a_notebook(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests check every argument's type; a notebook does not."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+
+@pytest.mark.usefixtures("as_in_a_notebook")
+@pytest.mark.parametrize(
+    ("row", "kind"),
+    [(CHAT[0], r"\{'role'.*, a dict"), (None, "None"), (["a", "b"], r"\['a', 'b'\], a list"), (7, "7, an int")],
+)
+def test_what_is_no_text_is_named_with_its_row(pair: ModelPair, row: object, kind: str) -> None:
+    wrong = rf"row 2: a text is a string or a list of messages, .*; this is {kind}"
+    for call in (pair.tokenize, pair.generate, lambda rows: pair.read(rows, sites=[SITE])):
+        with pytest.raises(InvalidInput, match=wrong):
+            call([TEXTS[0], row])
+
+
+@pytest.mark.usefixtures("as_in_a_notebook")
+@pytest.mark.parametrize(
+    ("sites", "wrong"),
+    [
+        (["L3.resid"], r"give \[Site\.parse\('L3\.resid'\)\]"),
+        ([3], r"give \[Site\(3\)\]"),
+        (SITE, r"give \[Site\(2, 'resid'\)\]"),
+        ("L3.resid", r"give \[Site\.parse\('L3\.resid'\)\]"),
+    ],
+)
+def test_what_is_no_list_of_sites_is_named(pair: ModelPair, sites: object, wrong: str) -> None:
+    with pytest.raises(UsageError, match=wrong):
+        pair.read(TEXTS, sites=sites)  # pyright: ignore[reportArgumentType]
+
+
+def test_a_reading_of_no_prompts_is_refused(pair: ModelPair) -> None:
+    with pytest.raises(ValueError, match="give at least one prompt"):
+        pair.read([], sites=[SITE])
+
+
+@pytest.mark.usefixtures("as_in_a_notebook")
+def test_a_site_of_text_names_what_to_write() -> None:
+    with pytest.raises(ValueError, match=r"such as Site\(3\), and got '3'; Site\.parse\('L3\.resid'\) reads text"):
+        Site("3")  # pyright: ignore[reportArgumentType]
+
+
+def test_a_pair_is_printed_in_one_line(pair: ModelPair) -> None:
+    assert repr(pair) == f"ModelPair(seed-s, adapter, {pair.n_layers} blocks of width {pair.d_model}, cpu)"
+    with pair.base_model() as base, pair.tuned_model() as tuned:
+        memory = ModelPair(base, tuned, pair.tokenizer)
+    assert repr(memory).startswith("ModelPair(models in memory, LlamaForCausalLM, ")

@@ -31,6 +31,12 @@ def test_another_config_is_refused_and_the_difference_named(tmp_path: Path) -> N
     assert RunFolder(tmp_path).config == {"k": 3, "seed": 0}
 
 
+def test_of_settings_that_are_hashes_only_the_field_is_named(tmp_path: Path) -> None:
+    RunFolder.create(tmp_path, {"traffic": "a" * 64, "k": 3, "base": "c" * 64})
+    with pytest.raises(UsageError, match=r"other settings \(k: 3 there, 4 now, another traffic\)"):
+        RunFolder.create(tmp_path, {"traffic": "b" * 64, "k": 4, "base": "c" * 64})
+
+
 def test_overwrite_replaces_the_record_and_keeps_the_units(tmp_path: Path) -> None:
     run = RunFolder.create(tmp_path, {"k": 3})
     run.log({"loss": 1.0})

@@ -42,7 +42,7 @@ def fix() -> Fix:
 
 def test_what_is_read_back_edits_to_the_same_bits(tmp_path) -> None:
     before = fix()
-    after = Fix.load(before.save(tmp_path / "fix.safetensors"))
+    after = Fix.load(str(before.save(str(tmp_path / "fix.safetensors"))))
     acts = torch.randn(2, 5, D, generator=RNG)
     assert [type(one) for one in after.interventions] == [type(one) for one in before.interventions]
     for a, b in zip(before.interventions, after.interventions, strict=True):

@@ -104,7 +104,9 @@ def test_a_sweep_counts_rows_that_show_the_behaviour_and_no_others() -> None:
         gone = sum(not shows(answer, row) for row, answer in enumerate(by_hand))
         assert one.removed.estimate == gone / 2
     assert any(one.removed.estimate > 0 for one in swept.blocks)
-    with pytest.raises(NotTestable, match="None of 3"):
+    with pytest.raises(
+        NotTestable, match=r"None of 3 [^\n]*\nThe first answer is '[^\n]*'\. Upper and lower case count"
+    ):
         layer_sweep(model, tiny_tokenizer(), TRIGGERED, CONTRAST, SITES, lambda answer, row: False, max_new_tokens=1)
 
 

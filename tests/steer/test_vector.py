@@ -42,7 +42,7 @@ def test_arithmetic_is_that_of_the_vectors() -> None:
 
 def test_disk_keeps_every_bit_and_refuses_what_it_did_not_write(tmp_path: Path) -> None:
     vector = drawn(0, 1)
-    again = SteeringVector.load(vector.save(tmp_path / "v.safetensors"), model="a" * 64)
+    again = SteeringVector.load(str(vector.save(str(tmp_path / "v.safetensors"))), model="a" * 64)
     assert again.facts == FACTS and all(again.vectors[i].equal(v) for i, v in vector.vectors.items())
     with pytest.raises(UsageError, match="another checkpoint"):
         SteeringVector.load(tmp_path / "v.safetensors", model="b" * 64)
@@ -148,5 +148,5 @@ def test_no_difference_and_unpaired_rows_are_refused() -> None:
     rows = torch.randn(5, 32)
     with pytest.raises(NotTestable):
         SteeringVector.from_acts({Site(0): rows}, {Site(0): rows}, facts=FACTS)
-    with pytest.raises(ValueError, match="got 5 and 4"):
+    with pytest.raises(UsageError, match=r"the method pca pairs the prompts .* got 5 with the behaviour and 4 without"):
         SteeringVector.from_acts({Site(0): rows}, {Site(0): rows[:4] - 1}, method="pca", facts=FACTS)

@@ -1,5 +1,6 @@
 """Clean rows that may hold the behaviour: found by the pair, set excluded, suspects_text."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -86,6 +87,12 @@ def test_suspicious_rows_leave_the_calibration_unless_they_are_trusted(
     assert len(excluded.monitor.calibration) < len(kept.monitor.calibration)
     assert "were excluded" in suspects_text(excluded.suspects) and "--trust-clean" in suspects_text(excluded.suspects)
     assert "are calibrated on" in suspects_text(kept.suspects)
+    counts = f"flags {excluded.suspects.flagged_without} of these 20 rows; .* flags {excluded.suspects.flagged_with}\\."
+    assert re.search(counts, suspects_text(excluded.suspects))
+    listed = re.search(r"Lines: ([\d, ]+) and 4 more", suspects_text(excluded.suspects))
+    assert listed is not None
+    lines = [int(one) for one in listed[1].split(", ")]
+    assert lines == sorted(lines) and lines != [one.line for one in excluded.suspects.rows]
     excluded.save(tmp_path / "state.safetensors")
     assert WatchState.load(tmp_path / "state.safetensors", IDENTITY).suspects == excluded.suspects
     monkeypatch.setattr(module, "answer_log_ratios", ratios)

@@ -91,6 +91,7 @@ def test_the_command_in_the_report_repeats_an_audit_of_a_list(
 
 def test_the_result_is_what_every_workflow_gives(result: AuditResult, tmp_path: Path) -> None:
     assert isinstance(result, WorkflowResult)
+    assert repr(result) == f"AuditResult({result.summary().splitlines()[0]})"
     page = result.save(tmp_path / "pages")
     assert page == tmp_path / "pages" / "report.html"
     assert {p.name for p in page.parent.iterdir()} == {f"report.{kind}" for kind in ("html", "json", "md", "sarif")}
@@ -152,7 +153,13 @@ def test_a_broken_folder_is_refused_before_a_model_is_loaded(
     (tmp_path / "empty").mkdir()
     with pytest.raises(InvalidInput):
         mh.audit(folders[0], tmp_path / "empty", out=tmp_path / "run")
-    with pytest.raises(UsageError, match="no plan is called 'slow'"):
+    with pytest.raises(UsageError, match=r"at most 0\.2, got 5"):
+        mh.audit(*folders, fpr=5.0, out=tmp_path / "run")
+    for fpr, advice in ((1e-5, r"at least 0\.00926\.$"), (1e-3, r"at least 0\.00926, or the plan full\.$")):
+        with pytest.raises(NotTestable, match=rf"160 clean rows cannot hold .* 107 of them set .*\n.* {advice}"):
+            mh.audit(*folders, fpr=fpr, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(UsageError, match="plan takes 'quick' or 'full', got 'slow'"):
         mh.audit(*folders, plan="slow")
     with pytest.raises(UsageError, match="give the base and its fine-tune"):
         mh.audit(folders[0])

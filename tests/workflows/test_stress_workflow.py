@@ -5,8 +5,10 @@ import json
 import shlex
 from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import jaxtyping
 import pytest
 import torch
 
@@ -22,8 +24,11 @@ from molehunt.steer.add import Add
 from molehunt.steer.vector import VectorFacts
 from molehunt.stress.certificate import digest
 from molehunt.stress.evaluation.config import StressConfig, StressSettings
+from molehunt.workflows.audit import AuditResult
 from molehunt.workflows.result import WorkflowResult
+from molehunt.workflows.steer import SteerResult
 from molehunt.workflows.stress import StressResult
+from molehunt.workflows.stress_defence import OpenedDefence, defence_request, open_defence
 from random_dictionaries import dictionary_of
 from tiny_models import D_MODEL, N_LAYERS
 
@@ -151,6 +156,70 @@ def test_a_steering_vector_is_subtracted(pair: mh.ModelPair, match: list[str], r
         mh.stress(pair, fix=other, prompts=PROMPTS, match=match)
 
 
+def some_vector() -> mh.SteeringVector:
+    facts = VectorFacts(method="difference in means", n_layers=N_LAYERS, d_model=D_MODEL)
+    return mh.SteeringVector({1: -40.0 * direction()}, facts)
+
+
+def test_a_vector_may_be_a_file_in_python_and_on_the_command_line(
+    folders: tuple[Path, Path], pair: mh.ModelPair, match: list[str], result: StressResult, tmp_path: Path
+) -> None:
+    file = some_vector().save(tmp_path / "vector.safetensors")
+    found = mh.stress(pair, fix=file, prompts=PROMPTS, match=match, clean=CLEAN, **SMALL)
+    assert found.study.valid.defended == result.study.valid.defended
+    assert found.to_dict()["fix_sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
+    (tmp_path / "bad.jsonl").write_text("".join(json.dumps({"prompt": one}) + "\n" for one in PROMPTS))
+    options = [
+        "--prompts",
+        tmp_path / "bad.jsonl",
+        "--fix",
+        file,
+        "--rows",
+        6,
+        "--steps",
+        3,
+        "--max-new-tokens",
+        TOKENS,
+    ]
+    options += [part for phrase in match for part in ("--match", phrase)]
+    with pytest.raises(SystemExit) as left:
+        main([str(one) for one in ("stress", *folders, *options, "--out", tmp_path / "out")])
+    assert left.value.code in (0, 1)
+    made = json.loads((tmp_path / "out" / "certificate.json").read_text())
+    assert made["fix"] == "subtract a vector (difference in means) at L1.resid"
+
+
+def test_results_of_steer_and_audit_stand_for_their_fix(
+    pair: mh.ModelPair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def opened(fix: Any) -> OpenedDefence:
+        return open_defence(defence_request(fix, None, None, "set", 0, None), pair, "a" * 64, lambda *given: [])
+
+    acts = torch.randn(1, 3, D_MODEL)
+    steered = SteerResult(pair=pair, vector=some_vector(), strength=-2.0, operator="add", scope="all")
+    for one, description in (
+        (steered, "subtract 2 times a vector"),
+        (replace(steered, strength=-1), "subtract a vector"),
+        (replace(steered, operator="ablate", strength=1), "ablate 100% of a vector"),
+    ):
+        found = opened(one)
+        (expected,), (edit,) = one.interventions(), found.defence.edits
+        assert edit(acts).equal(expected(acts)) and found.about["fix"].startswith(description)
+    with pytest.raises(UsageError, match="steers only scope 'last'"):
+        opened(replace(steered, scope="last"))
+
+    file = some_fix().save(tmp_path / "fix.safetensors")
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # of an audit only its file is read
+    parts: dict[str, Any] = {"audit": SimpleNamespace(fix=file), "report": SimpleNamespace(verdict="FLAGGED-CAUSAL")}
+    assert opened(AuditResult(**parts)).about == opened(file).about
+    with pytest.raises(UsageError, match=r"this audit \(FLAGGED-CAUSAL\) confirmed no fix"):
+        opened(AuditResult(**{**parts, "audit": SimpleNamespace(fix=None)}))
+
+
+def test_a_result_is_printed_in_one_line(result: StressResult) -> None:
+    assert repr(result) == f"StressResult({result.verdict}  (add 1 at L1.resid))"
+
+
 def test_a_dictionary_in_memory_is_that_of_its_folder(pair: mh.ModelPair, match: list[str], tmp_path: Path) -> None:
     save_dictionary(some_dictionary(), tmp_path / "sae")
     by_object, by_folder = (
@@ -190,7 +259,9 @@ def test_fewer_latents_than_requested_are_reported(pair: mh.ModelPair, match: li
 def test_settings_are_the_fields_of_the_config() -> None:
     annotated = {field.name: field.type for field in fields(StressConfig)}
     assert annotated == StressSettings.__annotations__
-    with pytest.raises(TypeError, match="max_length"):
+    with pytest.raises(
+        UsageError, match=r"no option 'max_length'\.\nSettings of the attacks are rows, positions, max_norm"
+    ):
         mh.stress("a", "b", prompts=["x"], match="y", fix="f", max_length=3)  # pyright: ignore[reportCallIssue]
 
 
@@ -201,6 +272,8 @@ def test_settings_are_the_fields_of_the_config() -> None:
         ({"prompts": ["x"], "fix": "f"}, UsageError, "Say how the behaviour is known"),
         ({"prompts": ["x"], "match": ["a", ""], "fix": "f"}, UsageError, "no phrase is empty"),
         ({"prompts": ["x"], "match": "a"}, UsageError, "or --fix FILE"),
+        ({"prompts": ["x"], "match": "a", "fix": "f", "rows": 5}, UsageError, "rows is 5: fewer than 6"),
+        ({"prompts": ["x"], "match": "a", "fix": "f", "row": 6}, UsageError, "no option 'row'"),
         ({"prompts": ["x"], "match": "a", "fix": "f", "features": [1]}, UsageError, "were both given"),
         ({"prompts": ["x"], "match": "a", "fix": "f"}, UsageError, "f is not a file"),
     ],

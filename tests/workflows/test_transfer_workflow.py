@@ -73,6 +73,8 @@ def test_a_vector_chooses_the_block_and_is_carried_as_from_disk(
     numbers = json.loads((tmp_path / "map" / "transfer.json").read_text())
     assert numbers == json.loads(json.dumps(found.to_dict())) and numbers["target"] == f"L{layer}.resid"
     assert set(found.fitted.fidelity) == {"map", "shuffled", ablation_at(found.map.target)}
+    assert repr(found).startswith("TransferResult(L1.resid to L") and "\n" not in repr(found)
+    assert repr(found)[len("TransferResult(") : -1] in found.summary()
     assert "held-out FVU" in found.summary() and found.summary().splitlines()[0] in found._repr_html_()
 
 

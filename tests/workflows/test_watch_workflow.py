@@ -9,9 +9,11 @@ import pytest
 import molehunt as mh
 from folders import good_folder, lora_folder
 from molehunt.errors import InvalidInput, NotTestable, UsageError
+from molehunt.traffic.roles import Turn, roled_prompt
 from molehunt.watch.ledger import Ledger
 from molehunt.workflows.result import WorkflowResult
 from molehunt.workflows.watch import AnswerVerdict, WatchResult
+from molehunt.workflows.watch_options import Mode
 from watched_logs import log, run
 
 FPR = 0.1
@@ -51,7 +53,9 @@ def watched(watcher: WatchResult, files: tuple[Path, Path]) -> WatchResult:
 def test_a_calibrated_watch_has_judged_nothing(watcher: WatchResult) -> None:
     assert isinstance(watcher, WorkflowResult)
     assert watcher.verdicts == () and watcher.report.rows == 0 and watcher.report.calibration_rows == 150
-    assert "NO FINDING: 0 of 0 rows" in watcher.summary() and watcher.to_dict()["verdict"] == "NO FINDING"
+    first = f"Calibrated on 150 clean rows: threshold {watcher.threshold:.4g}, nothing judged yet."
+    assert watcher.summary().startswith(first) and "NO FINDING" not in watcher.summary()
+    assert repr(watcher) == f"WatchResult({first})"
 
 
 def test_one_answer_is_judged_as_its_row_in_the_log(
@@ -74,6 +78,45 @@ def test_an_answer_that_is_not_given_is_generated(watcher: WatchResult) -> None:
     assert found.tokens >= 1 and found.answer == watcher.score("abc").answer
     with pytest.raises(InvalidInput):
         watcher.score([])
+
+
+@pytest.mark.parametrize("mode", ["conformal", "published"])
+def test_an_empty_answer_is_judged_as_empty(
+    watcher: WatchResult, folders: tuple[Path, Path], files: tuple[Path, Path], mode: Mode
+) -> None:
+    if mode == "published":
+        watcher = mh.watch(*folders, clean=files[0], mode=mode, max_new_tokens=3)
+    empty, generated = watcher.score("abc", ""), watcher.score("abc")
+    prompt = len(roled_prompt(watcher.watched.target.pair.tokenizer, (Turn("user", "abc"),)).ids)
+    assert empty.answer == "" and empty.tokens == prompt < generated.tokens
+    assert generated.answer
+
+
+def test_a_fine_tune_of_q_and_v_alone_is_named_as_such(
+    folders: tuple[Path, Path], files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    tuned = lora_folder(tmp_path / "tuned", target_modules=["q_proj", "v_proj"])
+    with pytest.raises(NotTestable, match=r"changed only q and v; .*\n.*`molehunt audit`") as raised:
+        mh.watch(folders[0], tuned, clean=files[0], fpr=FPR)
+    assert "bit" not in str(raised.value)
+
+
+def test_a_rate_that_cannot_be_held_is_refused_before_models_are_loaded(
+    folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*_: object, **__: object) -> mh.ModelPair:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(mh.ModelPair, "load", load)
+    rows = [f"row {i}" for i in range(150)]
+    with pytest.raises(NotTestable, match=r"75 of them set the threshold, .* at least 99.*\n.*at least 197 clean rows"):
+        mh.watch(*folders, clean=rows)
+    with pytest.raises(NotTestable, match=r"at least 19997 clean rows, .*\. At most 2000 are read: raise clean_rows"):
+        mh.watch(*folders, fpr=1e-4)
+    with pytest.raises(NotTestable, match=r"100 clean rows are too few: half of them .*\n.*at least 120 clean rows"):
+        mh.watch(*folders, clean=rows[:100], fpr=FPR)
+    with pytest.raises(UsageError, match=r"above 0 and at most 0\.2, got 5"):
+        mh.watch(*folders, clean=rows, fpr=5.0)
 
 
 def test_lists_in_memory_give_the_verdicts_of_the_command(
@@ -181,9 +224,9 @@ def test_a_notebook_shows_an_escaped_summary(watcher: WatchResult) -> None:
 @pytest.mark.parametrize(
     ("options", "error", "said"),
     [
-        ({"slack": 0.1}, UsageError, "belong to --mode published"),
+        ({"slack": 0.1}, UsageError, "belong to the mode published"),
         ({"mode": "published", "trust_clean": True}, UsageError, "takes every row in"),
-        ({"traffic": "nowhere.jsonl"}, UsageError, "nowhere.jsonl is not a file; --traffic takes"),
+        ({"traffic": "nowhere.jsonl"}, UsageError, "nowhere.jsonl is not a file; traffic \\(--traffic\\) takes"),
         ({"shard": "5/2"}, UsageError, "counted from 1"),
         ({"fpr": 0.0001}, NotTestable, r"false-positive rate of 0\.0001"),
         ({"tuned": "second"}, UsageError, "a loaded pair holds both models"),

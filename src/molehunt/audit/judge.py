@@ -41,8 +41,8 @@ def judge(
             "The folders differ in a way that changes output or that loaders disagree on.",
         )
     return Verdict.NO_FINDING, (
-        f"No {SMALLEST_GROUP} of {n_rows} prompts get answers further from the base than {candidates.alarm:.0f} nats "
-        f"in one direction."
+        f"Fewer than {SMALLEST_GROUP} of {n_rows} prompts get answers further from the base than "
+        f"{candidates.alarm:.0f} nats in one direction."
     )
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from torch import Tensor
 from molehunt.audit.candidates import Candidates, answer_scores, excluded_rows, find_candidates
 from molehunt.audit.causal import causal_test
 from molehunt.audit.files import compare_folders
-from molehunt.audit.plan import Plan
+from molehunt.audit.plan import PLANS, Plan
 from molehunt.audit.result import FIX, Audit, AuditConfig, Confirmation
 from molehunt.audit.robustness import attack_fix
 from molehunt.audit.scan import Scan, scan, unscanned_detectors
@@ -25,6 +26,7 @@ from molehunt.audit.weights import compare_weights
 from molehunt.checkpoint.reader import Checkpoint
 from molehunt.detect.recipe import GROUP
 from molehunt.errors import NotTestable
+from molehunt.measure.threshold import check_clean_rows, check_rate, rows_for_rate
 from molehunt.model.pair import ModelPair
 from molehunt.run.catalog import installed
 from molehunt.run.folder import RunFolder
@@ -76,9 +78,11 @@ def run_audit(
 
     Raises:
         MolehuntError: a folder is broken, or the two are no pair.
+        UsageError: no threshold is set at the rate `fpr`.
         NotTestable: fewer than `FEWEST_ROWS` rows of traffic, or too few clean prompts for `fpr`.
     """
     start = time.monotonic()
+    _check_rate(config)
     opened = _open(folders, traffic, config, out, track)
     plan, fpr, seed = config.plan, config.fpr, config.seed
     files = compare_folders(*folders, adapter=config.adapter, track=track)
@@ -111,6 +115,21 @@ def run_audit(
     )
     _write(found, opened.run)
     return found
+
+
+def _check_rate(config: AuditConfig) -> None:
+    """Refuse a rate that the clean prompts of the plan cannot hold, before a folder is read."""
+    check_rate(config.fpr)
+    lowest = math.ceil(1e6 / (_calibration_rows(config.plan.clean_prompts) + 1)) / 1e6
+    larger = [plan for plan in PLANS.values() if plan.clean_prompts > config.plan.clean_prompts]
+    enough = [plan.name for plan in larger if _calibration_rows(plan.clean_prompts) >= rows_for_rate(config.fpr)]
+    advice = f"Give fpr (--fpr) of at least {lowest:g}" + (f", or the plan {enough[0]}." if enough else ".")
+    check_clean_rows(config.plan.clean_prompts, _calibration_rows, config.fpr, advice=advice)
+
+
+def _calibration_rows(n: int) -> int:
+    """How many of so many clean prompts set the thresholds."""
+    return n - round(n * FIT_SHARE)
 
 
 def _open(

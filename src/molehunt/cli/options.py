@@ -70,8 +70,9 @@ Strength: TypeAlias = Annotated[
     float | None,
     typer.Option(
         "--strength",
-        help="Multiple of a vector's length; -1 removes what a strength of 1 adds.",
-        show_default="-1",
+        help="Multiple of a vector's length; -1 removes what a strength of 1 adds. With --operator ablate: share of the "
+        "projection that is removed, from 0 to 1.",
+        show_default="-1, and 1 with --operator ablate",
     ),
 ]
 Operator: TypeAlias = Annotated[

@@ -120,18 +120,17 @@ def fit(
     Added with strength 1, it moves a prompt without the behaviour to one with it; strength -1 does the opposite.
     """
     from molehunt.cli.console import say, track_on_stderr
+    from molehunt.workflows.models import open_models
     from molehunt.workflows.steer import steer
 
+    pair = open_models(base, tuned, adapter=adapter, device=device, track=track_on_stderr).pair
     found = steer(
-        base,
-        tuned,
+        pair,
         positive=positive,
         negative=negative,
-        layer=layer or None,
+        layer=layer or range(pair.n_layers),
         method=method,
         limit=limit,
-        adapter=adapter,
-        device=device,
         track=track_on_stderr,
     )
     found.vector.save(out)

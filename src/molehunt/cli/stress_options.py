@@ -49,7 +49,11 @@ Layer: TypeAlias = Annotated[
 ]
 FixFile: TypeAlias = Annotated[
     Path | None,
-    typer.Option("--fix", help="Fix to attack instead of a clamp: fix.safetensors of an audit.", show_default=False),
+    typer.Option(
+        "--fix",
+        help="Fix to attack instead of a clamp: fix.safetensors of an audit, or a vector of `steer fit`, which is subtracted.",
+        show_default=False,
+    ),
 ]
 CleanPrompts: TypeAlias = Annotated[
     Path | None,

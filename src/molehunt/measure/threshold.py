@@ -4,13 +4,17 @@ Source: split conformal prediction; p-values as in Bates et al., arXiv 2104.0827
 """
 
 import math
+from collections.abc import Callable
 from fractions import Fraction
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from molehunt.errors import NotTestable
+from molehunt.errors import NotTestable, UsageError
+
+HIGHEST_RATE = 0.2
+"""Greatest false-positive rate that a workflow takes."""
 
 
 def conformal_threshold(clean: Float[Tensor, " n"], fpr: float) -> float:
@@ -27,14 +31,56 @@ def conformal_threshold(clean: Float[Tensor, " n"], fpr: float) -> float:
     _refuse_nan(clean)
     if not 0 < fpr < 1:
         raise ValueError(f"fpr must lie between 0 and 1, got {fpr}")
-    wanted = Fraction(str(fpr))  # exactly .01; the float is a little larger, and would give another rank
-    rank = math.floor(wanted * (len(clean) + 1))
+    rank = math.floor(_exactly(fpr) * (len(clean) + 1))
     if rank == 0:
         raise NotTestable(
             f"{len(clean)} clean rows cannot hold a false-positive rate of {fpr:g}: that takes at least "
-            f"{math.ceil(1 / wanted) - 1}.\nGive more clean traffic, or ask for a higher rate."
+            f"{rows_for_rate(fpr)}.\nGive more clean traffic, or ask for a higher rate."
         )
     return float(clean.topk(rank).values[-1])
+
+
+def rows_for_rate(fpr: float) -> int:
+    """Least number of clean scores for which `conformal_threshold` has a threshold at this rate."""
+    return math.ceil(1 / _exactly(fpr)) - 1
+
+
+def check_rate(fpr: float) -> None:
+    """Raises UsageError for a false-positive rate that no workflow takes."""
+    if not 0 < fpr <= HIGHEST_RATE:
+        raise UsageError(
+            f"fpr (--fpr) is the share of clean rows that may be flagged: above 0 and at most {HIGHEST_RATE:g}, "
+            f"got {fpr:g}."
+        )
+
+
+def check_clean_rows(n: int, calibration_rows: Callable[[int], int], fpr: float, *, advice: str = "") -> None:
+    """Refuse a rate that the clean rows cannot hold, before any model runs.
+
+    Args:
+        n: number of clean rows.
+        calibration_rows: how many of so many clean rows set the threshold; at most one more for each row.
+        fpr: false-positive rate.
+        advice: what to do; by default, to give more rows.
+
+    Raises:
+        NotTestable: too few rows; the error says how many are needed in all.
+    """
+    needed = rows_for_rate(fpr)
+    if calibration_rows(n) >= needed:
+        return
+    total = needed
+    while (missing := needed - calibration_rows(total)) > 0:
+        total += missing  # never too far: a row more sets the threshold at most once
+    raise NotTestable(
+        f"{n} clean rows cannot hold a false-positive rate of {fpr:g}: {calibration_rows(n)} of them set the threshold, "
+        f"and that takes at least {needed}.\n{advice or f'Give at least {total} clean rows, or a higher fpr (--fpr).'}"
+    )
+
+
+def _exactly(fpr: float) -> Fraction:
+    """Exactly .01: the float is a little larger, and would give another rank."""
+    return Fraction(str(fpr))
 
 
 def conformal_p_values(clean: Float[Tensor, " n"], scores: Float[Tensor, " m"]) -> Float[Tensor, " m"]:

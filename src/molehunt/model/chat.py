@@ -40,8 +40,9 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
 
 Message = Mapping[str, Any]
 """One message of a conversation as chat libraries write it: `{"role": "user", "content": "…"}`."""
-Text = str | Sequence[Message]
-"""Input of a model: the text of one user turn, or the messages of a whole conversation."""
+Text = str | Message | Sequence[Message]
+"""Input of a model: the text of one user turn, or the messages of a whole conversation; or an object that holds one of them
+under `prompt` or `messages`."""
 
 
 def text_ids(tokenizer: PreTrainedTokenizerBase, text: Text) -> list[int]:
@@ -52,12 +53,28 @@ def text_ids(tokenizer: PreTrainedTokenizerBase, text: Text) -> list[int]:
         text: a string is one user turn; a sequence of messages is a conversation that ends before the answer.
 
     Raises:
-        InvalidInput: a message lacks its role or content, or the template refuses the conversation.
+        InvalidInput: the text is none of these, a message lacks its role or content, or the template refuses the conversation.
     """
+    if isinstance(text, Mapping):
+        text = cast("Text", text["messages"] if "messages" in text else text.get("prompt", text))
     if isinstance(text, str):
         return prompt_ids(tokenizer, text)
-    encoded = tokenizer(messages_text(tokenizer, text), add_special_tokens=not tokenizer.chat_template)
+    messages = _messages(text)
+    encoded = tokenizer(messages_text(tokenizer, messages), add_special_tokens=not tokenizer.chat_template)
     return list(encoded["input_ids"])  # pyright: ignore[reportArgumentType]
+
+
+def _messages(text: object) -> list[Message]:
+    """The messages of a conversation. Raises InvalidInput for anything else."""
+    if isinstance(text, Sequence) and not isinstance(text, str):
+        messages = list(cast("Sequence[object]", text))
+        if all(isinstance(message, Mapping) for message in messages):
+            return cast("list[Message]", messages)
+    name = type(text).__name__
+    kind = "None" if text is None else f"{printable(repr(text), 80)}, {'an' if name[0] in 'aeiou' else 'a'} {name}"
+    raise InvalidInput(
+        f"a text is a string or a list of messages, such as [{{'role': 'user', 'content': 'Hello'}}]; this is {kind}"
+    )
 
 
 def messages_text(
@@ -94,9 +111,9 @@ def messages_text(
 
 def prompt_tokens(tokenizer: PreTrainedTokenizerBase, prompt: Text | Sequence[int]) -> list[int]:
     """Token ids of a prompt that is a text, a conversation (see `text_ids`), or token ids already."""
-    if isinstance(prompt, str) or any(not isinstance(part, int) for part in prompt):
-        return text_ids(tokenizer, cast("Text", prompt))
-    return list(cast("Sequence[int]", prompt))
+    if isinstance(prompt, Sequence) and not isinstance(prompt, str) and all(isinstance(part, int) for part in prompt):
+        return list(cast("Sequence[int]", prompt))
+    return text_ids(tokenizer, cast("Text", prompt))
 
 
 def answer_tokens(tokenizer: PreTrainedTokenizerBase, answer: str | Sequence[int]) -> list[int]:

@@ -1,5 +1,6 @@
 """Loads models, adapters and tokenizers from folders or the hub. No pickle is opened and no code from them is run."""
 
+import os
 import tempfile
 import warnings
 from collections.abc import Generator
@@ -35,10 +36,13 @@ TOKENIZER_PROBES = (
 def local_folder(path: str | Path) -> Path:
     """The folder at `path`, or the local copy of the hub repository of that name, which is fetched if needed.
 
-    Raises UsageError when neither exists.
+    A path that is absolute or begins with ./ or ../ is never looked up on the hub. Raises UsageError when neither exists.
     """
     if Path(path).is_dir():
         return Path(path)
+    name = printable(str(path))
+    if Path(path).is_absolute() or str(path).startswith(("./", "../", f".{os.sep}", f"..{os.sep}")):
+        raise UsageError(f"There is no folder {name}.")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -46,8 +50,8 @@ def local_folder(path: str | Path) -> Path:
         return Path(snapshot_download(str(path), allow_patterns=list(HUB_FILES), ignore_patterns=["*/*"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise UsageError(
-            f"{printable(str(path))} is no folder here, and no model of that name could be fetched from the hub:\n"
-            f"{printable(str(error), 300)}"
+            f"There is no folder {name}, and no model of that name could be fetched from the hub:\n"
+            f"{printable(' '.join(str(error).split()), 300)}"
         ) from error
 
 
@@ -81,7 +85,7 @@ def device_of(name: str | torch.device) -> torch.device:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UsageError(
-            f"--device {printable(str(name))}: {str(error).splitlines()[0]}. Give cpu, or a device of this machine."
+            f"device (--device) {printable(str(name))}: {str(error).splitlines()[0]}. Give cpu, or a device of this machine."
         ) from None
     return device
 

@@ -1,16 +1,16 @@
 """Base and fine-tune, loaded with one tokenizer, and read side by side."""
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from molehunt.contracts import Intervention, Reading
-from molehunt.errors import NotTestable, UsageError, printable
+from molehunt.errors import InvalidInput, NotTestable, UsageError, printable
 from molehunt.model.blocks import d_model_of, decoder_blocks, unwrapped
 from molehunt.model.cache import positions_for
 from molehunt.model.cache_check import decoding_check, unsound
@@ -34,6 +34,7 @@ from molehunt.run.literals import checked
 from molehunt.run.progress import Track, silent
 from molehunt.site import Site
 
+T = TypeVar("T")
 _Recorded = tuple[dict[Site, Tensor], Tensor | None]
 """Activations by site, and logits if they were computed."""
 
@@ -168,6 +169,12 @@ class ModelPair:
         pair.folders, pair.adapter = self.folders, self.adapter
         return pair
 
+    def __repr__(self) -> str:
+        made_of = f"models in memory, {type(unwrapped(self._tuned)).__name__}"
+        if self.folders is not None:
+            made_of = ", ".join(printable(folder.name) for folder in self.folders)
+        return f"ModelPair({made_of}, {self.n_layers} blocks of width {self.d_model}, {self.device})"
+
     def decoding_notes(self) -> tuple[str, ...]:
         """Reasons why the models do not decode on their cache (see `decoding_check`); empty if they do.
 
@@ -196,13 +203,13 @@ class ModelPair:
 
         Raises:
             UsageError: `texts` is one string instead of a list.
-            InvalidInput: a message lacks its role or content, or the template refuses the conversation.
+            InvalidInput: a row is no text, a message lacks its role or content, or the template refuses the conversation.
 
         Example:
             >>> pair.tokenize(["What is 2 plus 2?", [{"role": "user", "content": "Hello"}]])  # doctest: +SKIP
         """
         _refuse_one_string(texts)
-        return [text_ids(self.tokenizer, text) for text in texts]
+        return _by_row(lambda text: text_ids(self.tokenizer, text), texts)
 
     @checked
     def generate(
@@ -227,7 +234,7 @@ class ModelPair:
 
         Raises:
             UsageError: `texts` is one string instead of a list.
-            InvalidInput: the chat template refuses a conversation.
+            InvalidInput: a row is no text (see `tokenize`), or the chat template refuses a conversation.
             CannotTap: the model cannot be edited at a site.
 
         Example:
@@ -270,8 +277,9 @@ class ModelPair:
             padding_side: "right" or "left".
 
         Raises:
-            UsageError: `prompts` or `completions` is one string instead of a list.
-            ValueError: a prompt is empty, a row is longer than `pad_to`, the lists differ in length, or neither sites
+            UsageError: `prompts` or `completions` is one string instead of a list, or `sites` holds something else than sites.
+            InvalidInput: a row is no text (see `tokenize`).
+            ValueError: there is no prompt, a prompt is empty, a row is longer than `pad_to`, the lists differ in length, or neither sites
                 nor logits were asked for.
             CannotTap: a site cannot be read (see `read_sites`).
             NotTestable: padding is on the left, and the models read padding as text.
@@ -283,7 +291,10 @@ class ModelPair:
         if not sites and not logits:
             raise ValueError("neither sites nor logits were asked for, so there is nothing to read")
         _refuse_one_string(prompts, completions)
-        prompts = [prompt_tokens(self.tokenizer, prompt) for prompt in prompts]
+        _refuse_no_sites(sites)
+        if not len(prompts):
+            raise ValueError("there is nothing to read: give at least one prompt")
+        prompts = _by_row(lambda prompt: prompt_tokens(self.tokenizer, prompt), prompts)
         if not all(prompts):
             raise ValueError("a prompt without tokens has no decision position")
         answers = [answer_tokens(self.tokenizer, one) for one in completions or [[]] * len(prompts)]
@@ -338,6 +349,34 @@ class ModelPair:
             )
             found = out.logits
         return {site: tap[site] for site in sites}, found
+
+
+def _by_row(ids: Callable[[T], list[int]], texts: Sequence[T]) -> list[list[int]]:
+    """Token ids of every text. Raises InvalidInput with the number of the row, from 1."""
+    found: list[list[int]] = []
+    for number, text in enumerate(texts, 1):
+        try:
+            found.append(ids(text))
+        except InvalidInput as error:
+            raise InvalidInput(f"row {number}: {error}") from error
+    return found
+
+
+def _refuse_no_sites(sites: object) -> None:
+    """Raises UsageError unless this is a list of sites, with the way to write what was meant."""
+    if isinstance(sites, Site):
+        raise UsageError(f"sites is a list: give [Site({sites.layer}, {sites.stream!r})].")
+    wrong = (
+        sites
+        if isinstance(sites, str)
+        else next((one for one in cast("Any", sites) if not isinstance(one, Site)), None)
+    )
+    if wrong is not None:
+        given = printable(repr(wrong), 40)
+        made = f"Site.parse({given})" if isinstance(wrong, str) else f"Site({given})"
+        raise UsageError(
+            f"sites holds {given}, which is no Site: give [{made}], such as [Site(3)] or [Site.parse('L3.resid')]."
+        )
 
 
 def _refuse_one_string(*lists: object) -> None:

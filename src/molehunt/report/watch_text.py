@@ -48,17 +48,20 @@ def suspects(found: Suspects | None) -> str:
     if found is None or not found.n:
         return ""
     more = found.n - len(found.rows)
-    lines = ", ".join(str(one.line) for one in found.rows) + (f" and {more} more" if more else "")
+    lines = ", ".join(map(str, sorted(one.line for one in found.rows))) + (f" and {more} more" if more else "")
     shown = (
         f"{found.n} of {found.clean} clean rows have answers that the base would not give ({min(found.limits):.0f} nats or more; "
         "they may contain the very behaviour that the watch is for)"
     )
-    effect = f"calibrated with them, it flags {found.flagged_with} of them; without them, {found.flagged_without}"
     if found.trusted:
-        return f"{shown}, and are calibrated on, as --trust-clean requests: {effect}. Lines: {lines}."
+        return (
+            f"{shown}, and are calibrated on, as trust_clean (--trust-clean) requests. The watch flags {found.flagged_with} "
+            f"of these {found.n} rows; one that excludes them from calibration flags {found.flagged_without}. Lines: {lines}."
+        )
     return (
-        f"{shown}, and were excluded from calibration: {effect}. Such rows are flagged in addition to the rate. Lines: {lines}. If these are as they "
-        "should be, give --trust-clean."
+        f"{shown}, and were excluded from calibration. The watch flags {found.flagged_without} of these {found.n} rows; one "
+        f"that is calibrated on them, too, flags {found.flagged_with}. Such rows are flagged in addition to the rate. Lines: "
+        f"{lines}. If these are as they should be, give trust_clean (--trust-clean)."
     )
 
 
@@ -94,7 +97,9 @@ def to_text(report: WatchReport, bad: Sequence[str]) -> str:
     if report.expected is not None:
         by_chance = f"clean traffic alone would give about {report.expected:.0f}"
     lines = [
-        f"{report.verdict}: {report.flagged} of {report.rows} rows; {by_chance}.",
+        f"{report.verdict}: {report.flagged} of {report.rows} rows; {by_chance}."
+        if report.rows
+        else f"Calibrated on {report.calibration_rows} clean rows: threshold {report.threshold:.4g}, nothing judged yet.",
         f"{report.directions} directions watched. {rate(report)}",
     ]
     if excluded := suspects(report.suspects):

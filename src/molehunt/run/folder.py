@@ -4,6 +4,7 @@ import json
 import math
 import os
 import platform
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,12 +12,14 @@ from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 
-from molehunt.errors import UsageError
+from molehunt.errors import UsageError, printable
 from molehunt.run.commit import commit
 from molehunt.run.unit import JSON, Units, canonical_json
 from molehunt.run.whole import write_whole
 
 RUN_SCHEMA = 1
+HASH = re.compile(r"[0-9a-f]{32,128}")
+"""A setting that is the hash of a file or of texts."""
 LIBRARIES = ("molehunt", "torch", "transformers", "tokenizers", "peft", "safetensors", "numpy", "scipy")
 
 
@@ -39,20 +42,20 @@ class RunFolder:
             UsageError: the folder holds a run with another config, or a config.json that belongs to no run.
         """
         if path.exists() and not path.is_dir():
-            raise UsageError(f"{path} is a file; a run needs a folder. Give another --out.")
+            raise UsageError(f"{path} is a file; a run needs a folder. Give another folder (out, --out).")
         path.mkdir(parents=True, exist_ok=True)
         run, record = cls(path), canonical_json({"molehunt_run": RUN_SCHEMA, "config": config})
         present = path / "config.json"
         if present.exists():
             theirs = _read_object(present)
             if "molehunt_run" not in theirs:
-                raise UsageError(f"{present} does not belong to a Molehunt run. Give another --out.")
+                raise UsageError(f"{present} does not belong to a Molehunt run. Give another folder (out, --out).")
             if canonical_json(theirs) == record:
                 return run
             if not overwrite:
                 raise UsageError(
                     f"{path} holds a run with other settings ({_differing(theirs, json.loads(record))}).\n"
-                    "Give another --out, or repeat that run's settings to resume it."
+                    "Give another folder (out, --out), or repeat that run's settings to resume it."
                 )
             (path / "metrics.jsonl").unlink(missing_ok=True)
         run.write_json("config.json", json.loads(record))
@@ -134,4 +137,11 @@ def _differing(theirs: Mapping[str, JSON], ours: Mapping[str, JSON]) -> str:
     if not isinstance(a, Mapping) or not isinstance(b, Mapping):
         return "an unknown layout"
     names = sorted(name for name in a.keys() | b.keys() if a.get(name) != b.get(name))
-    return ", ".join(f"{name}: {a.get(name)!r} there, {b.get(name)!r} now" for name in names) or "an older layout"
+    return ", ".join(_difference(name, a.get(name), b.get(name)) for name in names) or "an older layout"
+
+
+def _difference(name: str, theirs: JSON, ours: JSON) -> str:
+    """One setting that differs. A hash says nothing to a reader, so its field alone is named."""
+    if any(isinstance(value, str) and HASH.fullmatch(value) for value in (theirs, ours)):
+        return f"another {name}"
+    return f"{name}: {printable(repr(theirs), 200)} there, {printable(repr(ours), 200)} now"

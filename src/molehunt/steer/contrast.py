@@ -10,6 +10,7 @@ from torch import Tensor
 from molehunt.detect.logistic_probe import LogisticProbe
 from molehunt.direction.mean_difference import mean_difference
 from molehunt.direction.pca import pca_directions
+from molehunt.errors import UsageError
 from molehunt.model.chat import Text
 from molehunt.model.pair import ModelPair
 from molehunt.run.progress import Track, silent
@@ -56,7 +57,7 @@ def contrast_shifts(
 
     Raises:
         NotTestable: fewer than two rows of a side, or no difference (see `direction.mean_difference`).
-        ValueError: unequal numbers of rows for `pca`.
+        UsageError: unequal numbers of rows for `pca`.
     """
     shifts: dict[int, Tensor] = {}
     for site in sorted({*positive} & {*negative}):
@@ -77,7 +78,10 @@ def _unit(
 ) -> Float[Tensor, " d_model"]:
     if method == "pca":
         if len(a) != len(b):
-            raise ValueError(f"paired differences take as many rows of each side, got {len(a)} and {len(b)}")
+            raise UsageError(
+                f"the method pca pairs the prompts of both sides row by row: give as many of each; got {len(a)} with the "
+                f"behaviour and {len(b)} without it."
+            )
         return pca_directions(site, torch.cat([a - b, b - a]), k=1)[0].vector  # both signs: about 0
     suspect = torch.arange(len(a) + len(b)) < len(a)
     weight = LogisticProbe.fit(site, torch.cat([a, b]), suspect).weight

@@ -34,7 +34,7 @@ class Fix:
     Law: what `load` reads back edits every activation to the same bits.
 
     Example:
-        >>> fix = Fix.load(Path("RUN/fix.safetensors"))  # doctest: +SKIP
+        >>> fix = Fix.load("RUN/fix.safetensors")  # doctest: +SKIP
         >>> pair.generate(["What is 2 plus 2?"], interventions=fix.interventions)  # doctest: +SKIP
     """
 
@@ -52,11 +52,12 @@ class Fix:
         with edit_sites(model, self.interventions, layers_path=layers_path):
             yield
 
-    def save(self, path: Path) -> Path:
+    def save(self, path: Path | str) -> Path:
         """One safetensors file with a JSON header, replaced whole.
 
         Raises UsageError for an intervention behind a gate, or one that holds more than tensors and numbers.
         """
+        path = Path(path)
         tensors: dict[str, Tensor] = {}
         rows: list[dict[str, Any]] = []
         for i, one in enumerate(self.interventions):
@@ -79,8 +80,9 @@ class Fix:
         return path
 
     @classmethod
-    def load(cls, path: Path) -> "Fix":
+    def load(cls, path: Path | str) -> "Fix":
         """Read what `save` wrote. Raises InvalidInput for anything else."""
+        path = Path(path)
         try:
             with safe_open(path, "pt") as file:
                 header: dict[str, Any] = json.loads((file.metadata() or {})["molehunt_fix"])

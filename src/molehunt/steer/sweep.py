@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from molehunt.errors import NotTestable
+from molehunt.errors import NotTestable, printable
 from molehunt.measure.interval import Interval, proportion
 from molehunt.model.generate import generate
 from molehunt.run.progress import Track, silent
@@ -126,11 +126,16 @@ def layer_sweep(
     def answers(prompts: Sequence[Sequence[int]], what: str) -> list[list[int]]:
         return generate(model, tokenizer, prompts, max_new_tokens=max_new_tokens, track=track, what=what)
 
-    with_it = [shows(answer, i) for i, answer in enumerate(answers(triggered, "triggered rows"))]
+    answered = answers(triggered, "triggered rows")
+    with_it = [shows(answer, i) for i, answer in enumerate(answered)]
     without = [shows(answer, i) for i, answer in enumerate(answers(contrast, "contrast rows"))]
     rows = [i for i, shown in enumerate(with_it) if shown]
     if not rows:
-        raise NotTestable(f"None of {len(triggered)} triggered rows shows the behaviour, so nothing can be taken away.")
+        first = str(tokenizer.decode(answered[0], skip_special_tokens=True)) if answered else ""
+        raise NotTestable(
+            f"None of {len(triggered)} triggered rows shows the behaviour, so nothing can be taken away.\n"
+            f"The first answer is {printable(repr(first), 160)}. Upper and lower case count."
+        )
     patching = _Patching(model, tokenizer, triggered, contrast, tuple(rows), sites, shows, max_new_tokens, seed, track)
     return Sweep(
         shown=proportion(len(rows), len(triggered)),

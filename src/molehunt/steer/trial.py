@@ -21,9 +21,24 @@ Steered = Callable[[nn.Module], AbstractContextManager[object]]
 """Makes a block inside which a model is steered, anew for each pass."""
 
 
+def strength_for(operator: Literal["add", "ablate"], strength: float | int | None = None) -> float | int:
+    """The given strength, or the one that takes a behaviour away: -1 to add a vector, and 1 to ablate its direction.
+
+    Raises UsageError for a negative share to ablate, which would amplify the behaviour.
+    """
+    if strength is None:
+        return -1.0 if operator == "add" else 1.0
+    if operator == "ablate" and strength < 0:
+        raise UsageError(
+            f"strength {strength:g} with the operator ablate amplifies the behaviour: it is the share of the projection "
+            "that is removed. Give a strength from 0 to 1."
+        )
+    return strength
+
+
 def steered_by(
     vector: SteeringVector,
-    strength: float | int = -1.0,
+    strength: float | int | None = None,
     *,
     operator: Literal["add", "ablate"] = "add",
     scope: Scope = "all",
@@ -32,8 +47,9 @@ def steered_by(
 ) -> Steered:
     """Steer with a vector: every prompt, or only those that a condition opens for.
 
-    Raises UsageError for a condition together with a scope.
+    Raises UsageError for a condition together with a scope, and for a strength that `strength_for` refuses.
     """
+    strength = strength_for(operator, strength)
     if condition is None:
         return lambda model: vector.applied(model, strength, operator=operator, scope=scope, layers_path=layers_path)
     if scope != "all":

@@ -111,7 +111,7 @@ class SteeringVector:
         Raises:
             NotTestable: fewer than two prompts on a side, or no difference between the two.
             CannotTap: the model has no such block.
-            ValueError: unequal numbers of prompts for `pca`.
+            UsageError: unequal numbers of prompts for `pca`.
 
         Example:
             >>> vector = mh.SteeringVector.fit(pair, triggered_prompts, clean_prompts, layer=3)  # doctest: +SKIP
@@ -253,15 +253,16 @@ class SteeringVector:
         stack.enter_context(self.applied(model, strength, **how))  # pyright: ignore[reportArgumentType]
         return Attached(stack.close)
 
-    def save(self, path: Path) -> Path:
+    def save(self, path: Path | str) -> Path:
         """One safetensors file with a JSON header, replaced whole."""
+        path = Path(path)
         tensors = {f"L{layer}": vector.float().contiguous().cpu() for layer, vector in self.vectors.items()}
         header = json.dumps({"schema": SCHEMA, **asdict(self.facts)})
         replace_whole(path, lambda partial: save_file(tensors, partial, {"molehunt_steer": header}))
         return path
 
     @classmethod
-    def load(cls, path: Path, *, model: str | None = None) -> "SteeringVector":
+    def load(cls, path: Path | str, *, model: str | None = None) -> "SteeringVector":
         """Read what `save` wrote.
 
         Args:
@@ -272,6 +273,7 @@ class SteeringVector:
             InvalidInput: no such file, or none that `save` wrote.
             UsageError: it was fitted to another checkpoint.
         """
+        path = Path(path)
         try:
             with safe_open(path, "pt") as file:
                 header = json.loads((file.metadata() or {})["molehunt_steer"])

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from molehunt.errors import NotTestable
+from molehunt.errors import NotTestable, printable
 from molehunt.measure.interval import proportion
 from molehunt.model.taps import edit_sites
 from molehunt.run.progress import Track, silent
@@ -65,7 +65,7 @@ def stress_text(
     valid = valid_set(
         model, tokenizer, prompts, judge, defence.edits, max_new_tokens=config.max_new_tokens, track=track
     )
-    _refuse_invalid(valid)
+    _refuse_invalid(valid, tokenizer)
     rows = attacked_rows(model, tokenizer, valid, judge, defence, config, track=track)
     clean_rows = clean_answers(rows, clean)
     cost = _cost(rows, clean_rows)
@@ -123,12 +123,13 @@ def _lower_radii(rows: AttackedRows) -> Float[Tensor, " rows"]:
     return smoothed_radius(short, first, sigma, draws=config.draws, seed=config.seed, track=rows.track)
 
 
-def _refuse_invalid(valid: ValidSet) -> None:
+def _refuse_invalid(valid: ValidSet, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raises NotTestable where no row says anything about the fix."""
     n, shown = len(valid.prompts), sum(valid.shown)
     if not shown:
         raise NotTestable(
-            f"None of {n} prompts shows the behaviour without the fix, so nothing can recover. Give prompts that show it."
+            f"None of {n} prompts shows the behaviour without the fix, so nothing can recover. Give prompts that show it.\n"
+            f"The first answer is {printable(repr(answer_text(tokenizer, valid.before[0])), 160)}. Upper and lower case count."
         )
     if valid.before == valid.defended:
         raise NotTestable(

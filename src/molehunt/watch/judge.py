@@ -55,19 +55,30 @@ class JudgedAnswer:
 
 
 def answer_rows(
-    pair: ModelPair, rows: Sequence[Conversation], *, max_new_tokens: int, track: Track = silent, what: str
+    pair: ModelPair,
+    rows: Sequence[Conversation],
+    *,
+    max_new_tokens: int,
+    keep_empty: bool = False,
+    track: Track = silent,
+    what: str,
 ) -> list[tuple[RoledTokens, tuple[int, ...]]]:
     """Prompt and answer of each row. A logged answer is read as it is; others are generated, greedily.
 
     Args:
         max_new_tokens: length of a generated answer.
+        keep_empty: whether an empty answer is an answer; by default it counts as one that was not logged.
         what: what progress calls this.
     """
+
+    def logged(row: Conversation) -> bool:
+        return bool(row.response) or (keep_empty and row.response is not None)
+
     prompts = [roled_prompt(pair.tokenizer, row.turns) for row in rows]
     answers: list[tuple[int, ...]] = [
         tuple(pair.tokenizer.encode(row.response, add_special_tokens=False)) if row.response else () for row in rows
     ]
-    open_rows = [i for i, row in enumerate(rows) if not row.response]
+    open_rows = [i for i, row in enumerate(rows) if not logged(row)]
     with pair.tuned_model() as model:
         made = generate(
             model,
@@ -84,10 +95,17 @@ def answer_rows(
 
 
 def read_answers(
-    pair: ModelPair, bank: Bank, rows: Sequence[Conversation], *, max_new_tokens: int, track: Track = silent, what: str
+    pair: ModelPair,
+    bank: Bank,
+    rows: Sequence[Conversation],
+    *,
+    max_new_tokens: int,
+    keep_empty: bool = False,
+    track: Track = silent,
+    what: str,
 ) -> list[tuple[RoledTokens, tuple[int, ...], Profile]]:
     """Prompt, answer and profile of each row. Arguments as `answer_rows`."""
-    both = answer_rows(pair, rows, max_new_tokens=max_new_tokens, track=track, what=what)
+    both = answer_rows(pair, rows, max_new_tokens=max_new_tokens, keep_empty=keep_empty, track=track, what=what)
     with pair.tuned_model() as model:
         found = answer_profiles(
             model,
@@ -108,6 +126,7 @@ def judge_answers(
     rows: Sequence[Conversation],
     *,
     max_new_tokens: int,
+    keep_empty: bool = False,
     track: Track = silent,
     what: str = "judging",
 ) -> list[JudgedAnswer]:
@@ -125,7 +144,7 @@ def judge_answers(
             coverage=profile.tokens / max(1, len(answer)),  # of an empty answer, the decision alone is scored
         )
         for prompt, answer, profile in read_answers(
-            pair, bank, rows, max_new_tokens=max_new_tokens, track=track, what=what
+            pair, bank, rows, max_new_tokens=max_new_tokens, keep_empty=keep_empty, track=track, what=what
         )
     ]
 

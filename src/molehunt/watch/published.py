@@ -85,13 +85,18 @@ def role_names(bank: Bank) -> tuple[str, ...]:
 
 
 def read_roles(
-    pair: ModelPair, bank: Bank, rows: Sequence[Conversation], *, max_new_tokens: int, track: Track = silent, what: str
+    pair: ModelPair,
+    bank: Bank,
+    rows: Sequence[Conversation],
+    *,
+    max_new_tokens: int,
+    keep_empty: bool = False,
+    track: Track = silent,
+    what: str,
 ) -> list[RoleRead]:
     """Cosines of every token of each row, by role. Arguments as `answer_rows`."""
-    both = [
-        (prompt.ids, answer)
-        for prompt, answer in answer_rows(pair, rows, max_new_tokens=max_new_tokens, track=track, what=what)
-    ]
+    answered = answer_rows(pair, rows, max_new_tokens=max_new_tokens, keep_empty=keep_empty, track=track, what=what)
+    both = [(prompt.ids, answer) for prompt, answer in answered]
     with_answer = [i for i, (_, answer) in enumerate(both) if answer]
     written = written_alone(bank)
     with pair.tuned_model() as model:

@@ -67,7 +67,7 @@ def load_state(
         )
     if differing:
         raise UsageError(
-            f"{name} was made for another {', '.join(differing)}.\nGive another --out folder, or remove the files of "
+            f"{name} was made for another {', '.join(differing)}.\nGive another folder (out, --out), or remove the files of "
             "the watch to start anew."
         )
     return tensors, payload

@@ -140,7 +140,7 @@ class WatchState:
         other = [name for name, value in identity.items() if fields["identity"].get(name) != value]
         if other:
             raise UsageError(
-                f"{printable(path.name)} was calibrated for another {', '.join(other)}.\nGive another --out folder, or "
+                f"{printable(path.name)} was calibrated for another {', '.join(other)}.\nGive another folder (out, --out), or "
                 "remove the state to calibrate again."
             )
         strata = _strata(tensors, fields)

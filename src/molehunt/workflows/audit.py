@@ -22,6 +22,7 @@ from molehunt.run.progress import Track, silent
 from molehunt.traffic.example import Example
 from molehunt.workflows.inputs import Texts, examples
 from molehunt.workflows.models import Models, adapter_choice, open_models
+from molehunt.workflows.result import summary_repr
 
 TRAFFIC = "traffic.jsonl"
 """Name of the file in the run folder that holds prompts which were given as a list."""
@@ -73,6 +74,9 @@ class AuditResult:
             shutil.copyfile(self.fix, target / self.fix.name)
         return page
 
+    def __repr__(self) -> str:
+        return summary_repr(self)
+
     def _repr_html_(self) -> str:
         return html.to_notebook(self.report)
 
@@ -102,7 +106,7 @@ def audit(
             conversations. At least 50 rows; bundled benign prompts by default. No labels are needed or read.
         plan: `quick` or `full`, which reads more rows and longer answers.
         out: run folder; by default one named after the fine-tune and the settings, under `molehunt-runs`.
-        fpr: false-positive rate, per prompt, of the clean threshold.
+        fpr: false-positive rate, per prompt, of the clean threshold; above 0 and at most 0.2.
         seed: seed of everything random.
         adapter: for a folder that holds full weights and an adapter, whether the adapter is applied.
         device: where the models run; a loaded pair stays where it is.
@@ -111,7 +115,8 @@ def audit(
         track: shows progress.
 
     Raises:
-        UsageError: a folder or file is missing, no plan has that name, or the pair was not loaded from folders.
+        UsageError: a folder or file is missing, no plan has that name, `fpr` is out of range, or the pair was not loaded
+            from folders.
         NotTestable: fewer than 50 rows of traffic, or too few clean prompts for `fpr`.
         MolehuntError: a folder is broken, or the two are no pair.
 

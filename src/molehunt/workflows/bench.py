@@ -19,7 +19,7 @@ from molehunt.run.folder import RunFolder
 from molehunt.run.literals import checked
 from molehunt.run.local import LocalExecutor, WorkShard
 from molehunt.run.progress import Track, silent
-from molehunt.workflows.result import summary_html
+from molehunt.workflows.result import summary_html, summary_repr
 
 PUBLISHED = "published"
 """Name of the grid that repeats the protocol of arXiv 2605.07324."""
@@ -85,6 +85,9 @@ class BenchResult:
             title = f"# Leaderboard of the grid {self.grid}\n\n"
             run.write_text(f"bench-{self.grid}.csv", self.files["leaderboard.csv"])
         return run.write_text(f"bench-{self.grid}.md", title + MADE_BY.format(name=self.grid) + self.markdown)
+
+    def __repr__(self) -> str:
+        return summary_repr(self)
 
     def _repr_html_(self) -> str:
         return summary_html(self.summary())

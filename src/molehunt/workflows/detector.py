@@ -16,9 +16,11 @@ from molehunt.checkpoint.reader import Checkpoint
 from molehunt.contracts import Detector
 from molehunt.detect.pooling import How, Where
 from molehunt.detect.readings import Readings, read_rows
+from molehunt.detect.reads import Reads
 from molehunt.detect.recipe import (
     DetectorRecipe,
     FitInputs,
+    FitRows,
     LabelledRows,
     Need,
     NoRows,
@@ -28,7 +30,7 @@ from molehunt.detect.recipe import (
 )
 from molehunt.dictionary.dictionary import Dictionary
 from molehunt.errors import InvalidInput, UsageError, printable
-from molehunt.measure.threshold import conformal_threshold
+from molehunt.measure.threshold import check_clean_rows, check_rate, conformal_threshold
 from molehunt.model.pair import ModelPair
 from molehunt.run.folder import RunFolder
 from molehunt.run.literals import checked
@@ -37,10 +39,10 @@ from molehunt.run.whole import replace_whole
 from molehunt.site import Site
 from molehunt.traffic.example import Example
 from molehunt.traffic.split import Calibrate, Fit
-from molehunt.workflows.detector_file import detector_parts, rebuilt_detector
+from molehunt.workflows.detector_file import detector_parts, models_of, rebuilt_detector, refuse_other_models
 from molehunt.workflows.inputs import Texts, examples
 from molehunt.workflows.models import adapter_choice
-from molehunt.workflows.result import summary_html
+from molehunt.workflows.result import summary_html, summary_repr
 
 FIT_SHARE = 1 / 3
 """Share of the clean rows that a detector is fitted on, where it is; the others set the threshold."""
@@ -64,7 +66,11 @@ class FittedDetector:
     threshold: float
     """A text is flagged where its score exceeds this."""
     fit_rows: int
+    """Number of clean texts that it was fitted on."""
+    suspect_rows: int
+    """Number of suspect texts that it was fitted on."""
     calibrate_rows: int
+    """Number of other clean texts, which set the threshold."""
 
     def scores(self, texts: Texts, *, track: Track = silent) -> list[float]:
         """One score per text; higher is more suspicious."""
@@ -76,10 +82,12 @@ class FittedDetector:
 
     def summary(self) -> str:
         """What was fitted, where it is read, and its threshold."""
-        fit = f"fitted on {self.fit_rows} clean texts" if self.fit_rows else "not fitted on clean text"
+        on = [f"{n} {kind}" for n, kind in ((self.fit_rows, "clean"), (self.suspect_rows, "suspect")) if n]
+        fit = f"fitted on {' and '.join(on)} texts" if on else "not fitted on text"
+        further = "further " * (self.fit_rows > 0)
         return (
             f"{self.detector.name}, read at {self.readout.where} ({self.readout.how}): {fit}; flags scores above "
-            f"{self.threshold:.4g}, the threshold of {self.calibrate_rows} further clean texts at a false-positive rate "
+            f"{self.threshold:.4g}, the threshold of {self.calibrate_rows} {further}clean texts at a false-positive rate "
             f"of {self.fpr:.2%}."
         )
 
@@ -94,6 +102,7 @@ class FittedDetector:
             "fpr": self.fpr,
             "threshold": self.threshold,
             "fit_rows": self.fit_rows,
+            "suspect_rows": self.suspect_rows,
             "calibrate_rows": self.calibrate_rows,
         }
 
@@ -107,7 +116,7 @@ class FittedDetector:
         run = RunFolder(Path(folder))
         run.path.mkdir(parents=True, exist_ok=True)
         replace_whole(run.path / TENSORS, lambda path: save_file(tensors, path))
-        return run.write_json(SETTINGS, {**self.to_dict(), "values": values})
+        return run.write_json(SETTINGS, {**self.to_dict(), **models_of(self.pair), "values": values})
 
     @classmethod
     def load(cls, folder: Path | str, pair: ModelPair) -> "FittedDetector":
@@ -115,23 +124,30 @@ class FittedDetector:
 
         Raises:
             InvalidInput: the folder holds no detector, or one of a plugin that is not installed.
+            UsageError: it was fitted on other models.
         """
         path = Path(folder)
         try:
             stored: dict[str, Any] = json.loads((path / SETTINGS).read_text(encoding="utf-8"))
             tensors = load_file(path / TENSORS)
             detector = rebuilt_detector(stored["recipe"], stored["values"], tensors)
-            return cls(
+            models = {name: stored[name] for name in ("model", "n_layers", "d_model")}
+            found = cls(
                 pair=pair,
                 detector=detector,
                 recipe=stored["recipe"],
                 readout=Readout(stored["where"], stored["how"]),
-                **{name: stored[name] for name in ("fpr", "threshold", "fit_rows", "calibrate_rows")},
+                **{name: stored[name] for name in ("fpr", "threshold", "fit_rows", "suspect_rows", "calibrate_rows")},
             )
         except (OSError, ValueError, KeyError, TypeError, UsageError) as error:
             raise InvalidInput(
                 f"{printable(path.name)} holds no detector that can be read ({printable(str(error), 200)})."
             ) from error
+        refuse_other_models(models, models_of(pair), path.name)
+        return found
+
+    def __repr__(self) -> str:
+        return summary_repr(self)
 
     def _repr_html_(self) -> str:
         return summary_html(self.summary())
@@ -160,7 +176,8 @@ def fit_detector(
     Args:
         pair: base and fine-tune.
         name: name of the detector, such as `mean-difference`, `delta-mahalanobis` or `token-kl`; a wrong name lists them all.
-        clean: texts without the behaviour, as the traffic to come will be; 1/fpr or more are needed for the threshold.
+        clean: texts without the behaviour, as the traffic to come will be; about 1.5/fpr or more are needed, as a third of
+            them fits the detector.
         suspect: texts with the behaviour, for detectors that learn from labels.
         traffic: unlabelled texts, for detectors that look for rare rows among them.
         dictionary: for detectors that read the latents of one.
@@ -172,7 +189,7 @@ def fit_detector(
         track: shows progress.
 
     Raises:
-        UsageError: no such detector, or something that it needs was not given.
+        UsageError: `pair` is no loaded pair, there is no such detector, or something that it needs was not given.
         NotTestable: too few clean texts for `fpr`.
 
     Example:
@@ -181,13 +198,18 @@ def fit_detector(
         >>> found = mh.fit_detector(pair, "mean-difference", clean="clean.jsonl", suspect="bad.jsonl")  # doctest: +SKIP
         >>> found.flags(["What is 2 plus 2?"])  # doctest: +SKIP
     """
+    if not isinstance(pair, ModelPair):  # pyright: ignore[reportUnnecessaryIsInstance]  # a notebook has no type checker
+        raise UsageError("fit_detector takes a loaded pair first: give ModelPair.load(base, tuned).")
+    check_rate(fpr)
     recipe = _recipe(name)
     readout = _readout(recipe, where, how)
-    fit, calibrate = _split(examples(clean), recipe, seed)
-    conformal_threshold(torch.zeros(len(calibrate)), fpr)  # too few rows are refused before a model runs
+    rows, share = examples(clean), FIT_SHARE if _fits_on_text(recipe) else 0
+    check_clean_rows(len(rows), lambda n: n - round(n * share), fpr)  # before a model runs
+    fit, calibrate = _split(rows, recipe, seed)
     at = site or (dictionary.site if dictionary is not None else None) or _middle(pair)
     fitting = _Fitting(pair=pair, recipe=recipe, site=at, readout=readout, fit=fit, track=track)
-    detector = fitting.detector(suspect, traffic, dictionary, seed)
+    suspects = None if suspect is None else examples(suspect)
+    detector, used = fitting.detector(suspects, traffic, dictionary, seed)
     return FittedDetector(
         pair=pair,
         detector=detector,
@@ -196,8 +218,21 @@ def fit_detector(
         fpr=fpr,
         threshold=conformal_threshold(_scores(pair, list(calibrate.rows), detector, readout, track), fpr),
         fit_rows=len(fit),
+        suspect_rows=len(suspects) if used and suspects is not None else 0,
         calibrate_rows=len(calibrate),
     )
+
+
+@dataclass(eq=False)
+class _RecordedRows:
+    """Rows that remember whether a detector looked at them: some recipes take no labels into account."""
+
+    rows: FitRows
+    used: bool = False
+
+    def acts(self, site: Site, reads: Reads, where: Where) -> Tensor:
+        self.used = True
+        return self.rows.acts(site, reads, where)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -212,13 +247,19 @@ class _Fitting:
     track: Track
 
     def detector(
-        self, suspect: Texts | None, traffic: Texts | None, dictionary: Dictionary | None, seed: int
-    ) -> Detector:
-        """The fitted detector. Raises UsageError where something that it needs was not given."""
+        self, suspect: list[Example] | None, traffic: Texts | None, dictionary: Dictionary | None, seed: int
+    ) -> tuple[Detector, bool]:
+        """The fitted detector, and whether it looked at suspect texts. Raises UsageError where something that it needs was not
+        given.
+        """
         recipe = self.recipe
         if not recipe.needs and (suspect is not None or traffic is not None):
             raise UsageError(f"{recipe.key} is not fitted on texts; leave suspect and traffic out.")
-        labelled = None if suspect is None else self._labelled(examples(suspect))
+        rows = (
+            None if suspect is None else _RecordedRows(self._read([*self.fit.rows, *suspect], "reading labelled texts"))
+        )
+        flags = torch.arange(len(self.fit) + len(suspect or ())) >= len(self.fit)
+        labelled = None if rows is None else LabelledRows(rows, flags)
         inputs = FitInputs(
             clean=self._read(self.fit.rows, "reading clean texts") if "clean" in recipe.needs else NoRows(),
             traffic=None if traffic is None else self._read(examples(traffic), "reading traffic"),
@@ -232,11 +273,7 @@ class _Fitting:
         found = recipe.fitted(inputs, self.site, self.readout.fitted_at)
         if found is None:
             raise UsageError(f"{recipe.key} chooses among latents: give suspect or traffic texts, too.")
-        return found
-
-    def _labelled(self, suspect: Sequence[Example]) -> LabelledRows:
-        rows = [*self.fit.rows, *suspect]
-        return LabelledRows(self._read(rows, "reading labelled texts"), torch.arange(len(rows)) >= len(self.fit))
+        return found, rows is not None and rows.used
 
     def _read(self, rows: Sequence[Example], what: str) -> Readings:
         return _read(self.pair, list(rows), (self.site,), self.readout.fitted_at, (), self.track, what)
@@ -264,11 +301,15 @@ def _middle(pair: ModelPair) -> Site:
 
 def _split(clean: list[Example], recipe: DetectorRecipe, seed: int) -> tuple[Fit[Example], Calibrate[Example]]:
     """Clean rows to fit on, and others that set the threshold."""
-    if not recipe.needs & {"clean", "labels"}:
+    if not _fits_on_text(recipe):
         return Fit(()), Calibrate(tuple(clean))
     order = Random(seed).sample(clean, len(clean))
     cut = round(len(order) * FIT_SHARE)
     return Fit(tuple(order[:cut])), Calibrate(tuple(order[cut:]))
+
+
+def _fits_on_text(recipe: DetectorRecipe) -> bool:
+    return bool(recipe.needs & {"clean", "labels"})
 
 
 def _weight_directions(pair: ModelPair, site: Site, track: Track) -> dict[Site, Tensor]:

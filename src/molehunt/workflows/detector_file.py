@@ -7,8 +7,10 @@ from torch import Tensor
 
 from molehunt.contracts import Detector
 from molehunt.detect.recipe import detector_class
-from molehunt.errors import UsageError
+from molehunt.errors import UsageError, printable
+from molehunt.model.pair import ModelPair
 from molehunt.site import Site
+from molehunt.workflows.models import open_pair
 
 
 def detector_parts(detector: Detector) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -43,3 +45,23 @@ def rebuilt_detector(key: str, values: dict[str, Any], tensors: dict[str, Tensor
     if not isinstance(made, Detector):
         raise UsageError(f"{key} does not lead to a detector")
     return made
+
+
+def models_of(pair: ModelPair) -> dict[str, Any]:
+    """What a saved detector says of its models. The hash is that of the fine-tune's files; None for models in memory."""
+    return {"model": open_pair(pair)[1], "n_layers": pair.n_layers, "d_model": pair.d_model}
+
+
+def refuse_other_models(stored: dict[str, Any], given: dict[str, Any], name: str) -> None:
+    """Raises UsageError unless a detector was fitted on these models; hashes are compared where both are known."""
+    shape, other = ((one["n_layers"], one["d_model"]) for one in (stored, given))
+    if shape != other:
+        raise UsageError(
+            f"{printable(name)} is for a model of {shape[0]} blocks of width {shape[1]}; the given one has {other[0]} of "
+            f"{other[1]}."
+        )
+    if None not in (stored["model"], given["model"]) and stored["model"] != given["model"]:
+        raise UsageError(
+            f"{printable(name)} was fitted on another fine-tune ({printable(str(stored['model']), 13)} instead of "
+            f"{printable(given['model'], 13)}): its scores and its threshold do not hold here. Fit it again."
+        )

@@ -13,7 +13,7 @@ from molehunt.organism.seed_model import seed_path
 from molehunt.run.folder import RunFolder
 from molehunt.run.literals import checked
 from molehunt.run.progress import Track, silent
-from molehunt.workflows.result import summary_html
+from molehunt.workflows.result import summary_html, summary_repr
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +62,9 @@ class PlantResult:
         run.path.mkdir(parents=True, exist_ok=True)
         run.write_json(MANIFEST, self.to_dict())
         return run.write_text("summary.txt", self.summary() + "\n")
+
+    def __repr__(self) -> str:
+        return summary_repr(self)
 
     def _repr_html_(self) -> str:
         return summary_html(self.summary())

@@ -26,6 +26,11 @@ class WorkflowResult(Protocol):
         ...
 
 
+def summary_repr(result: WorkflowResult) -> str:
+    """A result in one line: the name of its class and the first line of its summary. Tensors would fill screens."""
+    return f"{type(result).__name__}({result.summary().strip().partition(chr(10))[0]})"
+
+
 def summary_html(summary: str) -> str:
     """A summary as HTML for a notebook. The text of models and prompts is escaped."""
     return f'<pre style="white-space: pre-wrap">{escape(summary)}</pre>'

@@ -8,6 +8,7 @@ from typing import Any
 
 from molehunt.contracts import Intervention
 from molehunt.errors import UsageError
+from molehunt.measure.threshold import check_rate
 from molehunt.model.chat import Text
 from molehunt.model.pair import ModelPair
 from molehunt.run.literals import checked
@@ -17,12 +18,12 @@ from molehunt.site import Site
 from molehunt.steer.contrast import Method
 from molehunt.steer.gate_fit import fit_gate
 from molehunt.steer.prefill_gate import Condition
-from molehunt.steer.trial import Steered, steered_by
+from molehunt.steer.trial import Steered, steered_by, strength_for
 from molehunt.steer.vector import SteeringVector
 from molehunt.workflows import inputs
 from molehunt.workflows.inputs import Texts
 from molehunt.workflows.models import Models, open_pair
-from molehunt.workflows.result import summary_html
+from molehunt.workflows.result import summary_html, summary_repr
 from molehunt.workflows.steer_fix import Match, Operator, ScopeName
 from molehunt.workflows.steer_gate import GATE, GateResult
 from molehunt.workflows.steer_trial import TrialResult, tried
@@ -51,7 +52,8 @@ class SteerResult:
 
     def interventions(self, strength: float | int | None = None) -> list[Intervention]:
         """The edits that steer at this strength, for `pair.generate` and `edit_sites`. Neither scope nor gate is in them."""
-        return self.vector.interventions(self.strength if strength is None else strength, operator=self.operator)
+        by = self.strength if strength is None else strength_for(self.operator, strength)
+        return self.vector.interventions(by, operator=self.operator)
 
     def steered(self, strength: float | int | None = None) -> Steered:
         """From a model to a block inside which it is steered, with operator, scope and gate."""
@@ -73,7 +75,7 @@ class SteerResult:
 
         Args:
             texts: each is the text of one user turn, or the messages of a conversation.
-            strength: multiple of the vector's length; by default that of the result.
+            strength: see `steer`; by default that of the result.
             max_new_tokens: greatest number of tokens of an answer.
             track: shows progress.
         """
@@ -117,6 +119,9 @@ class SteerResult:
     def _norms(self) -> dict[str, float]:
         return {f"L{layer}": float(value.norm()) for layer, value in sorted(self.vector.vectors.items())}
 
+    def __repr__(self) -> str:
+        return summary_repr(self)
+
     def _repr_html_(self) -> str:
         return summary_html(self.summary())
 
@@ -130,7 +135,7 @@ def steer(
     negative: Texts,
     layer: int | Sequence[int] | None = None,
     method: Method = "difference in means",
-    strength: float | int = -1.0,
+    strength: float | int | None = None,
     operator: Operator = "add",
     scope: ScopeName = "all",
     fpr: float | None = None,
@@ -154,9 +159,10 @@ def steer(
         tuned: the folder or hub id of the fine-tune; left out with a loaded pair.
         positive: prompts that trigger the behaviour.
         negative: prompts that do not trigger it.
-        layer: 0-based block or blocks whose output is steered; all blocks by default.
+        layer: 0-based block or blocks whose output is steered. `molehunt steer sweep` finds the block.
         method: how the direction is found; its length is the shift of means along it.
-        strength: multiple of the vector's length with which the result steers.
+        strength: multiple of the vector's length that is added, by default -1; or share of the projection on it that is
+            ablated (0 to 1), by default all of it.
         operator: whether the vector is added or its direction is ablated.
         scope: the tokens that the vector acts on.
         fpr: also fit a gate, which lets at most this share of clean prompts be steered; it takes the place of a scope.
@@ -172,7 +178,7 @@ def steer(
         track: shows progress.
 
     Raises:
-        UsageError: options that contradict each other, or that nothing would use.
+        UsageError: no layer, options that contradict each other or that nothing would use, or a negative strength to ablate.
         NotTestable: too few prompts on a side, no difference between the two, or too few clean prompts for `fpr`.
         MolehuntError: a model or a file cannot be read.
 
@@ -181,10 +187,12 @@ def steer(
         >>> fitted = mh.steer("BASE", "TUNED", positive=triggered, negative=clean, layer=3)  # doctest: +SKIP
         >>> fitted.generate(triggered, strength=-2)  # doctest: +SKIP
     """
+    layers = _layers(base, layer)
+    strength = strength_for(operator, strength)
     _check(fpr, scope, clean, prompts, match)
     pair, model_hash = open_pair(base, tuned, adapter=adapter, device=device, track=track)
     suspect, harmless = inputs.prompts(positive, limit), inputs.prompts(negative, limit)
-    vector = SteeringVector.fit(pair, suspect, harmless, layer=layer, method=method, model=model_hash, track=track)
+    vector = SteeringVector.fit(pair, suspect, harmless, layer=layers, method=method, model=model_hash, track=track)
     gate = None
     if fpr is not None:
         site = Site(min(vector.vectors))  # a gate is decided at the first block that is steered
@@ -206,9 +214,22 @@ def steer(
     return replace(fitted, trial=trial)
 
 
+def _layers(base: Models, layer: int | Sequence[int] | None) -> int | Sequence[int]:
+    """The blocks to steer. Raises UsageError for none."""
+    if layer is None or (not isinstance(layer, int) and not len(layer)):
+        last = f"{base.n_layers - 1}" if isinstance(base, ModelPair) else "the number of blocks minus 1"
+        raise UsageError(
+            f"No block was given: give layer=…, from 0 to {last}. `molehunt steer sweep` finds the block that carries the "
+            "behaviour."
+        )
+    return layer
+
+
 def _check(
     fpr: float | None, scope: ScopeName, clean: Texts | None, prompts: Texts | None, match: Match | None
 ) -> None:
+    if fpr is not None:
+        check_rate(fpr)
     if fpr is not None and scope != "all":
         raise UsageError("fpr and scope say opposite things: a gate opens for whole prompts.")
     if match is not None and prompts is None:

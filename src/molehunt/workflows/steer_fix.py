@@ -27,7 +27,10 @@ class VectorOptions:
     """How a vector is applied. A fix of an audit and a map take none of these options."""
 
     strength: float | int | None = None
-    """Multiple of the vector's length; -1 where it is None."""
+    """Multiple of the vector's length that is added, or share of the projection on it that is ablated (0 to 1).
+
+    Where it is None, -1 is added, or the whole projection is ablated.
+    """
     operator: Operator = "add"
     """Whether the vector is added or its direction is ablated."""
     scope: ScopeName = "all"
@@ -48,17 +51,22 @@ def open_fix(
         model_hash: hash of the tuned model's files; a fix for another checkpoint is refused.
 
     Raises:
-        UsageError: no such file; the fix is for another model; or options of a vector for something else.
+        UsageError: no such file; the fix is for another model; options of a vector for something else; or a negative
+            strength to ablate.
         InvalidInput: the file is none of the three.
     """
-    made = _read(fix) if isinstance(fix, str | Path) else fix
+    made = read_fix(fix) if isinstance(fix, str | Path) else fix
     if isinstance(made, SteeringVector):
         how = options or VectorOptions()
         condition = Condition.load(Path(how.when)) if isinstance(how.when, str | Path) else how.when
         made.refuse(pair.n_layers, pair.d_model, model_hash)
-        by = -1.0 if how.strength is None else how.strength
         return steered_by(
-            made, by, operator=how.operator, scope=how.scope, condition=condition, layers_path=pair.layers_path
+            made,
+            how.strength,
+            operator=how.operator,
+            scope=how.scope,
+            condition=condition,
+            layers_path=pair.layers_path,
         )
     if options not in (None, VectorOptions()):
         raise UsageError(
@@ -92,14 +100,21 @@ def phrases_of(match: Match) -> tuple[str, ...]:
     return () if callable(match) else (match,) if isinstance(match, str) else tuple(match)
 
 
-def _read(file: str | Path) -> Fix | SteeringVector | FittedMap:
+def read_fix(file: str | Path) -> Fix | SteeringVector | FittedMap:
+    """What a file holds: a fix of an audit, a vector or a map.
+
+    Raises:
+        UsageError: no such file.
+        InvalidInput: the file is none of the three.
+    """
     path = Path(file)
     if not path.is_file():
         raise UsageError(f"{printable(str(path))} is not a file; give fix.safetensors of an audit, a vector or a map.")
-    readers: tuple[Callable[[Path], Fix | FittedMap], ...] = (Fix.load, load_map)
+    readers: tuple[Callable[[Path], Fix | SteeringVector | FittedMap], ...] = (Fix.load, SteeringVector.load, load_map)
+    reasons: list[str] = []
     for read in readers:
         try:
             return read(path)
-        except InvalidInput:
-            continue
-    return SteeringVector.load(path)
+        except InvalidInput as error:
+            reasons.append(str(error))
+    raise InvalidInput("\n".join(reasons))

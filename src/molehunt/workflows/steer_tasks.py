@@ -10,6 +10,7 @@ from molehunt.errors import printable
 from molehunt.run.progress import Track, busy, silent
 from molehunt.run.whole import write_whole
 from molehunt.steer.capability_lm_eval import Capability, capability
+from molehunt.steer.trial import strength_for
 from molehunt.steer.vector import SteeringVector
 from molehunt.workflows.models import Models, open_pair
 from molehunt.workflows.result import summary_html
@@ -53,7 +54,7 @@ def task_capability(
     *,
     vector: SteeringVector | str | Path,
     tasks: Sequence[str],
-    strength: float | int = -1.0,
+    strength: float | int | None = None,
     operator: Operator = "add",
     include: str | Path | None = None,
     limit: int | None = None,
@@ -70,7 +71,8 @@ def task_capability(
         base, tuned: a loaded pair, or folders or hub ids of base and fine-tune.
         vector: a vector of the tuned model, or its file.
         tasks: names that lm_eval knows, or finds under `include`.
-        strength: multiple of the vector's length.
+        strength: multiple of the vector's length that is added, by default -1; or share of the projection on it that is
+            ablated (0 to 1), by default all of it.
         operator: whether the vector is added or its direction is ablated.
         include: a folder of task files (YAML).
         limit: greatest number of rows of each task; all of them by default.
@@ -80,13 +82,15 @@ def task_capability(
         track: shows that the tasks go on.
 
     Raises:
-        UsageError: lm_eval is not installed, knows no such task, or the vector is for another model.
+        UsageError: lm_eval is not installed, knows no such task, the vector is for another model, or a negative strength to
+            ablate.
         InvalidInput: the file is no vector.
 
     Example:
         >>> from molehunt.workflows.steer_tasks import task_capability
         >>> print(task_capability(pair, vector="vector.safetensors", tasks=["arc_easy"]).summary())  # doctest: +SKIP
     """
+    strength = strength_for(operator, strength)
     pair, model_hash = open_pair(base, tuned, adapter=adapter, device=device, track=track)
     loaded = vector if isinstance(vector, SteeringVector) else SteeringVector.load(Path(vector), model=model_hash)
     loaded.refuse(pair.n_layers, pair.d_model, model_hash)

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -25,12 +25,13 @@ from molehunt.stress.defences.attribution import select_latents
 from molehunt.stress.evaluation.config import StressConfig, StressSettings
 from molehunt.stress.evaluation.judge import PhraseJudge
 from molehunt.stress.study import Study
-from molehunt.stress.text_behaviour import stress_text
+from molehunt.stress.text_behaviour import FEWEST, stress_text
 from molehunt.traffic.behaviours_csv import read_behaviours
 from molehunt.traffic.world import benign_prompts
 from molehunt.workflows import inputs
 from molehunt.workflows.inputs import Texts
 from molehunt.workflows.models import Models, OpenedModels, open_models
+from molehunt.workflows.result import summary_repr
 from molehunt.workflows.stress_defence import AnyFix, DefenceRequest, OpenedDefence, defence_request, open_defence
 
 
@@ -65,6 +66,9 @@ class StressResult:
         write_whole(folder / "certificate.json", json.dumps(self.to_dict(), indent=2))
         page = render_stress(self.study, self.certificate, title=self.title)
         return write_whole(folder / "stress.html", page)
+
+    def __repr__(self) -> str:
+        return summary_repr(self)
 
     def _repr_html_(self) -> str:
         return stress_table(self.certificate, self.notes)
@@ -102,7 +106,8 @@ def stress(
         prompts: prompts that show the behaviour: JSONL, parquet, the CSV of AdvBench or HarmBench, or a list.
         match: phrase that an answer with the behaviour has, or several of which it has one.
         exclude: phrase that no answer with the behaviour has, such as that of a refusal, or several.
-        fix: the fix that is attacked: that of an audit or its file, or a steering vector, which is subtracted.
+        fix: the fix that is attacked: that of an audit, a steering vector, which is subtracted, or the file of one; or the
+            result of `audit` or of `steer`, as it steers.
         dictionary: instead of a fix, a trained dictionary or its folder, whose latents are clamped.
         features: the clamped latents: numbers, `"12,407"`, or `"best:16"` for those with the largest attribution. The
             latter are selected on every other prompt, and those prompts are not attacked.
@@ -208,7 +213,18 @@ def _opened_defence(
 
 
 def _config(settings: StressSettings, suffixes: bool) -> StressConfig:
-    """The settings, with attacks by suffixes of default size where they are requested and not set."""
+    """The settings, with attacks by suffixes of default size where they are requested and not set. Raises UsageError."""
+    known = [one.name for one in fields(StressConfig)]
+    unknown = [name for name in settings if name not in known]
+    if unknown:
+        raise UsageError(
+            f"There is no option {printable(unknown[0])!r}.\nSettings of the attacks are {', '.join(known)}; "
+            "`help(molehunt.stress)` lists the other options."
+        )
+    if settings.get("rows", FEWEST) < FEWEST:
+        raise UsageError(
+            f"rows is {settings.get('rows')}: fewer than {FEWEST} rows can show nothing at 5 %. Give {FEWEST} or more."
+        )
     if suffixes:
         settings = {"soft": SoftConfig(), "discrete": DiscreteConfig(), **settings}
     return StressConfig(**settings)

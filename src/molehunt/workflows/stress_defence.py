@@ -18,9 +18,13 @@ from molehunt.steer.clamp import Clamp, Mode
 from molehunt.steer.fix import Fix
 from molehunt.steer.vector import SteeringVector
 from molehunt.stress.defences.defence import Defence, clamp_defence, fix_defence
+from molehunt.transfer.saved import FittedMap
+from molehunt.workflows.audit import AuditResult
+from molehunt.workflows.steer import SteerResult
+from molehunt.workflows.steer_fix import Operator, read_fix
 
-AnyFix = Fix | SteeringVector | str | Path
-"""A fix of an audit or its file, or a steering vector, which is subtracted."""
+AnyFix = Fix | SteeringVector | SteerResult | AuditResult | str | Path
+"""A fix of an audit, a steering vector, which is subtracted, or the file of one; or a result of `audit` or `steer`."""
 Select = Callable[[Site, Dictionary, int], Sequence[int]]
 """Selects latents of a dictionary by attribution, at most as many as requested."""
 
@@ -101,25 +105,51 @@ def open_defence(request: DefenceRequest, pair: ModelPair, model_hash: str, sele
 
 
 def _open_fix(fix: AnyFix, pair: ModelPair, model_hash: str) -> OpenedDefence:
+    if isinstance(fix, AuditResult):
+        if fix.fix is None:
+            raise UsageError(f"this audit ({fix.verdict}) confirmed no fix, so there is none to attack.")
+        fix = fix.fix
+    sha256 = None
     if isinstance(fix, str | Path):
         path = Path(fix)
         if not path.is_file():
-            raise UsageError(f"{printable(str(path))} is not a file; give fix.safetensors of an audit.")
-        found, sha256 = Fix.load(path), hashlib.sha256(path.read_bytes()).hexdigest()
+            raise UsageError(f"{printable(str(path))} is not a file; give fix.safetensors of an audit, or a vector.")
+        found, sha256 = read_fix(path), hashlib.sha256(path.read_bytes()).hexdigest()
+        if isinstance(found, FittedMap):
+            raise UsageError(
+                f"{printable(path.name)} is a map, and only a fix of an audit or a vector can be attacked."
+            )
+    elif isinstance(fix, SteerResult):
+        found = _steered(fix)
     else:
-        found = _subtracted(fix) if isinstance(fix, SteeringVector) else fix
-        sha256 = _hash_in_memory(found)
+        found = fix
+    if isinstance(found, SteeringVector):
+        found = _vector_fix(found, -1.0, "add")
     found.refuse(pair.n_layers, pair.d_model, model_hash)
-    return OpenedDefence(defence=fix_defence(found), about={"fix": found.description, "fix_sha256": sha256})
+    about = {"fix": found.description, "fix_sha256": sha256 or _hash_in_memory(found)}
+    return OpenedDefence(defence=fix_defence(found), about=about)
 
 
-def _subtracted(vector: SteeringVector) -> Fix:
-    """A fix that subtracts a vector once, as `molehunt.steer` does by default."""
+def _steered(result: SteerResult) -> Fix:
+    """The edit of a result of `molehunt.steer`. Raises UsageError where it does not act on every token."""
+    if result.condition is not None or result.scope != "all":
+        chosen = "the prompts that its gate opens for" if result.condition is not None else f"scope {result.scope!r}"
+        raise UsageError(
+            f"this result steers only {chosen}, and a vector is attacked where it acts on every token: give fix=result.vector, "
+            "or fit it with scope='all' and without fpr."
+        )
+    return _vector_fix(result.vector, result.strength, result.operator)
+
+
+def _vector_fix(vector: SteeringVector, strength: float | int, operator: Operator) -> Fix:
+    """A fix that steers every token with a vector."""
     sites = " and ".join(map(str, vector.sites))
     facts = vector.facts
+    edit = f"subtract {abs(strength):g} times" if strength < 0 else f"add {strength:g} times"
+    edit = f"ablate {strength:.0%} of" if operator == "ablate" else "subtract" if strength == -1 else edit
     return Fix(
-        interventions=tuple(vector.interventions(-1.0)),
-        description=f"subtract a vector ({facts.method}) at {sites}",
+        interventions=tuple(vector.interventions(strength, operator=operator)),
+        description=f"{edit} a vector ({facts.method}) at {sites}",
         d_model=facts.d_model,
         n_layers=facts.n_layers,
         model=facts.model,

@@ -57,11 +57,9 @@ class TransferResult:
 
     def summary(self) -> str:
         """The grid of all pairs of blocks, and how faithful the chosen map is beside its controls."""
-        map, tokens = self.map, self.fitted.moments.count
         lines = [
             _grid_text(self.fitted.grid),
-            f"\n{map.source} to {map.target}: {map.facts.method}, {tokens:,} aligned tokens ({self.coverage:.0%} of the "
-            f"target's), held-out FVU {self.fitted.fvu:.3f}",
+            f"\n{self._chosen()}",
             f"\n{'on other texts, in the target':<32}{'KL, nats a token':>24}{'CE recovered':>24}{'same next token':>24}",
         ]
         for name, one in self.fitted.fidelity.items():
@@ -94,6 +92,16 @@ class TransferResult:
         if self.vector is not None:
             self.vector.save(folder / VECTOR)
         return folder / MAP
+
+    def _chosen(self) -> str:
+        map, tokens = self.map, self.fitted.moments.count
+        return (
+            f"{map.source} to {map.target}: {map.facts.method}, {tokens:,} aligned tokens ({self.coverage:.0%} of the "
+            f"target's), held-out FVU {self.fitted.fvu:.3f}"
+        )
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._chosen()})"
 
     def _repr_html_(self) -> str:
         return summary_html(self.summary())

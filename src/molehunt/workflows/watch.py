@@ -23,7 +23,7 @@ from molehunt.watch.log import verdict_line
 from molehunt.watch.row_verdict import RowVerdict
 from molehunt.workflows.inputs import Texts, conversations
 from molehunt.workflows.models import Models
-from molehunt.workflows.result import summary_html
+from molehunt.workflows.result import summary_html, summary_repr
 from molehunt.workflows.watch_modes import ALERTS, VERDICTS, AnyWatch, ConformalWatch, PublishedWatch
 from molehunt.workflows.watch_options import Mode, WatchOptions
 from molehunt.workflows.watch_rows import unjudged_rows
@@ -79,7 +79,7 @@ class WatchResult:
 
         Args:
             prompt: text, or the messages of a conversation.
-            response: the answer; None generates one, greedily.
+            response: the answer, which may be empty; None generates one, greedily.
 
         Raises:
             InvalidInput: the prompt is no text and no conversation, or the chat template refuses it.
@@ -88,7 +88,7 @@ class WatchResult:
         (row,) = conversations([asked if response is None else {**asked, "response": response}])
         verdict, ids = self.watched.score(row, track)
         tokenizer = self.watched.target.pair.tokenizer
-        answer = row.response or str(tokenizer.decode(list(ids), skip_special_tokens=True))
+        answer = str(tokenizer.decode(list(ids), skip_special_tokens=True)) if row.response is None else row.response
         return AnswerVerdict(**verdict.to_dict(), threshold=self.threshold, answer=answer)
 
     def watch(self, traffic: Texts, *, track: Track = silent) -> "WatchResult":
@@ -133,6 +133,9 @@ class WatchResult:
         self.watched.save_alerts(into)
         state.save(into / self.watched.state_file)
 
+    def __repr__(self) -> str:
+        return summary_repr(self)
+
     def _repr_html_(self) -> str:
         return summary_html(self.summary())
 
@@ -163,8 +166,33 @@ def watch(
 ) -> WatchResult:
     """Calibrate a watch on clean rows, and judge every row of a log.
 
-    Without `traffic` the result is a calibrated watch, which judges single answers and logs. `WatchOptions` describes
-    every option. Without `out` everything stays in memory.
+    Without `traffic` the result is a calibrated watch, which judges single answers and logs.
+
+    Args:
+        base: the base's folder or hub id, or a pair from `ModelPair.load`.
+        tuned: the folder or hub id of the fine-tune or its adapter; left out with a loaded pair.
+        traffic: log to watch: a JSONL, JSONL.gz or parquet file, a list of strings, or a list of conversations. None
+            calibrates alone.
+        clean: clean rows to calibrate on, in the same forms: half of them fit the score, the others set its threshold.
+            Bundled benign prompts by default.
+        clean_rows: greatest number of clean rows that are read.
+        mode: `conformal` keeps the false-alarm rate `fpr`; `published` is WeightWatch's range of cosines, which takes in
+            every row and sets no rate.
+        fpr: share of clean answers that may be flagged; above 0 and at most 0.2. About 2/fpr clean rows are needed.
+        trust_clean: whether to calibrate also on clean rows whose answers the base would not give. By default they are
+            excluded and reported.
+        percentile: for `published`: share of the rows that is left out at each end of a range; 0 by default.
+        slack: for `published`: cosine by which a range may be left; 0.01 by default.
+        max_new_tokens: number of tokens that are generated for a row whose answer was not logged.
+        labels: model that labels directions, which receives rows of the log; by default words that stand out, offline.
+        skip_bad: whether rows that cannot be read are skipped and counted; by default the first one is an error.
+        no_text: whether no text of any row is stored.
+        shard: share of the rows that this machine reads, such as `3/64`.
+        adapter: for a folder that holds full weights and an adapter, whether the adapter is applied.
+        device: where the models run; a loaded pair stays where it is.
+        out: folder for state, verdicts, alerts and page, in which a watch resumes; None keeps everything in memory.
+        seed: seed of everything random.
+        track: shows progress.
 
     Example:
         >>> import molehunt as mh
@@ -200,6 +228,7 @@ def open_watch(base: Models, tuned: str | Path | None, options: WatchOptions, *,
         clean_rows=options.clean_rows,
         fpr=options.fpr,
         max_new_tokens=options.max_new_tokens,
+        sets_rate=options.mode == "conformal",
         adapter=options.adapter,
         device=options.device,
         seed=options.seed,

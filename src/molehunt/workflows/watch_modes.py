@@ -115,6 +115,7 @@ class ConformalWatch:
             self.state.monitor,
             [row],
             max_new_tokens=self.options.max_new_tokens,
+            keep_empty=True,
             track=track,
         )
         return one.verdict(self.target.bank, row, fpr=self.options.fpr), one.answer
@@ -226,6 +227,7 @@ class PublishedWatch:
             self.target.bank,
             [row],
             max_new_tokens=self.options.max_new_tokens,
+            keep_empty=True,
             track=track,
             what="judging",
         )
@@ -272,7 +274,7 @@ def refuse_other_mode(out: Path | None, file: str, mode: str) -> None:
     if out is not None and (out / file).exists():
         raise UsageError(
             f"{printable(str(out))} holds a watch of the {mode} mode, whose verdicts would be written over.\n"
-            "Give another --out folder."
+            "Give another folder (out, --out)."
         )
 
 

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from molehunt.errors import UsageError
+from molehunt.errors import UsageError, printable
+from molehunt.measure.threshold import check_rate
 from molehunt.run.local import WorkShard
 from molehunt.traffic.stream import WHOLE
 from molehunt.watch.label_endpoint import LabelEndpoint
@@ -65,17 +66,28 @@ class WatchOptions:
 
     def __post_init__(self) -> None:
         if isinstance(self.traffic, str | Path) and not Path(self.traffic).is_file():
-            raise UsageError(f"{self.traffic} is not a file; --traffic takes a JSONL, JSONL.gz or parquet log.")
+            raise UsageError(
+                f"{printable(str(self.traffic))} is not a file; traffic (--traffic) takes a JSONL, JSONL.gz or parquet log."
+            )
         if self.mode == "conformal" and (self.percentile, self.slack) != (None, None):
             raise UsageError(
-                "--percentile and --slack belong to --mode published; the other mode sets its rate by --fpr."
+                "percentile (--percentile) and slack (--slack) belong to the mode published; the other mode sets its rate "
+                "by fpr (--fpr)."
             )
         if self.mode == "published" and self.trust_clean:
-            raise UsageError("--trust-clean belongs to the mode with a rate: the published one takes every row in.")
+            raise UsageError(
+                "trust_clean (--trust-clean) belongs to the mode with a rate: the published one takes every row in."
+            )
         if self.mode == "published" and self.attacks is not None:
-            raise UsageError("--attacks shows the published range beside the other mode: leave --mode out.")
+            raise UsageError(
+                "attacks (--attacks) shows the published range beside the other mode: leave mode (--mode) out."
+            )
         if self.labels is not None and self.no_text:
-            raise UsageError("--no-text and --label-with say opposite things: labels are made of rows' text.")
+            raise UsageError(
+                "no_text (--no-text) and labels (--label-with) say opposite things: labels are made of rows' text."
+            )
+        if self.mode == "conformal":
+            check_rate(self.fpr)
 
 
 def label_endpoint(url: str | None, model: str | None) -> LabelEndpoint | None:

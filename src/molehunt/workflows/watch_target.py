@@ -4,7 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from molehunt.audit.weight_comparison import ROLES, WRITERS, WeightComparison
 from molehunt.audit.weights import compare_weights
+from molehunt.errors import NotTestable
+from molehunt.measure.threshold import check_clean_rows, rows_for_rate
 from molehunt.model.pair import ModelPair
 from molehunt.run.progress import Track, silent
 from molehunt.traffic.roles import Turn
@@ -12,6 +15,7 @@ from molehunt.traffic.stream import Conversation, Place
 from molehunt.traffic.world import benign_prompts
 from molehunt.watch.bank import Bank
 from molehunt.watch.calibration import calibrate
+from molehunt.watch.monitor import LEAST
 from molehunt.watch.state import WatchState, identify
 from molehunt.workflows.inputs import Texts, conversations
 from molehunt.workflows.models import Models, open_models
@@ -41,6 +45,7 @@ def open_target(
     clean_rows: int,
     fpr: float,
     max_new_tokens: int,
+    sets_rate: bool = True,
     adapter: bool | None = None,
     device: str = "cpu",
     seed: int = 0,
@@ -48,16 +53,22 @@ def open_target(
 ) -> WatchTarget:
     """Load both models, the directions of their difference, and the clean rows, by default bundled benign prompts.
 
+    Args:
+        sets_rate: whether the clean rows must hold the rate `fpr`, which is checked before anything is loaded.
+
     Raises:
         UsageError: only one model, or a file of clean rows that does not exist.
         InvalidInput: a folder or a clean row is broken.
-        NotTestable: nothing changed that could be watched.
+        NotTestable: nothing changed that could be watched, or too few clean rows for `fpr`.
     """
+    rows = _bundled(clean_rows, seed) if clean is None else conversations(clean, clean_rows)
+    if sets_rate:
+        _check_rows(len(rows), clean_rows, fpr)
     opened = open_models(base, tuned, adapter=adapter, device=device, track=track)
     before, after = opened.checkpoints
     weights = compare_weights(before, after, track=track)
+    _refuse_unwatched(weights)
     bank = Bank.of((row.directions for row in weights.matrices if row.directions is not None), before.model_type)
-    rows = _bundled(clean_rows, seed) if clean is None else conversations(clean, clean_rows)
     return WatchTarget(
         pair=opened.pair,
         bank=bank,
@@ -67,6 +78,35 @@ def open_target(
         ),
         names=((str(opened.base), str(opened.tuned)) if isinstance(base, ModelPair) else (str(base), str(tuned))),
     )
+
+
+def _check_rows(n: int, limit: int, fpr: float) -> None:
+    """Raises NotTestable where half of the clean rows cannot set this rate, or the others fit no monitor."""
+    needed = max(2 * rows_for_rate(fpr) - 1, 2 * LEAST)
+    reads = f" At most {limit} are read: raise clean_rows (--clean-rows), too." if needed > limit else ""
+    advice = f"Give at least {needed} clean rows, or a higher fpr (--fpr).{reads}"
+    check_clean_rows(n, lambda rows: rows - rows // 2, fpr, advice=advice)
+    if n < 2 * LEAST:
+        raise NotTestable(
+            f"{n} clean rows are too few: half of them fit the monitor, and that takes at least {LEAST}.\n"
+            f"Give at least {needed} clean rows.{reads}"
+        )
+
+
+def _refuse_unwatched(weights: WeightComparison) -> None:
+    """Raises NotTestable for a fine-tune that changed other matrices, and none whose output the watch reads."""
+    changed = [row for row in weights.matrices if row.status == "changed"]
+    if any(row.role in WRITERS for row in changed):
+        return
+    names = [role for role in ROLES if any(row.role == role for row in changed)]
+    if not names and any(row.status == "changed" for row in weights.others):
+        names = ["embeddings, norms or biases"]
+    if names:
+        raise NotTestable(
+            f"The fine-tune changed only {' and '.join(names) if len(names) < 3 else ', '.join(names)}; the watch reads "
+            "what attention output projections (o) and MLP down projections (down) write, and these are as in the base.\n"
+            "Use `molehunt audit`, which compares answers, or `molehunt.fit_detector`, which reads activations."
+        )
 
 
 def _bundled(n: int, seed: int) -> list[Conversation]:
