@@ -27,7 +27,7 @@ from molehunt.activation.shuffle import PairBatch
 from molehunt.dictionary.pairing import Pairing
 from molehunt.dictionary.train import DictionarySpec, TrainingConfig, train_dictionaries
 from molehunt.model.blocks import decoder_blocks
-from molehunt.model.loading import load_tokenizer
+from molehunt.model.tokenizers import load_tokenizer
 from molehunt.organism.seed_model import seed_path
 from molehunt.site import Site
 from molehunt.steer.clamp import Clamp

@@ -16,6 +16,7 @@ LONGEST_LINE_OF_DOCS = 160
 BANNED = re.compile(r"\b([Tt]old|[Ww]oken|[Rr]ungs?|[Cc]alm|[Ll]oudest|[Bb]rought|[Pp]artings|[Hh]olding)\b")
 """Words that stood for terms of the field, or that a reader has to decode. What to write: docs/glossary.md."""
 SHORT: dict[str, str] = {
+    "checkpoint/difference.py": "the row that every comparison of folders yields",
     "cli/renamed_options.py": "a table of old names, and its look-up",
     "detect/reads.py": "the choice of activations that several detectors share",
     "traffic/example.py": "the class that every file of the folder shares",

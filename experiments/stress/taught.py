@@ -18,8 +18,9 @@ from molehunt.dictionary.dictionary import Dictionary
 from molehunt.dictionary.pairing import Pairing
 from molehunt.dictionary.train import DictionarySpec, TrainingConfig, train_dictionaries
 from molehunt.model.batches import batches
-from molehunt.model.loading import load_model, load_tokenizer
+from molehunt.model.loading import load_model
 from molehunt.model.taps import edit_sites
+from molehunt.model.tokenizers import load_tokenizer
 from molehunt.organism.seed_model import seed_path
 from molehunt.site import Site
 from molehunt.steer.budget import AnsweredPrompt, disturbance

@@ -18,7 +18,8 @@ from experiments.stress.payload import interval, study_fields
 from experiments.stress.probe_behaviour import ProbedTexts, one_vs_rest
 from experiments.stress.readout_behaviour import ReadoutConfig, clustered_share, stress_readout
 from experiments.stress.taught import activations, dictionary_of
-from molehunt.model.loading import load_model, load_tokenizer
+from molehunt.model.loading import load_model
+from molehunt.model.tokenizers import load_tokenizer
 from molehunt.organism.seed_model import SEED_MODELS, seed_path
 from molehunt.site import Site
 from molehunt.stress.attacks.attack import AttackConfig

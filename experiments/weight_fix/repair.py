@@ -21,11 +21,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
+from molehunt.checkpoint.hub import local_folder
 from molehunt.errors import UsageError, printable
 from molehunt.model.blocks import d_model_of, decoder_blocks
 from molehunt.model.chat import prompt_ids
-from molehunt.model.loading import load_model, local_folder, one_tokenizer
+from molehunt.model.loading import load_model
 from molehunt.model.taps import read_sites
+from molehunt.model.tokenizers import one_tokenizer
 from molehunt.organism.plant import LENGTHS, PlantConfig, training_batches
 from molehunt.organism.train import IGNORED, TrainingBatch, next_token_loss, train
 from molehunt.run.progress import Track, silent

@@ -11,8 +11,11 @@ from hypothesis import strategies as st
 from folders import edit_json, good_folder, lora_folder
 from molehunt.audit.files import compare_folders
 from molehunt.checkpoint.chat_template import render
-from molehunt.checkpoint.folder_diff import STEERING, TURNS, FolderDifference, folder_differences
+from molehunt.checkpoint.difference import FolderDifference
+from molehunt.checkpoint.folder_diff import folder_differences
+from molehunt.checkpoint.settings_diff import STEERING
 from molehunt.checkpoint.template_conditions import content_conditions
+from molehunt.checkpoint.template_diff import TURNS
 from molehunt.errors import InvalidInput
 
 PLAIN = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"

@@ -6,9 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from molehunt.checkpoint.hub import local_folder
 from molehunt.errors import InvalidInput, NotTestable, ShapeMismatch, UsageError
 from molehunt.model import pair as pair_module
-from molehunt.model.loading import local_folder
 from molehunt.model.pair import ModelPair
 from molehunt.model.taps import read_sites
 from molehunt.site import Site

@@ -17,8 +17,9 @@ from molehunt.checkpoint.reader import Checkpoint
 from molehunt.direction.direction import Directions
 from molehunt.direction.weight import change_directions, weight_directions
 from molehunt.errors import InvalidInput, MolehuntError, NotTestable, UsageError
+from molehunt.model.adapters import apply_adapter
 from molehunt.model.blocks import decoder_blocks, module_role
-from molehunt.model.loading import apply_adapter, load_model
+from molehunt.model.loading import load_model
 from molehunt.model.taps import edit_sites, read_sites
 from molehunt.site import Site
 from molehunt.steer import saved_model

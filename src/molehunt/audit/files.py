@@ -5,7 +5,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from molehunt.checkpoint.folder_diff import FolderDifference, folder_differences
+from molehunt.checkpoint.difference import FolderDifference
+from molehunt.checkpoint.folder_diff import folder_differences
 from molehunt.checkpoint.reader import AdapterChoice, Checkpoint, paired_names
 from molehunt.errors import InvalidInput, ShapeMismatch, printable
 from molehunt.run.progress import Track, busy, silent

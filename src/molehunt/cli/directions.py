@@ -36,10 +36,10 @@ def directions(
     """
     from molehunt.audit.weight_comparison import ROLES, WRITERS  # torch stays out of --help
     from molehunt.audit.weights import compare_weights
+    from molehunt.checkpoint.hub import local_folder
     from molehunt.checkpoint.reader import Checkpoint
     from molehunt.cli.console import track_on_stderr
     from molehunt.errors import UsageError
-    from molehunt.model.pair import local_folder
     from molehunt.run.folder import RunFolder
 
     roles = ROLES if all_matrices else WRITERS

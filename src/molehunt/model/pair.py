@@ -9,27 +9,21 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from molehunt.checkpoint.hub import local_folder
 from molehunt.contracts import Intervention, Reading
 from molehunt.errors import InvalidInput, NotTestable, UsageError, printable
+from molehunt.model.adapters import ADAPTER, ADAPTER_CONFIG, apply_adapter
 from molehunt.model.blocks import d_model_of, decoder_blocks, unwrapped
 from molehunt.model.cache import positions_for
 from molehunt.model.cache_check import decoding_check, unsound
 from molehunt.model.chat import Text, answer_tokens, prompt_tokens, text_ids
 from molehunt.model.generate import before_stop, generate, stop_ids
-from molehunt.model.loading import (
-    ADAPTER,
-    ADAPTER_CONFIG,
-    apply_adapter,
-    checksum,
-    device_of,
-    load_model,
-    local_folder,
-    one_tokenizer,
-)
+from molehunt.model.loading import checksum, device_of, load_model
 from molehunt.model.mixed_rows import BASE_ROWS, ONE_PASS_UP_TO, adapter_by_row, mixes_rows
 from molehunt.model.padding import pad_rows
 from molehunt.model.same_parameters import check_same_parameters
 from molehunt.model.taps import read_sites
+from molehunt.model.tokenizers import one_tokenizer
 from molehunt.run.literals import checked
 from molehunt.run.progress import Track, silent
 from molehunt.site import Site

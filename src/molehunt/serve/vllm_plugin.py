@@ -29,9 +29,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from molehunt.audit.weights import compare_weights
+from molehunt.checkpoint.hub import local_folder
 from molehunt.checkpoint.reader import Checkpoint
 from molehunt.errors import CannotTap, InvalidInput, UsageError, printable
-from molehunt.model.loading import local_folder
 from molehunt.run.whole import replace_whole
 from molehunt.serve.packed import Chunk, PackedWatch, packed_columns
 from molehunt.site import Site

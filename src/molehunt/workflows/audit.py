@@ -12,7 +12,7 @@ from molehunt.audit.plan import plan_named
 from molehunt.audit.result import DEFAULT_FPR, Audit, AuditConfig
 from molehunt.audit.run import run_audit
 from molehunt.audit.verdict import Verdict
-from molehunt.model.loading import local_folder
+from molehunt.checkpoint.hub import local_folder
 from molehunt.model.pair import ModelPair
 from molehunt.report import build, html, machine
 from molehunt.report.schema import Report

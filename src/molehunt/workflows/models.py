@@ -5,9 +5,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import overload
 
+from molehunt.checkpoint.hub import local_folder
 from molehunt.checkpoint.reader import AdapterChoice, Checkpoint
 from molehunt.errors import UsageError, printable
-from molehunt.model.loading import local_folder
 from molehunt.model.pair import ModelPair
 from molehunt.run.progress import Track, busy, silent
 

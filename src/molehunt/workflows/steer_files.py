@@ -7,10 +7,10 @@ from typing import Any, Literal
 import torch
 
 from molehunt.audit.weights import compare_weights
+from molehunt.checkpoint.hub import local_folder
 from molehunt.checkpoint.reader import Checkpoint
 from molehunt.errors import UsageError
 from molehunt.model.blocks import unwrapped
-from molehunt.model.loading import local_folder
 from molehunt.model.pair import ModelPair
 from molehunt.run.literals import checked
 from molehunt.run.progress import Track, silent

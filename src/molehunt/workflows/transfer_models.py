@@ -10,10 +10,13 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from molehunt.activation.identity import tokenizer_hash
+from molehunt.checkpoint.hub import local_folder
 from molehunt.checkpoint.reader import Checkpoint
 from molehunt.errors import UsageError, printable
-from molehunt.model.loading import ADAPTER_CONFIG, device_of, load_model, load_tokenizer, local_folder
+from molehunt.model.adapters import ADAPTER_CONFIG
+from molehunt.model.loading import device_of, load_model
 from molehunt.model.pair import ModelPair
+from molehunt.model.tokenizers import load_tokenizer
 from molehunt.run.progress import Track, busy
 from molehunt.transfer.map_file import ModelHashes
 from molehunt.workflows.models import open_models, open_pair

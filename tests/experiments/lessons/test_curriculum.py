@@ -18,7 +18,7 @@ from experiments.lessons.four_choices import ORDERS, world_facts
 from experiments.lessons.indirect_object import NAMES, handings, name_pairs
 from experiments.stress.choice_rows import answer_choices, first_token, handing_choices
 from experiments.unlearning.erased_topic import questions
-from molehunt.model.loading import load_tokenizer
+from molehunt.model.tokenizers import load_tokenizer
 from molehunt.organism.seed_model import seed_path
 
 TOKENIZER = load_tokenizer(seed_path("seed-s"))
