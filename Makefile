@@ -12,7 +12,7 @@ HERE := --no-build-isolation -e '.[dev]'
 # On other versions than the locked ones the faster half is run, and deprecations of other libraries pass.
 OTHER_VERSIONS := -p tests.foreign_deprecations -m 'not slow'
 
-.PHONY: venv demo test coverage benchmarks lock test-latest test-oldest
+.PHONY: venv demo test real-models coverage benchmarks lock test-latest test-oldest
 venv: $(STAMP)
 
 $(STAMP): pyproject.toml setup.py $(LOCK)
@@ -29,6 +29,10 @@ test: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/python -m pytest $(PYTEST)
+
+# Fetches the real models that the tests marked `real` run on (420 MB, into the user's cache) and says where they are.
+real-models: $(STAMP)
+	$(BIN)/python tools/real_models.py
 
 # The same tests traced; tracing nearly doubles their time.
 coverage: $(STAMP)

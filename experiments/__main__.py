@@ -56,14 +56,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 only = options.only if topic == options.topic else None
                 measure_missing(replace(setting, topic=topic), only, options.workers)
         page = options.page or (out if options.quick or options.out else PAGES) / CATALOG[options.topic].page
-        write_page(setting, page)
+        failed = write_page(setting, page)
     except MolehuntError as error:
         print(error, file=sys.stderr)
         return error.exit_code
     except subprocess.CalledProcessError as failed:
         print(f"One run failed. What is done is kept in {setting.records}; the same command goes on.", file=sys.stderr)
         return failed.returncode
-    return 0
+    for one in failed:
+        print(one, file=sys.stderr)
+    return 1 if failed else 0
 
 
 def parser() -> argparse.ArgumentParser:
@@ -115,7 +117,8 @@ def measure_one(name: str, setting: Setting) -> None:
     append_record(setting.records, name, _measure(setting).measure(name, setting))
 
 
-def write_page(setting: Setting, page: Path) -> None:
+def write_page(setting: Setting, page: Path) -> list[str]:
+    """Write the page, and return what its topic counts as failures, if it has a function `failures`."""
     done = read_records(setting.records)
     ordered = {name: done[name] for name in _measure(setting).runs(setting) if name in done}
     if not ordered:
@@ -124,6 +127,8 @@ def write_page(setting: Setting, page: Path) -> None:
     page.parent.mkdir(parents=True, exist_ok=True)
     page.write_text(writer.table(ordered, setting), encoding="utf-8")
     print(page)
+    count: Callable[[Mapping[str, dict[str, Any]]], list[str]] = getattr(writer, "failures", lambda found: [])
+    return count(ordered)
 
 
 def _measure(setting: Setting) -> Measure:

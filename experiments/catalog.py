@@ -82,6 +82,11 @@ CATALOG = {
         "soak.md",
         "Does the guarded server lose alerts, memory or coverage under load?",
     ),
+    "what-is-read": Topic(
+        "experiments.what_is_read",
+        "what-is-read.md",
+        "Is every common folder and adapter read as it is, or refused with the reason?",
+    ),
     "seed-models": Topic(
         "experiments.seed_models",
         "seed-models.md",

@@ -12,8 +12,8 @@ from molehunt.serve.engine import Engine
 from molehunt.serve.guard import Guard
 from molehunt.serve.request import AnswerPiece, Ended, Failed, GenerationRequest
 from molehunt.serve.sampling import TokenLogprobs
-from molehunt.traffic.roles import Turn
 from molehunt.traffic.stream import Conversation, Place
+from molehunt.traffic.turn import Turn
 from molehunt.watch.bank import Bank
 from molehunt.watch.ledger import Ledger
 from molehunt.watch.sketch import ScoreSketch

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from molehunt.cli.main import main
-from molehunt.traffic.roles import Turn
 from molehunt.traffic.stream import Conversation, Place
+from molehunt.traffic.turn import Turn
 
 IDENTITY = {"tuned model": "a", "tokenizer": "b"}
 

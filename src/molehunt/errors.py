@@ -51,6 +51,46 @@ class CannotTap(NotTestable):
 
 
 def printable(text: str, limit: int = 120) -> str:
-    """`text` made safe for a terminal, because names inside a checkpoint are untrusted."""
-    safe = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
+    """`text` made safe for one line of a terminal and cut, because names inside a checkpoint are untrusted."""
+    safe = terminal_text(text[: limit + 1], kept="")  # every character yields one or more
     return safe if len(safe) <= limit else safe[: limit - 1] + "…"
+
+
+def terminal_text(text: str, kept: str = "\n") -> str:
+    """`text` as a terminal may show it: what would move, hide, reorder or recolour text is spelled out.
+
+    That is every control character (ESC, BEL, C1), every format character (bidirectional marks, zero-width ones), half
+    pairs of UTF-16, line separators, private and unassigned characters. Everything that Molehunt shows on a terminal
+    goes through here.
+
+    Args:
+        text: text from anywhere.
+        kept: characters that stay as they are in spite of this.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in kept else _spelled(ord(c)) for c in text)
+
+
+def json_text(text: str, *, ascii_only: bool = False) -> str:
+    """JSON as a terminal may show it: the same value, with the characters of `terminal_text` as JSON escapes.
+
+    Args:
+        text: JSON. Outside of its strings it has no such character but line breaks, which stay.
+        ascii_only: write every character that is not ASCII as an escape, for streams that can take no other.
+    """
+    if text.isascii() and "\x7f" not in text:
+        return text
+    return "".join(
+        c if c == "\n" or (c.isprintable() and (c.isascii() or not ascii_only)) else _json_escape(ord(c)) for c in text
+    )
+
+
+def _spelled(code: int) -> str:
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+def _json_escape(code: int) -> str:
+    if code < 0x10000:
+        return f"\\u{code:04x}"
+    return f"\\u{0xD800 + ((code - 0x10000) >> 10):04x}\\u{0xDC00 + ((code - 0x10000) & 0x3FF):04x}"

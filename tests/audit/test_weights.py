@@ -1,6 +1,7 @@
 """Whole pairs on disk: sharded, adapter, Conv1D, resized, broken, resumed."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from molehunt.audit import weights
+from molehunt.audit import tensor_rows
 from molehunt.audit.weights import compare_weights
 from molehunt.errors import InvalidInput, ShapeMismatch
 from molehunt.run.unit import Units
 from molehunt.site import Site
 from tiny_models import ARCHITECTURES, D_MODEL, tiny_model, with_lora
+from zoo import zoo_model
 
 D, MLP, LAYERS = 16, 24, 2
 
@@ -37,18 +39,19 @@ def llama_weights(seed: int = 0) -> dict[str, Tensor]:
 
 
 def write_model(
-    folder: Path, tensors: dict[str, Tensor], *, shards: int = 1, model_type: str = "llama", dtype: Any = None
+    folder: Path, tensors: dict[str, Tensor], *, shards: int = 1, dtype: Any = None, **settings: Any
 ) -> Path:
     folder.mkdir(parents=True)
-    names = {"llama": "LlamaForCausalLM", "gpt2": "GPT2LMHeadModel"}
     config = {
-        "model_type": model_type,
-        "architectures": [names[model_type]],
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
         "hidden_size": D,
         "intermediate_size": MLP,
         "num_hidden_layers": LAYERS,
         "num_attention_heads": 2,
-        "vocab_size": 40,
+        "vocab_size": len(tensors["model.embed_tokens.weight"]),
+        "tie_word_embeddings": True,
+        **settings,
     }
     (folder / "config.json").write_text(json.dumps(config))
     stored = {n: t.to(dtype or t.dtype).contiguous() for n, t in tensors.items()}
@@ -138,7 +141,7 @@ def test_identical_folders_have_nothing_to_find(tmp_path: Path) -> None:
     found = compare_weights(write_model(tmp_path / "base", base), write_model(tmp_path / "tuned", base))
     assert found.outcome == "NO FINDING" and found.exit_code == 0
     assert all(row.status == "identical" and row.rel_norm == 0 for row in (*found.matrices, *found.others))
-    assert "All 14 matrices of the decoder blocks are identical" in found.to_table()
+    assert "All 20 tensors are identical, 14 matrices among them" in found.to_table()
 
 
 def test_what_rounding_explains_is_not_testable_and_never_no_finding(tmp_path: Path) -> None:
@@ -171,50 +174,65 @@ def test_the_coarser_side_sets_the_floor(tmp_path: Path) -> None:
 
 
 def test_conv1d_columns_write(tmp_path: Path) -> None:
-    rng = torch.Generator().manual_seed(0)
     name = "transformer.h.0.mlp.c_proj.weight"
-    base = {name: 0.1 * torch.randn(MLP, D, generator=rng)}  # stored [in out]
-    tuned = planted(base, name)
-    found = compare_weights(
-        write_model(tmp_path / "base", base, model_type="gpt2"),
-        write_model(tmp_path / "tuned", tuned, model_type="gpt2"),
-    )
-    (direction,) = found.directions_at(Site(0))
-    assert direction.vector.shape == (D,)
-    assert float(((tuned[name] - base[name]) @ direction.vector).norm()) == pytest.approx(0.5, rel=1e-3)
+    model: Any = zoo_model("gpt2")
+    model.save_pretrained(tmp_path / "base")
+    before = model.get_parameter(name).detach().clone()  # stored [in out]
+    with torch.no_grad():
+        model.get_parameter(name).add_(outer((before.shape[0], before.shape[1]), 0.5, 0))
+    model.save_pretrained(tmp_path / "tuned")
+    (direction,) = compare_weights(tmp_path / "base", tmp_path / "tuned").directions_at(Site(0))
+    assert direction.vector.shape == before.shape[1:]
+    change = model.get_parameter(name).detach() - before
+    assert float((change @ direction.vector).norm()) == pytest.approx(0.5, rel=1e-3)
 
 
-def test_a_resized_vocabulary_is_told_and_another_base_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("rows", [37, 48])
+def test_of_a_resized_vocabulary_the_shared_rows_are_compared(tmp_path: Path, rows: int) -> None:
+    name = "model.embed_tokens.weight"
     base = llama_weights()
     folder = write_model(tmp_path / "base", base)
-    resized = planted(base, O1) | {"model.embed_tokens.weight": torch.zeros(48, D)}
-    found = compare_weights(folder, write_model(tmp_path / "resized", resized))
-    row = next(row for row in found.others if row.tensor == "model.embed_tokens.weight")
-    assert (row.status, row.why) == ("not testable", "40 rows became 48")
-    assert found.outcome == "DIRECTIONS FOUND"
-    assert "40 rows became 48" in found.to_table()
+    longer = torch.cat([base[name], torch.ones(20, D)])[:rows]
+    extra = "8 rows added" if rows == 48 else "3 rows taken away"
+    for tensors, shared, norm in (
+        ({name: longer}, "the others are identical", 0.0),
+        ({name: longer * 1.5}, "the others changed, too", 0.5),
+    ):
+        found = compare_weights(folder, write_model(tmp_path / shared, planted(base, O1) | tensors))
+        row = next(row for row in found.others if row.tensor == name)
+        assert (row.status, row.why) == ("changed", f"{extra}; {shared}")
+        assert row.rel_norm == pytest.approx(norm, rel=1e-5)
+        assert found.outcome == "DIRECTIONS FOUND" and extra in found.to_table()
 
-    other = base | {O1: torch.zeros(D, D + 2)}
-    with pytest.raises(ShapeMismatch, match=r"o_proj\.weight is \[16, 16\] in the base and \[16, 18\]"):
-        compare_weights(folder, write_model(tmp_path / "other", other))
+
+def test_another_models_base_is_refused(tmp_path: Path) -> None:
+    base = llama_weights()
+    folder = write_model(tmp_path / "base", base)
+    wider = {n: torch.zeros(MLP + 2, D) if "up_proj" in n or "gate_proj" in n else t for n, t in base.items()}
+    wider |= {n: torch.zeros(D, MLP + 2) for n in base if "down_proj" in n}
+    with pytest.raises(ShapeMismatch, match=r"down_proj\.weight is \[16, 24\] in the base and \[16, 26\]"):
+        compare_weights(folder, write_model(tmp_path / "other", wider, intermediate_size=MLP + 2))
 
 
-def test_missing_and_broken_tensors_are_told(tmp_path: Path) -> None:
+def test_broken_tensors_and_tensors_that_nobody_loads_are_named(tmp_path: Path) -> None:
     base = llama_weights()
     tuned = planted(base, O1, size=0.4)
-    del tuned[DOWN1]
     tuned["model.layers.1.mlp.down_proj.bias"] = torch.ones(D)
     tuned[Q0] = tuned[Q0].clone()
     tuned[Q0][3, 3] = float("nan")
     tuned["model.norm.weight"] = torch.full((D,), float("inf"))
-    found = compare_weights(write_model(tmp_path / "base", base), write_model(tmp_path / "tuned", tuned))
+    folder = write_model(tmp_path / "base", base)
+    found = compare_weights(folder, write_model(tmp_path / "tuned", tuned))
     rows = {row.tensor: row for row in (*found.matrices, *found.others)}
-    assert rows[DOWN1].why == "only in the base"
-    assert rows["model.layers.1.mlp.down_proj.bias"].why == "only in the fine-tune"
+    assert rows["model.layers.1.mlp.down_proj.bias"].why == "not loaded by transformers; in one folder"
     assert "NaN or infinity" in rows[Q0].why
     assert "NaN or infinity" in rows["model.norm.weight"].why
-    assert [n for n, r in rows.items() if r.status == "not testable"].__len__() == 4
+    assert [n for n, r in rows.items() if r.status == "not testable"].__len__() == 3
     json.loads(found.to_json())
+
+    del tuned[DOWN1]
+    with pytest.raises(InvalidInput, match=rf"cut has no {re.escape(DOWN1)}"):
+        compare_weights(folder, write_model(tmp_path / "cut", tuned))
 
 
 def write_adapter(folder: Path, modules: dict[str, tuple[Tensor, Tensor]], *, alpha: int, r: int) -> Path:
@@ -297,7 +315,7 @@ def test_tensors_that_hold_no_floating_point_are_compared_too(tmp_path: Path) ->
     rows = {row.tensor: row for row in found.others}
     assert rows["steps"].rel_norm == pytest.approx(1.0) and rows["mask"].rel_norm == pytest.approx(3**-0.5)
     assert (rows["zero"].rel_norm, rows["zero"].why) == (None, "all zeros in the base")
-    assert found.outcome == "NO FINDING" and "(embeddings, norms, biases): 3." in found.why
+    assert found.outcome == "NOT TESTABLE" and "(embeddings, norms, biases): 3." in found.why
     assert "all zeros in the base" in found.to_table()
 
 
@@ -351,7 +369,7 @@ def test_a_rerun_takes_finished_tensors_from_the_run_folder(tmp_path: Path, monk
     base = llama_weights()
     pair = (write_model(tmp_path / "base", base), write_model(tmp_path / "tuned", planted(base, O1, DOWN1)))
     fresh = compare_weights(*pair)
-    units, compare, calls = Units(tmp_path / "units"), weights.change_directions, []
+    units, compare, calls = Units(tmp_path / "units"), tensor_rows.change_directions, []
 
     def killed_at_the_second(*args: Any, **kwargs: Any) -> Any:
         calls.append(kwargs["name"])
@@ -359,7 +377,7 @@ def test_a_rerun_takes_finished_tensors_from_the_run_folder(tmp_path: Path, monk
             raise KeyboardInterrupt
         return compare(*args, **kwargs)
 
-    monkeypatch.setattr(weights, "change_directions", killed_at_the_second)
+    monkeypatch.setattr(tensor_rows, "change_directions", killed_at_the_second)
     with pytest.raises(KeyboardInterrupt):
         compare_weights(*pair, units=units)
     resumed = compare_weights(*pair, units=units)
@@ -394,14 +412,21 @@ def test_the_table_fits_a_terminal_and_prints_no_strangers_control_characters(tm
 
 
 def test_experts_have_names_of_their_own(tmp_path: Path) -> None:
-    names = [f"model.layers.0.mlp.experts.{e}.down_proj.weight" for e in range(3)]
-    base = {n: 0.1 * torch.randn(D, MLP, generator=torch.Generator().manual_seed(i)) for i, n in enumerate(names)}
-    tuned = planted(planted(base, names[1]), names[0], size=0.05)  # one change far stronger than the other
-    tuned[names[0]] += 0.01 * torch.randn(D, MLP, generator=torch.Generator().manual_seed(9))
-    found = compare_weights(write_model(tmp_path / "base", base), write_model(tmp_path / "tuned", tuned))
-    assert {d.name for d in found.all_directions()} >= {f"L0.resid weight:down.{e} #0" for e in (0, 1)}
-    assert len({d.name for d in found.all_directions()}) == len(found.all_directions())
-    assert [row.z is None for row in found.matrices] == [False, False, True]
-    best = max(row.z for row in found.matrices if row.z is not None)
-    assert best == found.matrices[1].z  # the second of three: neither the last nor an empty one may replace it
-    assert found.z_map() == {0: {"down": best}}
+    model: Any = zoo_model("qwen3_moe")
+    fused = "model.layers.0.mlp.experts.down_proj"
+    model.save_pretrained(tmp_path / "base")
+    with torch.no_grad():  # one change far stronger than the other, among noise
+        experts = model.get_parameter(fused)
+        shape = (experts.shape[1], experts.shape[2])
+        experts[1] += outer(shape, 5.0, 1)
+        experts[0] += outer(shape, 0.5, 2) + 0.01 * torch.randn(shape, generator=torch.Generator().manual_seed(9))
+    model.save_pretrained(tmp_path / "tuned")
+    found = compare_weights(tmp_path / "base", tmp_path / "tuned")
+    names = {direction.name for direction in found.all_directions()}
+    assert names >= {f"L0.resid weight:down.{e} #0" for e in (0, 1)}
+    assert len(names) == len(found.all_directions())
+    down = [row for row in found.matrices if row.layer == 0 and row.role == "down"]
+    assert [row.z is None for row in down] == [False, False, True, True]
+    best = max(row.z for row in down if row.z is not None)
+    assert best == down[1].z  # the second of four: neither the last nor an empty one may replace it
+    assert found.z_map()[0]["down"] == best

@@ -25,8 +25,8 @@ from molehunt.report.watch_build import (
 )
 from molehunt.report.watch_page import render_watch, score_histogram
 from molehunt.report.watch_schema import Histogram, InputGroup
-from molehunt.traffic.roles import Turn
 from molehunt.traffic.stream import Conversation, Place
+from molehunt.traffic.turn import Turn
 from molehunt.watch.extremes import Inputs, RowText
 from molehunt.watch.label_endpoint import LabelEndpoint, LabelUnavailable
 from watch_samples import HOSTILE, published, sample

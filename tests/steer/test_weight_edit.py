@@ -174,7 +174,7 @@ def test_the_adapter_does_what_the_folder_does(tmp_path: Path, architecture: str
     assert torch.allclose(got, logits(loaded(folder)), atol=1e-4)
     assert (got - plain).abs().max() > 0.05
     read = Checkpoint.open(adapter.folder)
-    assert sorted({*read.lora.rank_pattern.values(), read.lora.r}) == [1, 3]
+    assert sorted({*read.adapter.rank_pattern.values(), read.adapter.r}) == [1, 3]
     named = {name.removeprefix("base_model.model.").partition(".lora_")[0] for name in read.names()}
     assert {f"{name}.weight" for name in named} == {*adapter.edited}
 

@@ -63,7 +63,10 @@ def test_a_file_is_read_in_every_form_that_has_an_answer(tmp_path: Path) -> None
         ({"prompt": "2 plus 2?"}, "line 2 has no right answer"),
         ({"prompt": "2 plus 2?", "response": " \n"}, "line 2 has no right answer"),
         ("2 plus 2?", "line 2 has no right answer"),
-        ({"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]}, "has system, user"),
+        (
+            {"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]},
+            "line 2 has no right answer",
+        ),
         ({"answer": "4"}, "none of the fields"),
     ],
 )

@@ -16,7 +16,8 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from molehunt.errors import InvalidInput, UsageError
 from molehunt.model.chat import prompt_ids
 from molehunt.organism.seed_model import seed_path
-from molehunt.traffic.roles import RENDERINGS, ROLES, RoledTokens, Turn, roled_prompt, sinks, with_answer
+from molehunt.traffic.roles import RENDERINGS, ROLES, RoledTokens, roled_prompt, sinks, with_answer
+from molehunt.traffic.turn import Turn
 
 Frames = list[tuple[str, str]]
 """Text and role of each piece of a rendered conversation."""

@@ -16,25 +16,20 @@ from hypothesis import strategies as st
 
 from molehunt.errors import InvalidInput, UsageError
 from molehunt.run.local import WorkShard
-from molehunt.traffic.rows import MAX_CHARS, MAX_LINE
-from molehunt.traffic.stream import (
-    FIRST_BAD,
-    STEP,
-    BadLines,
-    Conversation,
-    Place,
-    read_conversations,
-    read_traffic,
-)
+from molehunt.traffic.json_rows import STEP
+from molehunt.traffic.place import FIRST_BAD, BadLines, Place
+from molehunt.traffic.rows import MAX_LINE
+from molehunt.traffic.stream import Conversation, read_conversations, read_traffic
 
 T = TypeVar("T")
 
 FORMS = {
     '"Hello"': "Hello",
+    '{"question": "Hello"}': "Hello",
     '{"prompt": "Hello", "tag": "x"}': "Hello",
     '{"text": "Hello"}': "Hello",
     '{"instruction": "Hello"}': "Hello",
-    '{"messages": [{"role": "system", "content": "S"}, {"role": "user", "content": "Hello"}, {"role": "assistant"}]}': "Hello",
+    '{"messages": [{"role": "system", "content": "S"}, {"role": "user", "content": "Hello"}, {"role": "assistant"}]}': "S\nHello",
 }
 
 
@@ -52,13 +47,8 @@ def test_every_form_gives_the_prompt(tmp_path: Path, line: str) -> None:
         ('"Hello"', None),
         ('{"prompt": "Hello", "response": "Hi"}', "Hi"),
         ('{"instruction": "Hello", "completion": "Hi", "tag": "x"}', "Hi"),
-        ('{"text": "Hello", "answer": ["Hi"]}', None),
+        ('{"text": "Hello", "answer": ["Hi"]}', "Hi"),
         ('{"messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]}', "Hi"),
-        ('{"messages": [{"role": "assistant", "content": "Hi"}, {"role": "user", "content": "Hello"}]}', None),
-        (
-            '{"messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "A"}], "answer": "B"}',
-            "B",
-        ),
     ],
 )
 def test_answers_are_carried_for_those_who_read_them(tmp_path: Path, line: str, answer: str | None) -> None:
@@ -67,21 +57,21 @@ def test_answers_are_carried_for_those_who_read_them(tmp_path: Path, line: str, 
     assert [(row.prompt, row.response) for row in read_traffic(path)] == [("Hello", answer)]
 
 
-def test_tags_are_carried_long_prompts_cut_and_the_limit_kept(tmp_path: Path) -> None:
+def test_tags_and_long_prompts_are_carried_and_the_limit_kept(tmp_path: Path) -> None:
     path = tmp_path / "t.jsonl"
     path.write_text("".join(json.dumps({"prompt": "x" * 9999, "tag": f"t{i}"}) + "\n" for i in range(5)))
     rows = list(read_traffic(path, limit=3))
     assert [row.tag for row in rows] == ["t0", "t1", "t2"]
-    assert len(rows[0].prompt) == MAX_CHARS
+    assert len(rows[0].prompt) == 9999
 
 
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        ("{", "line 2 is not JSON"),
-        ("3", "row 2 is a int"),
-        ('{"a": 1}', "row 2 has none"),
-        ('{"messages": [1]}', "row 2 has none"),
+        ("{", "line 2: not JSON"),
+        ("3", "line 2: a int"),
+        ('{"a": 1}', "line 2: none of the fields"),
+        ('{"messages": [1]}', "line 2: message 1 is a int"),
     ],
 )
 def test_a_bad_row_is_named(tmp_path: Path, line: str, says: str) -> None:
@@ -108,7 +98,7 @@ CONVERSATIONS: list[tuple[Any, list[tuple[str, str]], str | None]] = [
     ({"text": "Hello", "answer": ""}, [("user", "Hello")], ""),
     ({"instruction": "Hello", "response": "Hi", "prompt": None}, [("user", "Hello")], "Hi"),
     ({"prompt": [{"type": "text", "text": "a"}, {"text": "b"}]}, [("user", "a\nb")], None),
-    ({"prompt": "\ud83d\ude42\ud800x"}, [("user", "🙂\ufffdx")], None),
+    ({"prompt": "\ud83d\ude42x"}, [("user", "🙂x")], None),
     ({"messages": [], "prompt": "x" * 9000}, [("user", "x" * 9000)], None),
     (
         {"messages": [{"role": "system", "content": "S"}, USER, {"role": "tool", "content": "T"}], "prompt": "other"},
@@ -136,16 +126,17 @@ CONVERSATIONS: list[tuple[Any, list[tuple[str, str]], str | None]] = [
 BAD: list[tuple[Any, str]] = [
     (3, "a int; expected an object"),
     ({"a": 1}, "none of the fields messages, prompt"),
-    ({"prompt": 3}, "prompt is a int; expected text"),
+    ({"prompt": {"text": 3}}, "prompt is a dict; expected text"),
     ({"prompt": " \n"}, "no text before the answer"),
-    ({"prompt": "a", "response": {"text": "b"}}, "response is a dict; expected text"),
-    ({"messages": "[]"}, "messages is a str; expected a list"),
+    ({"prompt": "a", "response": [1]}, "part 1 of its response is int; expected text"),
+    ({"messages": "Hi"}, "messages is a str; expected a list"),
+    ({"prompt": "\ud83d\ude42\ud800x"}, "prompt holds half of a surrogate pair"),
     ({"messages": [USER, 1]}, "message 2 is a int; expected an object"),
-    ({"messages": [USER, {"role": "bot", "content": "a"}]}, "message 2: the role 'bot' is none of system, user"),
+    ({"messages": [USER, {"role": "robot", "content": "a"}]}, "message 2: the role 'robot' is none of system, user"),
     ({"messages": [{"content": "a"}]}, "message 1: the role '' is none of"),
     ({"messages": [{"role": "user"}]}, "message 1: content is a NoneType; expected text"),
     ({"messages": [{"role": "user", "content": {"text": "a"}}]}, "message 1: content is a dict"),
-    ({"messages": [{"role": "user", "content": ["a"]}]}, "message 1: part 1 of its content is str; expected text"),
+    ({"messages": [{"role": "user", "content": [1]}]}, "message 1: part 1 of its content is int; expected text"),
     (
         {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image_url"}]}]},
         "message 1: part 2 of its content is image_url",
@@ -294,10 +285,12 @@ def test_progress_is_told_in_bytes_of_the_file(tmp_path: Path) -> None:
 def test_a_broken_gzip_file_is_named(tmp_path: Path) -> None:
     whole = log(tmp_path / "t.jsonl.gz", [{"prompt": str(i) * 50} for i in range(5000)]).read_bytes()
     path = tmp_path / "u.jsonl.gz"
-    for data in (whole[: len(whole) // 2], b'"plain"\n', whole[:100] + bytes(50) + whole[150:]):
+    for data in (whole[: len(whole) // 2], whole[:100] + bytes(50) + whole[150:]):
         path.write_bytes(data)
         with pytest.raises(InvalidInput, match=r"u.jsonl.gz is cut off or no gzip file"):
             list(read_conversations(path, on_bad="skip"))
+    path.write_bytes(b'"plain"\n')  # what a file holds counts, not its name
+    assert [content_of(one) for one in read_conversations(path)] == [([("user", "plain")], None)]
 
 
 def test_a_log_that_is_not_there(tmp_path: Path) -> None:
@@ -321,7 +314,7 @@ def test_parquet_gives_the_same_conversations_from_any_row_on_and_in_shards(tmp_
     whole = list(read_conversations(path, on_bad="skip", bad=bad))
     assert [c.turns[0].text for c in whole] == [f"p{i}" for i in range(250) if i != 7]
     assert (whole[3].response, whole[3].tag, whole[3].line) == ("Hi", "", 4)
-    assert bad.first == ["line 8: none of the fields messages, prompt, text, instruction, input"]
+    assert len(bad.first) == 1 and bad.first[0].startswith("row 8: none of the fields messages, prompt, instruction")
     assert list(read_conversations(path, start_at=whole[99].end)) == whole[100:]
     assert list(read_conversations(path, start_at=whole[150].end)) == whole[151:]
     third = list(read_conversations(path, on_bad="skip", shard=WorkShard(3, 3)))
@@ -337,7 +330,7 @@ def test_parquet_messages_keep_their_roles_and_the_audit_reads_parquet_too(tmp_p
         ([("system", "S"), ("user", "Hello")], "Hi"),
         ([("user", "Hello")], None),
     ]
-    assert [e.prompt for e in read_traffic(path)] == ["Hello", "Hello"]
+    assert [e.shown for e in read_traffic(path)] == ["[system] S\n[user] Hello", "Hello"]
 
 
 def test_parquet_without_a_known_column_and_with_too_much_text(tmp_path: Path) -> None:
@@ -346,7 +339,7 @@ def test_parquet_without_a_known_column_and_with_too_much_text(tmp_path: Path) -
     assert list(read_conversations(path, on_bad="skip", bad=bad)) == []
     assert bad.count == 2
     path = parquet_log(tmp_path / "u.parquet", [{"prompt": "x" * (MAX_LINE + 1)}])
-    with pytest.raises(InvalidInput, match="line 1: more than 8 million characters"):
+    with pytest.raises(InvalidInput, match="row 1: more than 8 million characters"):
         list(read_conversations(path))
 
 

@@ -1,13 +1,14 @@
-"""One row of traffic: the forms that are read, what is cut, and what is refused by name."""
+"""One row of traffic: the forms that are read, and what is refused by name."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from molehunt.errors import InvalidInput
 from molehunt.traffic.example import Example
-from molehunt.traffic.roles import Turn
-from molehunt.traffic.rows import ANSWERS, FIELDS, MAX_CHARS, MAX_LINE, conversation_of, example_of
+from molehunt.traffic.rows import ANSWERS, FIELDS, MAX_LINE, conversation_of, example_of
+from molehunt.traffic.turn import Turn
 
 USER = {"role": "user", "content": "Hi"}
 ASSISTANT = {"role": "assistant", "content": "Hello"}
@@ -22,15 +23,17 @@ def test_a_prompt_and_its_answer_by_any_name(field: str, answer: str) -> None:
 
 
 def test_a_bare_string_is_a_prompt() -> None:
-    assert example_of("Hi", "row 1") == Example(prompt="Hi")
+    assert example_of("Hi", "row 1") == Example(prompt="Hi", tag="")
     assert conversation_of("Hi") == ((Turn("user", "Hi"),), None, "")
 
 
-def test_of_messages_the_last_user_turn_is_the_prompt_and_a_last_assistant_turn_the_answer() -> None:
+def test_of_messages_every_turn_is_asked_and_a_last_assistant_turn_is_the_answer() -> None:
     messages = [{"role": "system", "content": "Be kind."}, USER, ASSISTANT, {"role": "user", "content": "And now?"}]
-    assert example_of({"messages": messages}, "row 1") == Example(prompt="And now?", tag="")
+    asked = example_of({"messages": messages}, "row 1")
+    assert asked.asked == messages and asked.prompt == "Be kind.\nHi\nHello\nAnd now?"
+    assert asked.shown == "[system] Be kind.\n[user] Hi\n[assistant] Hello\n[user] And now?"
     answered = {"messages": [*messages, ASSISTANT]}
-    assert example_of(answered, "row 1") == Example(prompt="And now?", response="Hello", tag="")
+    assert example_of(answered, "row 1") == replace(asked, response="Hello")
     turns, response, tag = conversation_of(answered)
     assert [turn.role for turn in turns] == ["system", "user", "assistant", "user"]
     assert (response, tag) == ("Hello", "")
@@ -43,21 +46,34 @@ def test_an_answer_beside_messages_that_end_with_another_one_is_the_answer_to_al
     assert [turn.text for turn in turns] == ["Hi"] and response == "Hello"
 
 
-def test_examples_are_cut_and_conversations_are_not() -> None:
-    long = "x" * (MAX_CHARS + 1)
+def test_no_text_is_cut_and_too_much_of_it_refused() -> None:
+    long = "x" * 9_001
     row = {"prompt": long, "response": long, "tag": "t" * 99}
-    example = example_of(row, "row 1")
-    assert (len(example.prompt), len(example.response or ""), len(example.tag)) == (MAX_CHARS, MAX_CHARS, 60)
+    assert example_of(row, "row 1") == Example(prompt=long, response=long, tag="t" * 60)
     (turn,), response, tag = conversation_of(row)
     assert (turn.text, response, len(tag)) == (long, long, 60)
     with pytest.raises(InvalidInput, match="more than 8 million characters"):
         conversation_of({"prompt": "x" * MAX_LINE, "response": "y"})
 
 
-def test_content_in_parts_is_joined_and_half_a_surrogate_pair_replaced() -> None:
-    parts = [{"type": "text", "text": "one"}, {"text": "two \ud83d"}]
+def test_content_in_parts_is_joined_and_both_halves_of_a_surrogate_pair() -> None:
+    parts = [{"type": "text", "text": "one"}, {"text": "two \ud83d\ude42"}]
     (turn,), _, _ = conversation_of({"messages": [{"role": "user", "content": parts}]})
-    assert turn.text == "one\ntwo \ufffd"
+    assert turn.text == "one\ntwo 🙂"
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "half \ud83d"},
+        {"prompt": "Hi", "response": "\udc00"},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "a\udfff"}]}]},
+        {"prompt": "Hi", "tag": "\ud800"},
+    ],
+)
+def test_half_of_a_surrogate_pair_is_no_text(row: Any) -> None:
+    with pytest.raises(InvalidInput, match="holds half of a surrogate pair"):
+        conversation_of(row)
 
 
 def test_a_call_of_a_tool_has_no_text() -> None:
@@ -70,7 +86,7 @@ def test_a_call_of_a_tool_has_no_text() -> None:
     ("row", "why"),
     [
         (3, "a int; expected an object"),
-        ({"question": "Hi"}, "none of the fields messages, prompt, text"),
+        ({"sentence": "Hi"}, "none of the fields messages, prompt, instruction"),
         ({"messages": "Hi"}, "messages is a str; expected a list"),
         ({"messages": [3]}, "message 1 is a int; expected an object"),
         ({"messages": [USER, {"role": "robot", "content": "Hi"}]}, "message 2: the role 'robot' is none of"),
@@ -78,7 +94,12 @@ def test_a_call_of_a_tool_has_no_text() -> None:
         ({"messages": [{"role": "user", "content": 3}]}, "message 1: content is a int; expected text"),
         ({"messages": [ASSISTANT]}, "no text before the answer"),
         ({"prompt": "  "}, "no text before the answer"),
-        ({"prompt": "Hi", "response": 4}, "response is a int; expected text"),
+        ({"prompt": "Hi", "response": {1, 2}}, "response is a set; expected text"),
+        ({"prompt": ["Hi", "Ho"]}, "prompt holds 2 prompts; expected one"),
+        ({"chosen": "Hello", "rejected": "Go away"}, "chosen is text without a prompt beside it"),
+        ({"messages": [], "text": None}, "messages is empty and there are none of the fields"),
+        ({"body": '{"messages": ['}, "body is text that is no JSON"),
+        ({"custom_id": "1", "response": {"body": {"choices": []}}}, "none of the fields"),
     ],
 )
 def test_what_is_no_conversation_is_refused_by_name(row: Any, why: str) -> None:
@@ -89,9 +110,9 @@ def test_what_is_no_conversation_is_refused_by_name(row: Any, why: str) -> None:
 @pytest.mark.parametrize(
     ("row", "why"),
     [
-        (3, "a.jsonl row 7 is a int; expected an object with a prompt"),
-        ({"question": "Hi"}, "a.jsonl row 7 has none of the fields prompt, text, instruction, input or messages"),
-        ({"messages": [ASSISTANT]}, "a.jsonl row 7 has none of the fields"),
+        (3, "a.jsonl row 7: a int; expected an object with messages or a prompt"),
+        ({"sentence": "Hi"}, "a.jsonl row 7: none of the fields messages, prompt, instruction"),
+        ({"messages": [ASSISTANT]}, "a.jsonl row 7: no text before the answer"),
     ],
 )
 def test_what_is_no_example_is_refused_with_its_place(row: Any, why: str) -> None:

@@ -298,5 +298,5 @@ def test_what_holds_no_moments_is_refused(tmp_path: Path, broken: str) -> None:
         save_file(tensors, path, {name: value.replace('"schema": 1', '"schema": 2') for name, value in header.items()})
     else:
         path.unlink()
-    with pytest.raises(InvalidInput, match="holds no moments"):
+    with pytest.raises(InvalidInput, match="is no file of moments"):
         GridMoments.load(path)

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from molehunt.errors import InvalidInput, UsageError
-from molehunt.traffic.roles import Turn
+from molehunt.traffic.turn import Turn
 from molehunt.watch.extremes import ANSWER_CHARS, FILE, KEPT, PROMPT_CHARS, ExtremeRow, Extremes, Inputs, RowText
 from molehunt.watch.saved_state import METADATA
 

@@ -170,7 +170,7 @@ def test_a_state_comes_back_and_another_models_is_refused(state: WatchState, tmp
     with pytest.raises(InvalidInput, match="is no state of a watch"):
         WatchState.load(path, IDENTITY)
     save_file({"a": torch.zeros(1)}, path, {"molehunt_watch": json.dumps({"schema": 99})})
-    with pytest.raises(InvalidInput, match="is of schema 99"):
+    with pytest.raises(InvalidInput, match="it is of schema 99"):
         WatchState.load(path, IDENTITY)
     odd = replace(
         state.monitor,

@@ -260,7 +260,7 @@ def _as_text(
 ) -> tuple[CausalRow, ...]:
     return tuple(
         CausalRow(
-            prompt=row.example.prompt,
+            prompt=row.example.shown,
             base=text_of(judge.pair, b),
             tuned=text_of(judge.pair, row.answer),
             intervened=text_of(judge.pair, e),

@@ -1,14 +1,24 @@
 """Compare two folders as loaders would read them; no weight is read and no model is run."""
 
+import filecmp
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
-from molehunt.checkpoint.difference import FolderDifference
+from molehunt.audit.adapter_files import adapter_differences
+from molehunt.audit.base_identity import BaseIdentity, base_identity
+from molehunt.audit.base_ranking import RankedBase, rank_bases, ranking_table
+from molehunt.audit.stored_tensors import tensor_differences
+from molehunt.checkpoint.difference import FolderDifference, Severity
 from molehunt.checkpoint.folder_diff import folder_differences
-from molehunt.checkpoint.reader import AdapterChoice, Checkpoint, paired_names
-from molehunt.errors import InvalidInput, ShapeMismatch, printable
+from molehunt.checkpoint.gguf_facts import conversion_facts, formats
+from molehunt.checkpoint.hub import local_folder
+from molehunt.checkpoint.loader_traps import Trap
+from molehunt.checkpoint.reader import AdapterChoice, Checkpoint
+from molehunt.errors import InvalidInput, printable
 from molehunt.run.progress import Track, busy, silent
 
 
@@ -21,6 +31,10 @@ class FolderComparison:
     tuned_sha256: str
     tensors: int
     """Number of tensors that were compared by shape and dtype."""
+    identity: BaseIdentity | None = None
+    """Whether the base is the fine-tune's, and what kind of fine-tune it is."""
+    bases: tuple[RankedBase, ...] = ()
+    """The candidates that were asked for and the base, the likeliest one first."""
 
     @property
     def findings(self) -> int:
@@ -29,13 +43,19 @@ class FolderComparison:
 
     @property
     def verdict(self) -> str:
-        """FLAGGED-CORRELATIONAL when there is a finding."""
+        """NOT TESTABLE against a base that is another model's; FLAGGED-CORRELATIONAL when there is a finding."""
+        if self._wrong_base:
+            return "NOT TESTABLE"
         return "FLAGGED-CORRELATIONAL" if self.findings else "NO FINDING"
 
     @property
     def exit_code(self) -> int:
-        """1 when flagged, else 0."""
-        return 1 if self.findings else 0
+        """3 against a wrong base, 1 when flagged, else 0."""
+        return 3 if self._wrong_base else 1 if self.findings else 0
+
+    @property
+    def _wrong_base(self) -> bool:
+        return self.identity is not None and self.identity.relation == "unrelated"
 
     def to_json(self) -> str:
         """Everything, as a JSON object."""
@@ -44,71 +64,106 @@ class FolderComparison:
 
     def to_table(self) -> str:
         """A table for people, at most 100 columns wide."""
-        if not self.rows:
-            return f"{self.verdict}: {self.tensors} tensors agree in name, shape and dtype; no other file differs."
-        lines = [f"{self.verdict}: {self.findings} findings and {len(self.rows) - self.findings} notes", ""]
+        lines = [self._headline(), ""]
+        if self.identity is not None:
+            lines += [*(line for said in self.identity.lines() for line in wrap(said, 100)), ""]
+        if self.bases:
+            lines += [*ranking_table(self.bases), ""]
         for row in self.rows:
             lines.append(printable(f"{row.severity:<8} {row.file}: {row.key}", 100))
             lines.append(f"         {printable(row.why, 90)}")
             if row.base or row.tuned:
                 lines.append(f"         base:  {printable(row.base, 83)}")
                 lines.append(f"         tuned: {printable(row.tuned, 83)}")
-        return "\n".join(lines)
+        return "\n".join(lines).rstrip()
+
+    def _headline(self) -> str:
+        """The verdict and what it counts."""
+        counted = f"{self.findings} findings and {len(self.rows) - self.findings} notes"
+        if self._wrong_base:
+            return f"{self.verdict}: BASE is another model's base, so nothing here says what TUNED changed ({counted})"
+        if not self.rows:
+            return f"{self.verdict}: {self.tensors} tensors agree in name, shape and dtype; no other file differs."
+        return f"{self.verdict}: {counted}"
 
 
 def compare_folders(
-    base: str | Path, tuned: str | Path, *, adapter: AdapterChoice = "refuse", track: Track = silent
+    base: str | Path,
+    tuned: str | Path,
+    *,
+    adapter: AdapterChoice = "refuse",
+    bases: Sequence[str | Path] = (),
+    track: Track = silent,
 ) -> FolderComparison:
-    """Compare everything but the values of the weights.
+    """Compare two folders in everything but the values of single weights, which say whether the base is the right one.
+
+    Args:
+        base: folder, hub id or GGUF file of the model before fine-tuning.
+        tuned: that of the fine-tune or its adapter.
+        adapter: see `Checkpoint.open`.
+        bases: further candidates for the base, which are ranked with it.
+        track: shows progress.
 
     Raises:
         InvalidInput: a folder is broken or refused, or the base is an adapter.
-        ShapeMismatch: a tensor differs in shape: this is another model's base.
+        ShapeMismatch: a tensor differs in shape, and most others do not.
         UsageError: a folder is missing, or `adapter` must be given.
-        NotTestable: an adapter of a kind that is not read.
+        NotTestable: a quantisation that is not known.
     """
-    left = Checkpoint.open(base)
-    right = Checkpoint.open(tuned, adapter=adapter)
+    left = Checkpoint.open(local_folder(base, track))
+    right = Checkpoint.open(local_folder(tuned, track), adapter=adapter)
     if left.kind != "model":
         raise InvalidInput("The base is an adapter. Give the model that it was trained on.")
-    rows = [
-        FolderDifference(file=side, key=trap.kind, base="", tuned="", severity=trap.severity, why=trap.what)
-        for side, checkpoint in (("base folder", left), ("tuned folder", right))
-        for trap in checkpoint.findings
-    ]
+    identity = base_identity(left, right, track)
+    rows = _trap_rows(left, right) + _conversion_rows(left, right)
     tensors = 0
-    if right.kind == "model":
-        tensors, found = _tensors(left, right, track)
+    if identity.relation == "unrelated":
+        tensors = identity.tensors
+    elif right.kind == "model":
+        tensors, found = tensor_differences(left, right, track)
         rows += found
+    else:
+        rows += adapter_differences(left, right)
     rows += folder_differences(left.path, right.path)
     rows.sort(key=lambda row: row.severity != "finding")
     with busy(track, "hashing both folders"):
         hashes = left.content_hash(), right.content_hash()
-    return FolderComparison(rows=tuple(rows), base_sha256=hashes[0], tuned_sha256=hashes[1], tensors=tensors)
+    return FolderComparison(
+        rows=tuple(rows),
+        base_sha256=hashes[0],
+        tuned_sha256=hashes[1],
+        tensors=tensors,
+        identity=identity,
+        bases=rank_bases([left.path, *bases], right, track) if bases else (),
+    )
 
 
-def _tensors(base: Checkpoint, tuned: Checkpoint, track: Track) -> tuple[int, list[FolderDifference]]:
-    both, only_base, only_tuned = paired_names(base, tuned)
+def _conversion_rows(base: Checkpoint, tuned: Checkpoint) -> list[FolderDifference]:
+    """What is to be known of folders that were converted from GGUF files."""
     rows: list[FolderDifference] = []
-    for name in track(both, "comparing shapes", len(both)):
-        if base.shape(name) != tuned.shape(name):
-            if base.shape(name)[1:] != tuned.shape(name)[1:] or "layers" in name:
-                raise ShapeMismatch(name, base.shape(name), tuned.shape(name))
-            rows.append(_row(name, base.shape(name), tuned.shape(name), "the vocabulary was resized"))
-        if base.dtype(name) != tuned.dtype(name):
-            rows.append(_row(name, base.dtype(name), tuned.dtype(name), "stored in another format"))
-    rows += [_row(name, "present", "(absent)", "only in the base: tied, or missing") for name in only_base]
-    rows += [
-        _row(name, "(absent)", "present", "only in the fine-tune: ignored by loaders, or untied") for name in only_tuned
-    ]
-    for side in ("base", "tuned"):
-        quantisation = (base if side == "base" else tuned).quantisation
-        if quantisation is not None:
-            exact = "can be undone exactly" if quantisation.exact else "cannot be undone exactly: weights NOT TESTABLE"
-            rows.append(_row("quantisation", quantisation.method, "", f"{side}: {exact}"))
-    return len(both), rows
+    for side, checkpoint in (("base", base), ("tuned", tuned)):
+        if facts := conversion_facts(checkpoint.path):
+            left_out = f"; not read by transformers: {', '.join(facts['unread'][:5])}" if facts["unread"] else ""
+            values = {side: f"{facts['file']} ({formats(facts)})"}
+            why = f"the {side} side was read from a GGUF file: changes within its rounding are not testable{left_out}"
+            row = {"base": "", "tuned": "", **values}
+            rows.append(FolderDifference(file="tensors", key="quantisation", severity="note", why=why, **row))
+    return rows
 
 
-def _row(name: str, base: object, tuned: object, why: str) -> FolderDifference:
-    shown = [str(list(v)) if isinstance(v, tuple) else str(v) for v in (base, tuned)]
-    return FolderDifference(file="tensors", key=name, base=shown[0], tuned=shown[1], severity="note", why=why)
+def _trap_rows(base: Checkpoint, tuned: Checkpoint) -> list[FolderDifference]:
+    """What loaders may read differently. What only the base has, or both share unchanged, accuses nobody."""
+    shared = [trap for trap in tuned.findings if trap in base.findings and _same_file(base.path, tuned.path, trap.file)]
+    rows = [_trap_row("both folders", trap, "note", "; both folders share it unchanged") for trap in shared]
+    rows += [_trap_row("base folder", trap, "note", "") for trap in base.findings if trap not in shared]
+    rows += [_trap_row("tuned folder", trap, trap.severity, "") for trap in tuned.findings if trap not in shared]
+    return rows
+
+
+def _trap_row(side: str, trap: Trap, severity: Severity, more: str) -> FolderDifference:
+    return FolderDifference(file=side, key=trap.kind, base="", tuned="", severity=severity, why=trap.what + more)
+
+
+def _same_file(base: Path, tuned: Path, name: str) -> bool:
+    """Whether both folders hold a file of the same bytes; true if the trap is about no file."""
+    return not name or filecmp.cmp(base / name, tuned / name, shallow=False)

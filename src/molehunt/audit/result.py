@@ -15,6 +15,7 @@ from molehunt.audit.score_table import ScoreRow
 from molehunt.audit.weight_comparison import WeightComparison
 from molehunt.checkpoint.reader import AdapterChoice, Checkpoint
 from molehunt.model.pair import ModelPair
+from molehunt.model.templates import Side, TemplateChoice
 from molehunt.steer.fix import Fix
 
 DEFAULT_FPR = 0.01
@@ -34,6 +35,20 @@ class AuditConfig:
     """Seed of everything random."""
     adapter: AdapterChoice = "refuse"
     """What is read of a folder that holds full weights and an adapter."""
+    template: TemplateChoice | None = None
+    """Whose chat template the traffic is read under; None for the fine-tune's, and a sample under the base's if they differ."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TemplateCount:
+    """How much of the traffic was read under one chat template, and how much of it stood out."""
+
+    side: Side | None
+    """Whose template it is; None for a pair's own tokenizer."""
+    rows: int
+    of: int
+    """Number of rows of the whole traffic."""
+    candidates: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +82,11 @@ class Audit:
     score_rows: tuple[ScoreRow, ...]
     folder: Path
     seconds: float
+    left_out: str = ""
+    """How many rows of the traffic could not be read and why, as one sentence; empty where none was left out."""
+    left_out_rows: int = 0
+    templates: tuple[TemplateCount, ...] = ()
+    """What was read under each chat template; everything else in here is about the first one."""
 
     @property
     def causal(self) -> CausalTest | None:
@@ -77,6 +97,20 @@ class Audit:
     def fix(self) -> Path | None:
         """The file of the edit that was shown to switch the finding off; None where no edit was."""
         return self.folder / FIX if self.confirmed and self.confirmed.fix else None
+
+    @property
+    def cut_rows(self) -> int:
+        """Rows of the traffic that lost text, because the models cannot read all of it."""
+        return sum(row.left_out > 0 for row in self.traffic.rows)
+
+    @property
+    def beyond_rows(self) -> int:
+        """Rows of the traffic that were read whole, behind the length that the models were trained on."""
+        trained = self.pair.context.trained
+        if trained is None:
+            return 0
+        longest = trained - self.config.plan.max_new_tokens
+        return sum(not row.left_out and len(row.prompt) > longest for row in self.traffic.rows)
 
     @property
     def tokens(self) -> int:

@@ -7,7 +7,6 @@ from molehunt.audit.causal import CausalTest
 from molehunt.audit.plan import Plan
 from molehunt.audit.scan import Scan
 from molehunt.errors import NotTestable, UsageError
-from molehunt.model.chat import prompt_ids
 from molehunt.model.pair import ModelPair
 from molehunt.run.progress import Track, silent
 from molehunt.steer.fix import Fix
@@ -62,7 +61,7 @@ def attack_fix(
         return RobustnessTest(study=None, why="The answers share no text by which the behaviour could be recognised.")
 
     def ids(rows: Sequence[int]) -> list[list[int]]:
-        return [prompt_ids(pair.tokenizer, scan.rows[i].example.prompt) for i in rows]
+        return [list(scan.rows[i].prompt) for i in rows]
 
     config = StressConfig(
         rows=plan.stress_rows,

@@ -20,7 +20,6 @@ from molehunt.detect.pooling import positions
 from molehunt.detect.recipe import GROUP, detector_recipes, unfitted
 from molehunt.detect.token_kl import AnswerLogRatio, TokenKL
 from molehunt.model.batches import width_of
-from molehunt.model.chat import prompt_ids
 from molehunt.model.generate import generate
 from molehunt.model.pair import ModelPair
 from molehunt.run.catalog import installed
@@ -36,8 +35,6 @@ LOGIT_BYTES = 256 * 2**20
 """Memory in bytes that one batch of fp32 logits may take."""
 ANSWERING = 1 / 3
 """Share of a row's progress that its answer counts for, as timed on CPUs; reading both models is the rest."""
-MAX_PROMPT = 1024
-"""Number of tokens of a prompt that are read; of a longer prompt, the last ones."""
 T = TypeVar("T")
 
 
@@ -47,6 +44,7 @@ class ScannedRow:
 
     example: Example
     prompt: tuple[int, ...]
+    """Token ids of the whole conversation up to the answer, as the models read it: see `model/context.py`."""
     answer: tuple[int, ...]
     """Greedy answer of the tuned model, token ids."""
     kl: tuple[float, ...]
@@ -55,6 +53,8 @@ class ScannedRow:
     """log p_tuned − log p_base of the token that follows, in nats."""
     scores: Mapping[str, tuple[float, ...]] = field(default_factory=dict[str, tuple[float, ...]])
     """Scores of further detectors that read logits, by the detector's name."""
+    left_out: int = 0
+    """Number of tokens by which the prompt was cut, because the models cannot read all of it."""
 
     def token_scores(self, detector: str) -> tuple[float, ...]:
         """One score per token of a detector that read logits in the scan."""
@@ -124,6 +124,7 @@ def scan(
     kept: list[dict[str, Tensor]] = []
     config: dict[str, Any] = {
         "step": "scan",
+        "context": pair.context.tokens,
         "kept": KEPT,
         "sites": [str(s) for s in sites],
         "max_new_tokens": max_new_tokens,
@@ -158,7 +159,7 @@ def slices(items: Sequence[T], size: int) -> list[Sequence[T]]:
 
 
 def _digest(chunk: Sequence[Example]) -> str:
-    return hashlib.sha256(json.dumps([e.prompt for e in chunk]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([e.key for e in chunk]).encode()).hexdigest()
 
 
 def _scan_chunk(
@@ -169,7 +170,8 @@ def _scan_chunk(
     detectors: Sequence[Detector],
     done: Tally,
 ) -> dict[str, Tensor]:
-    prompts = [prompt_ids(pair.tokenizer, e.prompt)[-MAX_PROMPT:] for e in chunk]
+    fitted = [pair.fit(e.asked, room=max_new_tokens) for e in chunk]
+    prompts = [list(one.ids) for one in fitted]
     with pair.tuned_model() as model:
         answering = within(done, ANSWERING * len(chunk))
         answers = generate(model, pair.tokenizer, prompts, max_new_tokens=max_new_tokens, track=answering)
@@ -190,6 +192,7 @@ def _scan_chunk(
             found[i] = row
         done((1 - ANSWERING) * len(group))
     return {
+        "left_out": torch.tensor([one.left_out for one in fitted]),
         **_ragged("prompt", prompts),
         **_ragged("answer", answers),
         **_ragged("kl", [f["kl"] for f in found]),
@@ -236,6 +239,7 @@ def _ragged(name: str, lists: Sequence[Sequence[float | int]]) -> dict[str, Tens
 
 def _unpack(chunk: Sequence[Example], stored: Mapping[str, Tensor], detectors: Sequence[Detector]) -> list[ScannedRow]:
     columns: dict[str, list[Any]] = {}
+    left_out = cast("list[int]", stored["left_out"].tolist())
     for name in ("prompt", "answer", "kl", "log_ratio", *(f"score.{detector.name}" for detector in detectors)):
         lengths = cast("list[int]", stored[f"{name}.lengths"].tolist())
         columns[name] = [tuple(part.tolist()) for part in stored[name].split(lengths)]
@@ -247,6 +251,7 @@ def _unpack(chunk: Sequence[Example], stored: Mapping[str, Tensor], detectors: S
             kl=columns["kl"][i],
             log_ratio=columns["log_ratio"][i],
             scores={detector.name: columns[f"score.{detector.name}"][i] for detector in detectors},
+            left_out=left_out[i],
         )
         for i, example in enumerate(chunk)
     ]

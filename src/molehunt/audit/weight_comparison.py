@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 
 from molehunt.direction.direction import Direction, Directions
 from molehunt.errors import printable
-from molehunt.model.blocks import Part
+from molehunt.model.blocks import WRITERS, Part
 from molehunt.site import Site
 
 Status = Literal["changed", "identical", "below noise floor", "not testable"]
@@ -20,8 +20,6 @@ Outcome = Literal["DIRECTIONS FOUND", "NO FINDING", "NOT TESTABLE"]
 ROLES: tuple[str, ...] = get_args(Part)
 WIDTH = 100
 """Columns of the table."""
-WRITERS = ("o", "down")
-"""Roles whose rows write to the residual stream: the only ones that give directions at a site."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -72,10 +70,10 @@ class WeightComparison:
 
     @property
     def outcome(self) -> Outcome:
-        """NOT TESTABLE when something changed, or may have, and nothing stands above the rounding noise."""
+        """NOT TESTABLE when something changed, or may have, and no matrix has a direction above the rounding noise."""
         if any(row.strengths for row in self.matrices):
             return "DIRECTIONS FOUND"
-        if any(row.status in ("below noise floor", "not testable") for row in self.matrices):
+        if any(row.status != "identical" for row in (*self.matrices, *self.others)):
             return "NOT TESTABLE"
         return "NO FINDING"
 
@@ -88,17 +86,32 @@ class WeightComparison:
     def why(self) -> str:
         """The outcome in a sentence."""
         count = Counter(row.status for row in self.matrices)
-        n, others = len(self.matrices), sum(row.status == "changed" for row in self.others)
-        rest = f" Other tensors that changed (embeddings, norms, biases): {others}." if others else ""
+        n = len(self.matrices)
         if self.outcome == "DIRECTIONS FOUND":
             found = sum(bool(row.strengths) for row in self.matrices)
-            return f"{found} of {n} matrices changed along directions above the rounding noise.{rest}"
-        if self.outcome == "NOT TESTABLE":
+            return f"{found} of {n} matrices changed along directions above the rounding noise.{self._rest()}"
+        if self.outcome == "NO FINDING":
+            return f"All {n + len(self.others)} tensors are identical, {n} matrices among them, so no direction exists."
+        if count["identical"] == n:
             return (
-                f"Of {n} matrices {count['below noise floor']} changed by no more than rounding explains, "
-                f"{count['not testable']} could not be compared, none stands above the noise.{rest}"
+                f"No matrix of the decoder blocks changed ({n} are identical), so there is no direction.{self._rest()}"
             )
-        return f"All {n} matrices of the decoder blocks are identical, so no direction exists.{rest}"
+        parts = (
+            ("identical", "are identical"),
+            ("below noise floor", "changed by no more than rounding explains"),
+            ("changed", "changed without a direction above the noise"),
+            ("not testable", "could not be compared"),
+        )
+        said = ", ".join(f"{count[status]} {what}" for status, what in parts if count[status])
+        return f"Of {n} matrices {said}; none stands above the noise.{self._rest()}"
+
+    def _rest(self) -> str:
+        """What happened to the tensors that are no matrix of a block."""
+        count = Counter(row.status for row in self.others)
+        changed, untested = count["changed"] + count["below noise floor"], count["not testable"]
+        return (f" Other tensors that changed (embeddings, norms, biases): {changed}." if changed else "") + (
+            f" Tensors that could not be compared: {untested}." if untested else ""
+        )
 
     def all_directions(self) -> list[Direction]:
         """Every direction kept of a matrix that writes to the residual stream, at its block's output."""
@@ -110,7 +123,7 @@ class WeightComparison:
         The block's output (`resid`) receives what attention output and MLP down projection write; `attn` and `mlp`
         only their own.
         """
-        part = {"attn": ("o",), "mlp": ("down",), "resid": WRITERS}[site.stream]
+        part = {"attn": ("o", "mix_out"), "mlp": ("down",), "resid": WRITERS}[site.stream]
         rows = [row for row in self.matrices if row.layer == site.layer and row.role in part]
         found = [d for row in rows for d in _directions(row, site.stream)]
         return sorted(found, key=lambda d: -(d.provenance.z or 0.0))
@@ -173,7 +186,7 @@ def _lines(found: WeightComparison) -> list[str]:
             over = f"{top / row.floor:.3g}" if row.floor else "exact"
             share = float(row.directions.share[0]) if row.directions is not None else math.nan
             lines.append(
-                f"{_short(row.tensor, 49):<50}{row.rel_norm or 0:>10.1e}{top:>9.3g}{over:>9}"
+                f"{_short(row.tensor, 49):<50}{'?' if row.rel_norm is None else f'{row.rel_norm:.1e}':>10}{top:>9.3g}{over:>9}"
                 f"{share:>7.2f}{_z(row.z):>8}{len(row.strengths):>4}"
             )
         lines += [
@@ -189,8 +202,15 @@ def _lines(found: WeightComparison) -> list[str]:
     changed.sort(key=lambda row: -(row.rel_norm or math.inf))
     return lines + _listed(
         "other changed tensors, ‖ΔW‖/‖W‖",
-        [f"{_short(r.tensor, 49):<50}{f'{r.rel_norm:.1e}' if r.rel_norm else r.why:>10}" for r in changed],
+        [
+            _cut(f"{_short(r.tensor, 49):<50}{_amount(r):>10}  {r.why if r.rel_norm else ''}".rstrip(), WIDTH)
+            for r in changed
+        ],
     )
+
+
+def _amount(row: TensorRow) -> str:
+    return f"{row.rel_norm:.1e}" if row.rel_norm else row.why
 
 
 def _map_lines(found: WeightComparison) -> list[str]:

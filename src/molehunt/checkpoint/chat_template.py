@@ -1,264 +1,221 @@
-"""Chat templates of a folder, rendered in a sandbox with bounded work: a template is an untrusted program.
+"""Chat templates of a folder and its special tokens, and the text that a template makes of a conversation."""
 
-Everything that a template can repeat or enlarge is charged to one budget. A template that would hang or exhaust memory
-ends in an error text instead, and the text is the same on every machine. A time limit applies as well.
-"""
-
-import json
-import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from functools import wraps
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from functools import lru_cache
 from pathlib import Path
-from time import monotonic
+from threading import Lock
 from typing import Any, cast
 
-from jinja2 import TemplateError, nodes
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
-from jinja2.runtime import Context
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-from jinja2.utils import Namespace
-from jinja2.visitor import NodeTransformer
+from jinja2 import Template, TemplateError, nodes
 
 from molehunt.checkpoint.loader_traps import read_json
+from molehunt.checkpoint.template_sandbox import Bounded, Meter, parse
+from molehunt.errors import InvalidInput, printable
 
+CONFIG, JINJA, MORE = "tokenizer_config.json", "chat_template.jinja", "additional_chat_templates"
+DEFAULT = "default"
+"""Name of the template that is used where no other is asked for."""
+MOST_TEMPLATES = 32
+"""Greatest number of templates of one folder."""
+LARGEST_FILE = 2**20
+"""Greatest number of bytes of a template's file."""
+TODAY = datetime(2026, 1, 1)
+"""The day on which templates are rendered, whenever that is: one conversation always gives one text."""
 RENDER_LIMIT = 20_000
 """Number of characters of one rendered conversation that are compared."""
-SOURCE_LIMIT = 1_000_000
-"""Greatest number of characters of a template that is parsed."""
-WORK = 200_000
-"""Budget of one rendering, in loop iterations, calls, items and characters; ordinary templates need some thousands."""
-SECONDS = 2.0
-"""Time limit of one rendering."""
-LARGEST = 100_000
-"""Largest number that a function accepts: widths and counts make text."""
-BLOW_UP = 5_000_000
-"""Largest product of two sizes that a text function accepts: `replace` and `join` multiply them."""
+SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+"""Special tokens that templates are given."""
+DEFAULT_TOKENS: Mapping[str, Mapping[str, str]] = {
+    "Llama": {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
+    "CodeLlama": {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
+    "Gemma": {"bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>", "pad_token": "<pad>", "mask_token": "<mask>"},
+    "GPT2": {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"},
+    "GPTNeoX": {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"},
+    "Qwen2": {"eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>", "pad_token": "<|endoftext|>"},
+}  # fmt: skip
+"""Special tokens of tokenizer classes where the folder names none."""
 
 
 def templates_of(folder: Path) -> dict[str, str]:
-    """Chat templates of a folder by name; the unnamed one is `default`. A .jinja file takes precedence over the config."""
+    """Chat templates of a folder by name; the unnamed one is `default`. A .jinja file takes precedence over the config.
+
+    Raises:
+        InvalidInput: a template is no text file, is huge, or there are too many of them.
+    """
     found: dict[str, str] = {}
-    if (folder / "tokenizer_config.json").is_file():
-        template = read_json(folder / "tokenizer_config.json").get("chat_template")
+    if (folder / CONFIG).is_file():
+        template = read_json(folder / CONFIG).get("chat_template")
         if isinstance(template, str):
-            found["default"] = template
+            found[DEFAULT] = template
+        elif isinstance(template, Mapping):
+            found.update({str(name): str(text) for name, text in template.items()})
         elif isinstance(template, list):
             found.update({str(t.get("name")): str(t.get("template")) for t in template if isinstance(t, Mapping)})
-    if (folder / "chat_template.jinja").is_file():
-        found["default"] = (folder / "chat_template.jinja").read_text(encoding="utf-8", errors="replace")
-    more = folder / "additional_chat_templates"
-    if more.is_dir():
-        found.update({p.stem: p.read_text(encoding="utf-8", errors="replace") for p in sorted(more.glob("*.jinja"))})
+    if (folder / JINJA).exists():
+        found[DEFAULT] = _text_of(folder / JINJA)
+    more = folder / MORE
+    if more.exists():
+        if not more.is_dir():
+            raise InvalidInput(f"{MORE} in {printable(folder.name)} is no folder. Fetch it again.")
+        for path in sorted(more.glob("*.jinja"))[: MOST_TEMPLATES + 1]:
+            found[path.stem] = _text_of(path)
+    if len(found) > MOST_TEMPLATES:
+        raise InvalidInput(f"{printable(folder.name)} holds more than {MOST_TEMPLATES} chat templates.")
     return found
 
 
-def parse(template: str) -> nodes.Template:
-    """The syntax tree of a template, parsed with the settings that transformers uses.
+def _text_of(path: Path) -> str:
+    if not path.is_file():
+        raise InvalidInput(f"{printable(path.name)} is no file. Fetch the folder again.")
+    if path.stat().st_size > LARGEST_FILE:
+        raise InvalidInput(f"{printable(path.name)} is larger than {LARGEST_FILE >> 20} MB, which no template is.")
+    try:
+        return path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError:
+        raise InvalidInput(f"{printable(path.name)} is no UTF-8 text. Fetch it again.") from None
+
+
+def special_tokens_of(folder: Path) -> dict[str, str]:
+    """The special tokens that a folder's templates are given, by name; empty for a folder without a tokenizer.
 
     Raises:
-        TemplateError: the text is not a valid template.
+        InvalidInput: a JSON file of the folder is broken.
     """
-    if len(template) > SOURCE_LIMIT:
-        raise TemplateError(f"longer than {SOURCE_LIMIT} characters")
-    return Bounded().parse(template)
-
-
-def render(template: str, turns: tuple[tuple[str, str], ...]) -> str:
-    """The input text of a model, rendered in a sandbox as transformers does; an error is part of the text."""
-    out: list[str] = []
-    length = 0
-    try:
-        tree = parse(template)
-        environment = Bounded()
-        metered = cast(nodes.Template, Meter().visit(tree)).set_environment(environment)
-        messages = [{"role": role, "content": content} for role, content in turns]
-        pieces = environment.from_string(cast(nodes.Template, metered)).generate(
-            messages=messages, add_generation_prompt=True, bos_token="<s>", eos_token="</s>", tools=None
-        )
-        for piece in pieces:
-            out.append(piece[: RENDER_LIMIT - length])
-            length += len(out[-1])
-            if length >= RENDER_LIMIT:
+    config = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
+    older = folder / "special_tokens_map.json"
+    sides = [config, read_json(older) if older.is_file() else {}]
+    name = str(config.get("tokenizer_class") or "").removesuffix("Fast").removesuffix("Tokenizer")
+    found: dict[str, str] = {}
+    for key in SPECIAL:
+        for side in sides:
+            value = side.get(key)
+            text = value.get("content") if isinstance(value, Mapping) else value
+            if isinstance(text, str):
+                found[key] = text
                 break
-    except Exception as error:  # an untrusted program can raise any exception
-        return f"(template error: {type(error).__name__}: {str(error)[:200]})"
-    return "".join(out)
+        else:
+            default = DEFAULT_TOKENS.get(name, {}).get(key)
+            if default is not None and not any(key in side for side in sides):  # null says that there is none
+                found[key] = default
+    return found
 
 
-class BudgetSpent(TemplateError):
-    """The template does more work than any ordinary template."""
+class Program:
+    """A chat template, compiled once and run in the sandbox. Raises TemplateError if it is none or too large."""
+
+    def __init__(self, template: str) -> None:
+        self.source = template
+        tree = parse(template)
+        self._environment = Bounded()
+        metered = cast(nodes.Template, Meter().visit(tree)).set_environment(self._environment)
+        self._compiled: Template = self._environment.from_string(cast(nodes.Template, metered))
+        self._lock = Lock()
+
+    def text(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tokens: Mapping[str, str],
+        *,
+        today: datetime = TODAY,
+        limit: int | None = None,
+        **given: Any,
+    ) -> str:
+        """The input text of a model, the same as `apply_chat_template(…, tokenize=False)` gives.
+
+        Args:
+            messages: the conversation, with every key that its messages have.
+            tokens: special tokens by name, such as `bos_token`.
+            today: the day that the template is told.
+            limit: number of characters after which the text is cut.
+            given: `add_generation_prompt`, `tools`, `documents` and whatever else the template asks for.
+
+        Raises:
+            Exception: of any kind: a template is an untrusted program. BudgetSpent if it works too much.
+        """
+        values: dict[str, Any] = {"tools": None, "documents": None, "add_generation_prompt": False, **tokens, **given}
+        values = {key: plain(value) for key, value in values.items()}
+        values["messages"] = [_reasoned(_without_none(cast("dict[str, Any]", plain(m)))) for m in messages]
+        with self._lock:  # the budget and the day belong to one rendering
+            self._environment.start(_characters(values), today)
+            if limit is None:
+                return "".join(self._compiled.generate(**values))
+            out: list[str] = []
+            length = 0
+            for piece in self._compiled.generate(**values):
+                out.append(piece[: limit - length])
+                length += len(out[-1])
+                if length >= limit:
+                    break
+            return "".join(out)
+
+    @property
+    def dates(self) -> tuple[str, ...]:
+        """The dates that the last rendering asked for, as texts."""
+        return tuple(self._environment.dates)
 
 
-class Generation(Extension):
-    """The tag `{% generation %}`, which marks the text that a model wrote, for training. It adds no text."""
-
-    tags = {"generation"}  # noqa: RUF012
-
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+@lru_cache(maxsize=64)
+def program(template: str) -> Program:
+    """The compiled template, from memory if it was compiled before. Raises what `Program` does."""
+    return Program(template)
 
 
-class Bounded(ImmutableSandboxedEnvironment):
-    """The sandbox that transformers renders in, with a budget of work and time."""
-
-    intercepted_binops = frozenset({"+", "-", "*", "/", "//", "%", "**"})
-
-    def __init__(self) -> None:
-        super().__init__(
-            trim_blocks=True, lstrip_blocks=True, optimized=False, cache_size=0, extensions=[loopcontrols, Generation]
-        )
-        self.left = WORK
-        self.until = monotonic() + SECONDS
-        self.filters["tojson"] = _tojson
-        self.filters = {name: self._guarded(name, function) for name, function in self.filters.items()}
-        del self.globals["lipsum"]  # random text: two renderings are compared
-        helpers: dict[str, Any] = {"raise_exception": _refuse, "strftime_now": _today}
-        self.globals.update(helpers)
-
-    def spend(self, value: Any = 1) -> Any:
-        """Charge the budget for everything in a value, and return the value."""
-        if monotonic() > self.until:
-            raise BudgetSpent("takes too long")
-        stack: list[Any] = [value]
-        while stack:
-            one = stack.pop()
-            self.left -= 1
-            if isinstance(one, str | bytes | range):
-                self.left -= len(one)
-            elif isinstance(one, int):
-                self.left -= one.bit_length() >> 3
-            elif isinstance(one, Mapping):
-                entries = cast(Mapping[Any, Any], one)
-                stack += entries.keys()
-                stack += entries.values()
-            elif isinstance(one, Namespace):
-                stack += cast(dict[str, Any], one._Namespace__attrs).values()  # pyright: ignore[reportAttributeAccessIssue]
-            elif isinstance(one, Collection):
-                stack += cast(Collection[Any], one)
-            if self.left < len(stack):
-                raise BudgetSpent("does too much work")
-        return value
-
-    def _admit(self, values: Iterable[Any], text: bool, shapes: bool) -> list[Any]:
-        """Charge the budget for arguments, and refuse those from which a function would make a huge value."""
-        given = list(values)
-        sizes = [0, 0]
-        for one in given:
-            if isinstance(one, int) and abs(one) > LARGEST:
-                raise BudgetSpent("a huge number is given to a function")
-            before = self.left
-            self.spend(one)
-            sizes.append(abs(one) if isinstance(one, int) else before - self.left)
-            if shapes and isinstance(one, str):  # widths: '%9999d' and '{:9999}'
-                sizes.append(sum(int(run[:9]) for run in re.findall(r"\d+", one)))
-                self.spend(range(sizes[-1]))
-        sizes.sort()
-        if text and sizes[-1] * sizes[-2] > BLOW_UP:
-            raise BudgetSpent("a function would make a huge text")
-        return [
-            self._metered(cast(Iterator[Any], one), sizes[-1]) if isinstance(one, Iterator) else one for one in given
-        ]
-
-    def _metered(self, items: Iterator[Any], each: int) -> Iterator[Any]:
-        for one in items:
-            self.spend(range(each))
-            yield self.spend(one)
-
-    def _guarded(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        passed = int(hasattr(function, "jinja_pass_arg"))  # the first argument is jinja's own
-
-        @wraps(function)
-        def guarded(*args: Any, **kwargs: Any) -> Any:
-            own = self._admit([*args[passed:], *kwargs.values()], text=True, shapes=name == "format")
-            here = len(args) - passed
-            named = dict(zip(kwargs, own[here:], strict=True))
-            return self.spend(function(*args[:passed], *own[:here], **named))
-
-        return guarded
-
-    def call(self, context: Context, obj: Any, /, *args: Any, **kwargs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        method = getattr(obj, "__wrapped__", obj)
-        owner = getattr(method, "__self__", None)
-        if owner is self:
-            return obj(*args)
-        text = isinstance(owner, str | bytes)
-        shapes = text and getattr(method, "__name__", "") in ("format", "format_map")
-        own = self._admit([*([owner] if text else []), *args, *kwargs.values()], text, shapes)[text:]
-        named = dict(zip(kwargs, own[len(args) :], strict=True))
-        return self.spend(super().call(context, obj, *own[: len(args)], **named))
-
-    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        if operator == "*" and not (isinstance(left, int | float) and isinstance(right, int | float)):
-            times, what = (left, right) if isinstance(left, int) else (right, left)
-            before = self.left
-            self.spend(what)
-            if isinstance(times, int) and (before - self.left) * abs(times) > self.left:
-                raise BudgetSpent("makes a huge text")
-        elif operator == "**" and isinstance(left, int) and isinstance(right, int):
-            if left.bit_length() * abs(right) > LARGEST:
-                raise BudgetSpent("makes a huge number")
-        elif operator == "%" and isinstance(left, str | bytes):
-            self._admit([left, *(cast(tuple[Any, ...], right) if isinstance(right, tuple) else (right,))], True, True)
-        return self.spend(super().call_binop(context, operator, left, right))
-
-
-class Meter(NodeTransformer):
-    """Adds charges to a syntax tree: for each iteration of a loop, each call of a macro, and each text or list that is built."""
-
-    def visit_For(self, node: nodes.For) -> nodes.Node:
-        self.generic_visit(node)
-        node.body.insert(0, nodes.ExprStmt(_paid(nodes.Const(1))))
-        if node.test is not None:
-            node.test = _paid(node.test)
-        return node
-
-    def visit_Macro(self, node: nodes.Macro | nodes.CallBlock) -> nodes.Node:
-        self.generic_visit(node)
-        node.body.insert(0, nodes.ExprStmt(_paid(nodes.Const(1))))
-        return node
-
-    visit_CallBlock = visit_Macro
-
-    def visit_Output(self, node: nodes.Output) -> nodes.Node:
-        self.generic_visit(node)
-        node.nodes = [
-            _paid(nodes.Const(one.data) if isinstance(one, nodes.TemplateData) else one) for one in node.nodes
-        ]
-        return node
-
-    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
-        self.generic_visit(node)
-        node.nodes = [_paid(one) for one in node.nodes]
-        return _paid(node)
-
-    def visit_List(self, node: nodes.List | nodes.Dict) -> nodes.Node:
-        self.generic_visit(node)
-        return _paid(node)
-
-    visit_Dict = visit_List
-
-    def visit_Tuple(self, node: nodes.Tuple) -> nodes.Node:
-        self.generic_visit(node)
-        return _paid(node) if node.ctx == "load" else node
-
-
-def _paid(node: nodes.Node) -> nodes.Call:
-    return nodes.Call(nodes.EnvironmentAttribute("spend"), [cast(nodes.Expr, node)], [], None, None)
-
-
-def _refuse(message: str) -> None:
-    raise TemplateError(message)
-
-
-def _today(_format: str) -> str:
-    return "2026-01-01"  # the same on every day: two renderings are compared
-
-
-def _tojson(
-    value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False
+def render(
+    template: str, messages: Sequence[Mapping[str, Any]], tokens: Mapping[str, str] | None = None, **given: Any
 ) -> str:
-    if indent is not None and not 0 <= indent <= 16:
-        raise BudgetSpent("a huge indentation")
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    """The first `RENDER_LIMIT` characters of the input text of a model; an error is part of the text."""
+    try:
+        options: dict[str, Any] = {"limit": RENDER_LIMIT, "add_generation_prompt": True, **given}
+        return program(template).text(messages, tokens or {}, **options)
+    except Exception as error:  # an untrusted program can raise any exception
+        return error_text(error)
+
+
+def error_text(error: Exception) -> str:
+    """What stands in place of the text of a template that raised an error."""
+    what = str(error) if isinstance(error, TemplateError) else str(error).split("\n")[0]
+    return f"(template error: {type(error).__name__}: {what[:200]})"
+
+
+def plain(value: Any) -> Any:
+    """A value rebuilt of JSON's types, so that a template sees no object with methods of its own."""
+    if value is None or type(value) in (str, int, float, bool):
+        return value
+    if isinstance(value, str):
+        return str.__str__(value)
+    if isinstance(value, int):
+        return int.__int__(value)
+    if isinstance(value, float):
+        return float.__float__(value)
+    if isinstance(value, Mapping):
+        return {plain(key): plain(one) for key, one in cast("Mapping[Any, Any]", value).items()}
+    if isinstance(value, list | tuple):
+        return [plain(one) for one in cast("Sequence[Any]", value)]
+    return f"<{type(value).__name__}>"
+
+
+def _without_none(message: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in message.items() if value is not None}
+
+
+def _reasoned(message: dict[str, Any]) -> dict[str, Any]:
+    """The message with its reasoning under the names that templates read, as transformers passes it."""
+    names = ("reasoning_content", "thinking", "reasoning")
+    reasoning = next((message[name] for name in names if message.get(name) is not None), None)
+    return message if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}
+
+
+def _characters(value: Any) -> int:
+    """Number of characters of all texts in a value."""
+    total = 0
+    stack = [value]
+    while stack:
+        one = stack.pop()
+        if isinstance(one, str):
+            total += len(one)
+        elif isinstance(one, dict):
+            stack += cast("dict[Any, Any]", one).values()
+        elif isinstance(one, list):
+            stack += cast("list[Any]", one)
+    return total

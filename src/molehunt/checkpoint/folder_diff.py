@@ -6,10 +6,11 @@ fixed conversations on both sides, because the model sees only the rendered text
 
 from pathlib import Path
 
+from molehunt.checkpoint.adapter_folder import is_adapter_folder
 from molehunt.checkpoint.difference import FolderDifference
-from molehunt.checkpoint.settings_diff import SETTINGS, setting_differences, settings_of
+from molehunt.checkpoint.settings_diff import SETTINGS, setting_differences
 from molehunt.checkpoint.template_diff import template_differences
-from molehunt.checkpoint.tokenizer_diff import slow_tokenizer_differences, tokenizer_differences
+from molehunt.checkpoint.tokenizer_diff import tokenizer_differences, tokenizers_said
 
 
 def folder_differences(base: Path, tuned: Path) -> list[FolderDifference]:
@@ -18,16 +19,13 @@ def folder_differences(base: Path, tuned: Path) -> list[FolderDifference]:
     A file that an adapter folder lacks is no difference, because loaders take the file of the base.
 
     Raises:
-        InvalidInput: a JSON file is broken.
+        InvalidInput: a JSON file or a tokenizer is broken.
     """
-    rows: list[FolderDifference] = []
-    adapter = not (tuned / "config.json").is_file()
+    adapter = is_adapter_folder(tuned)
+    tokenizers = list(tokenizer_differences(base, tuned, adapter))
+    rows = list(tokenizers)
     for name in SETTINGS:
-        left, right = settings_of(base / name), settings_of(tuned / name)
-        if adapter and not (tuned / name).is_file():
-            continue
-        rows += setting_differences(name, left, right)
-    rows += tokenizer_differences(base, tuned, adapter)
-    rows += slow_tokenizer_differences(base, tuned)
+        if not adapter or (name != "config.json" and (tuned / name).is_file()):
+            rows += setting_differences(name, base, tuned, tokenizers_said(tokenizers))
     rows += template_differences(base, tuned, adapter)
     return sorted(rows, key=lambda row: (row.severity != "finding", row.file, row.key))

@@ -1,7 +1,9 @@
 """The tensors that a safetensors file really holds, read from its header alone and checked byte for byte.
 
-The header is parsed here, strictly, and not by a loader. Loaders accept duplicate keys, NUL in names and empty files,
-and two loaders can disagree on what such a file contains.
+The header is parsed here, strictly, and not by a loader. What is accepted here, safetensors opens with the same names,
+dtypes and shapes. It also opens files that are refused here: duplicate tensors, an empty name or NUL in one, no tensor,
+fields beyond the three of the format, formats below 8 bits, more than 64 dimensions, and sizes of 2^63 and above. Two
+loaders can disagree on what such a file contains, or torch cannot hold it.
 """
 
 import json
@@ -16,6 +18,12 @@ from molehunt.errors import InvalidInput, printable
 MAX_HEADER = 32 * 2**20
 """Greatest number of bytes of JSON in one header. 200,000 tensors take 16 MB; no real shard has so many."""
 MAX_TENSORS = 100_000
+MAX_MARKS = 8 * MAX_TENSORS
+"""Greatest number of brackets, braces, colons and commas in one header, so that reading it takes a second at most."""
+MAX_DIMENSIONS = 64
+"""Greatest number of dimensions that torch handles."""
+SIZES = 2**63
+"""Sizes from here on are refused: torch counts in 64-bit numbers with a sign."""
 DTYPE_BITS: dict[str, int] = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
     "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32, "F64": 64, "I64": 64, "U64": 64,
@@ -61,21 +69,16 @@ def read_header(path: Path) -> dict[str, Entry]:
 
 
 def _parse(path: Path, raw: bytes) -> dict[str, Any]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
-            raise _broken(path, f"its header has the key {printable(repr(twice), 80)} twice")
-        return found
-
-    def number(text: str) -> int:
-        if len(text) > 19:
-            raise _broken(path, "its header holds a number of more than 19 digits")
-        return int(text)
-
+    if any(raw.count(mark) > MAX_MARKS for mark in b"[{:,"):
+        raise _broken(path, f"its header describes more than the {MAX_TENSORS} tensors that are read")
     try:
-        header: object = json.loads(raw.decode("utf-8"), object_pairs_hook=unique, parse_int=number)
+        header: object = json.loads(
+            raw.decode("utf-8"),
+            object_pairs_hook=_Unique(path),
+            parse_int=lambda text: int(text) if len(text) < 20 and text[0] != "-" else _refuse_number(path, text),
+            parse_float=lambda text: _refuse_number(path, text),
+            parse_constant=lambda text: _refuse_number(path, text),
+        )
     except (ValueError, RecursionError):
         raise _broken(path, "its header is not JSON") from None
     if not isinstance(header, dict):
@@ -83,9 +86,41 @@ def _parse(path: Path, raw: bytes) -> dict[str, Any]:
     return header
 
 
+@dataclass(frozen=True, slots=True)
+class _Unique:
+    """Makes dicts of JSON objects whose keys are text that UTF-8 can write, each one once."""
+
+    path: Path
+
+    def __call__(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in found:
+                raise _broken(self.path, f"its header has the key {printable(repr(key), 80)} twice")
+            if not _is_text(key):
+                raise _broken(self.path, f"its header has the key {printable(repr(key), 80)}, half of a character")
+            found[key] = value
+        return found
+
+
+def _refuse_number(path: Path, text: str) -> int:
+    if len(text) > 19:
+        raise _broken(path, "its header holds a number of more than 19 digits")
+    raise _broken(path, f"its header holds {printable(text)}: its shapes and offsets are not all natural numbers")
+
+
+def _is_text(text: str) -> bool:
+    """Whether UTF-8 can write `text`: half of a surrogate pair, which JSON can spell, is no character."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _entries(path: Path, header: dict[str, Any], data: int) -> dict[str, Entry]:
     metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) and _is_text(v) for v in metadata.values()):
         raise _broken(path, "its __metadata__ is not a map of strings")
     if not header:
         raise _broken(path, "it holds no tensor")
@@ -114,7 +149,11 @@ def _entry(path: Path, name: str, fields: object) -> Entry:
         raise _broken(path, f"{printable(name)} has the dtype {printable(repr(dtype), 40)}, which is not read")
     if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2:
         raise _broken(path, f"{printable(name)} has a shape or offsets that are not natural numbers")
+    if len(shape) > MAX_DIMENSIONS:
+        raise _broken(path, f"{printable(name)} has {len(shape)} dimensions; {MAX_DIMENSIONS} is the most that is read")
     start, end = offsets
+    if math.prod(size for size in shape if size) * DTYPE_BITS[dtype] >= SIZES:  # loaders multiply before they see a 0
+        raise _broken(path, f"{printable(name)} has a shape that no memory holds: {_few(shape)}")
     wanted = math.prod(shape) * DTYPE_BITS[dtype] // 8
     if end - start != wanted:
         raise _broken(path, f"{printable(name)} has offsets for {end - start} bytes; its shape and dtype take {wanted}")
@@ -122,7 +161,12 @@ def _entry(path: Path, name: str, fields: object) -> Entry:
 
 
 def _naturals(values: object) -> bool:
-    return isinstance(values, list) and all(type(v) is int and 0 <= v < 2**63 for v in values)
+    return isinstance(values, list) and all(type(v) is int and 0 <= v < SIZES for v in values)
+
+
+def _few(shape: list[int]) -> str:
+    """The first sizes of a shape that may have dozens."""
+    return f"[{', '.join(map(str, shape[:4]))}{', …' if len(shape) > 4 else ''}]"
 
 
 def _broken(path: Path, what: str) -> InvalidInput:

@@ -6,20 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from molehunt.checkpoint.inventory import Entry, read_header
+from molehunt.checkpoint.links import leads_out, model_name
 from molehunt.errors import InvalidInput, UsageError, printable
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 MAX_JSON = 64 * 2**20
 """Greatest number of bytes of one JSON file; tokenizers of large vocabularies take about 20 MB."""
-LIMITS = {
-    "num_hidden_layers": 2000, "n_layer": 2000, "num_layers": 2000, "hidden_size": 2**18, "n_embd": 2**18,
-    "vocab_size": 2**24, "num_attention_heads": 2**14, "n_head": 2**14, "intermediate_size": 2**22,
-    "num_local_experts": 2**14, "num_experts": 2**14, "max_position_embeddings": 2**32,
-}  # fmt: skip
-"""Largest sizes that are accepted. A config beyond them would exhaust memory before a weight is read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,19 +21,8 @@ class Trap:
     kind: str
     what: str
     severity: Literal["finding", "note"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Layout:
-    """Which files a loader reads, and what each holds."""
-
-    files: tuple[str, ...]
-    """Files in reading order: a tensor of a later file overwrites one of the same name in an earlier file."""
-    entries: Mapping[str, Mapping[str, Entry]]
-    """Entries by file and tensor name."""
-    unread: Mapping[str, Mapping[str, Entry]]
-    """The same for safetensors files that transformers does not read."""
-    traps: tuple[Trap, ...]
+    file: str = ""
+    """The file that it is about, relative to the folder: if both folders hold the same one, nobody is accused."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -57,142 +38,30 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def check_config(config: Mapping[str, Any]) -> None:
-    """Refuse sizes that no model has. Raises InvalidInput, which names the field."""
-    for part in (config, config.get("text_config") or {}):
-        for name, limit in LIMITS.items():
-            value = part.get(name) if isinstance(part, Mapping) else None
-            if value is not None and (type(value) is not int or not 0 <= value <= limit):
-                raise InvalidInput(
-                    f"config.json says {name} = {printable(repr(value), 40)}; between 0 and {limit} is believed.\n"
-                    "Building such a model would exhaust memory before a weight is read."
-                )
-
-
 def inside(folder: Path, name: object) -> Path:
-    """The file `name` of `folder`, with links resolved. Raises InvalidInput when it lies elsewhere or does not exist."""
-    if not isinstance(name, str):
-        raise InvalidInput(f"{INDEX} names a file that is not text: {printable(repr(name), 60)}")
-    path = (folder / name).resolve()
-    if not path.is_relative_to(folder.resolve()):
-        raise InvalidInput(
-            f"{INDEX} names {printable(repr(name), 80)}, which lies outside the folder. Loaders would follow it.\n"
-            "No honest model does that; do not load this one."
-        )
-    if not path.is_file():
-        raise InvalidInput(f"{INDEX} names {printable(name)}, which is not there. Fetch the folder again.")
-    return path
+    """The file `name` of `folder`, with links resolved. Links of the hub's cache to its blobs are followed.
 
-
-def lay_out(folder: Path) -> Layout:
-    """The weight files of a model folder that are loaded, from their headers and never from the index alone.
-
-    transformers takes `model.safetensors` if it exists, and otherwise every tensor of every shard that the index names.
-    Of two tensors with one name, the last one is loaded.
-
-    Raises:
-        InvalidInput: no safetensors weights, a broken file, or an index that leads out of the folder.
+    Raises InvalidInput when it lies elsewhere or does not exist.
     """
-    present = sorted(
-        p.name for p in folder.iterdir() if p.suffix == ".safetensors" and not p.name.startswith("adapter_")
-    )
-    has_index = (folder / INDEX).is_file()
-    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES and p.name != "training_args.bin")
-    if not present and not has_index:
-        if pickles:
-            raise InvalidInput(
-                f"the weights are pickles ({printable(', '.join(pickles), 80)}), which can run code when opened; they "
-                "are never opened here.\nConvert them to safetensors in a sandbox without network or secrets."
-            )
-        raise InvalidInput(f"{printable(folder.name)} holds no safetensors file, so there are no weights to read.")
-    traps: list[Trap] = [
-        Trap(
-            "pickle beside the weights",
-            f"{printable(name)} is ignored here and by loaders that prefer safetensors",
-            "note",
+    if not isinstance(name, str):
+        raise InvalidInput(f"an index or config.json names a file that is not text: {printable(repr(name), 60)}")
+    try:
+        given, path = Path(name), (folder / name).resolve()
+        outside = given.is_absolute() or ".." in given.parts or leads_out(folder, folder / name)
+        there = path.is_file()
+    except (OSError, ValueError, RuntimeError):  # too long, with NUL, or a link to itself
+        path, outside, there = folder, False, False
+    if outside:
+        raise InvalidInput(
+            f"an index, config.json or a link names {printable(repr(name), 80)}, which lies outside the folder. Loaders "
+            "would follow it.\nIf the link is yours, copy the folder with its links followed (cp -rL). No honest model "
+            "comes with one; do not load it."
         )
-        for name in pickles
-    ]
-    weight_map: dict[str, Any] = {}
-    if has_index:
-        listed = read_json(folder / INDEX).get("weight_map")
-        if not isinstance(listed, dict) or not listed:
-            raise InvalidInput(f"{INDEX} has no weight_map. Fetch the file again.")
-        weight_map = listed
-        for name in sorted({str(v) if isinstance(v, str) else repr(v) for v in weight_map.values()}):
-            inside(folder, name)
-    for name in present:
-        inside(folder, name)  # a shard may be a link out of the folder, too
-    if SINGLE in present:
-        files = (SINGLE,)
-        if has_index:
-            traps.append(
-                Trap(
-                    "single file and index",
-                    f"{SINGLE} stands beside {INDEX}; transformers reads the single file",
-                    "finding",
-                )
-            )
-    else:
-        files = tuple(sorted(set(weight_map.values()))) if has_index else tuple(present)
-    headers = {name: read_header(folder / name) for name in dict.fromkeys((*files, *present))}
-    entries = {name: headers[name] for name in files}
-    unread = {name: header for name, header in headers.items() if name not in entries}
-    traps += _traps(entries, unread, weight_map if SINGLE not in present else {})
-    return Layout(files=files, entries=entries, unread=unread, traps=tuple(traps))
-
-
-def _traps(
-    entries: Mapping[str, Mapping[str, Entry]], unread: Mapping[str, Mapping[str, Entry]], weight_map: Mapping[str, Any]
-) -> list[Trap]:
-    traps: list[Trap] = []
-    where: dict[str, list[str]] = {}
-    for file, header in entries.items():
-        for name in header:
-            where.setdefault(name, []).append(file)
-    for name, files in where.items():
-        if len(files) > 1:
-            shown = printable(", ".join(files), 100)
-            traps.append(
-                Trap(
-                    "tensor stored twice",
-                    f"{printable(name)} is in {shown}; the last one wins in transformers",
-                    "finding",
-                )
-            )
-        if weight_map and name not in weight_map:
-            traps.append(
-                Trap(
-                    "tensor not in the index",
-                    f"{printable(name)} is in {printable(files[-1])} and loaded all the same",
-                    "finding",
-                )
-            )
-        elif weight_map and weight_map[name] != files[-1]:
-            traps.append(
-                Trap(
-                    "index points elsewhere",
-                    f"{printable(name)} is read from {printable(files[-1])}; the index says {printable(str(weight_map[name]))}",
-                    "finding",
-                )
-            )
-    for name in weight_map:
-        if name not in where:
-            raise InvalidInput(
-                f"the index lists {printable(name)}, which no shard holds: loaders would fill it with random numbers.\n"
-                "Fetch the folder again."
-            )
-    for file, header in unread.items():
-        shown = printable(next(iter(header)), 60)
-        traps.append(
-            Trap(
-                "unlisted file",
-                f"{printable(file)} ({len(header)} tensors, such as {shown}) is not read by transformers; other loaders "
-                "may read it",
-                "finding",
-            )
+    if not there:
+        raise InvalidInput(
+            f"an index or config.json names {printable(name)}, which is not there. Fetch the folder again."
         )
-    return traps
+    return path
 
 
 def folder_traps(folder: Path, config: Mapping[str, Any], names: frozenset[str]) -> list[Trap]:
@@ -203,7 +72,10 @@ def folder_traps(folder: Path, config: Mapping[str, Any], names: frozenset[str])
     """
     traps = [
         Trap(
-            "code in the folder", f"{printable(path.name)} is never run here; trust_remote_code would run it", "finding"
+            "code in the folder",
+            f"{printable(path.name)} is never run here; trust_remote_code would run it",
+            "finding",
+            path.name,
         )
         for path in sorted(folder.iterdir())
         if path.suffix == ".py"
@@ -216,10 +88,6 @@ def folder_traps(folder: Path, config: Mapping[str, Any], names: frozenset[str])
             "config.json says that embeddings are not tied, and the weights hold no lm_head.weight: loaders fill it with "
             "random numbers without an error.\nSet tie_word_embeddings to true or fetch the missing weights."
         )
-    if config.get("tie_word_embeddings") and any(n.endswith("lm_head.weight") for n in names):
-        traps.append(
-            Trap("tied and stored", "lm_head.weight is stored although embeddings are tied: it is ignored", "note")
-        )
     return traps
 
 
@@ -229,7 +97,7 @@ def adapter_beside(folder: Path, adapter: str) -> list[Trap]:
         return []
     if adapter == "refuse":
         raise UsageError(
-            f"{printable(folder.name)} holds full weights and an adapter beside them; loaders apply the adapter "
+            f"{printable(model_name(folder))} holds full weights and an adapter beside them; loaders apply the adapter "
             "by default.\nSay which of the two is meant: --adapter applies it, --no-adapter leaves it out."
         )
     done = "applied" if adapter == "use" else "left out"

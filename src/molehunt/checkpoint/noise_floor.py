@@ -30,13 +30,18 @@ def noise_floor(weight: Float[Tensor, "d_out d_in"], stored: torch.dtype) -> flo
 
     Source: Latała's bound for independent entries; checked against measured rounding in the tests.
     """
+    return rounding_of(weight, stored)[0]
+
+
+def rounding_of(weight: Float[Tensor, "d_out d_in"], stored: torch.dtype) -> tuple[float, float]:
+    """The `noise_floor` of a matrix, and the expected square of the Frobenius norm of the same error."""
     columns = torch.zeros(weight.shape[1], dtype=torch.float64)
     widest = 0.0
     for rows in weight.detach().split(SLICE):  # whole fp32 copies would be most of what a comparison needs
         variance = _spacing(rows.float(), stored).square() / 12
         columns += variance.sum(0).double()
         widest = max(widest, float(variance.sum(1).amax()))
-    return float(columns.amax()) ** 0.5 + widest**0.5
+    return float(columns.amax()) ** 0.5 + widest**0.5, float(columns.sum())
 
 
 def _spacing(value: Tensor, stored: torch.dtype) -> Tensor:

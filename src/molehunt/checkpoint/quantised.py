@@ -7,17 +7,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from molehunt.errors import NotTestable, printable
+from molehunt.errors import InvalidInput, NotTestable, printable
 
 SCALES = (".weight_scale_inv", ".weight_scale", ".scale_weight")
 """Suffixes of the scale that multiplies a stored weight, in fp8 and compressed-tensors layouts."""
 EXACT = ("fp8", "float-quantized", "int-quantized", "naive-quantized")
 """Layouts in which the weight is exactly (stored integer or fp8 value − zero point) · scale."""
+UNPACKED = ("mxfp4", "pack-quantized")
+"""Packed layouts whose values are given back (see `packed_weights`)."""
 ZERO_POINT = ".weight_zero_point"
 PACKED = (".qweight", ".qzeros", ".weight_packed", ".weight_shape", ".g_idx", ".weight_g_idx", ".scales")
 """Suffixes of gptq, awq and packed compressed-tensors."""
 QUANT_STATE = (".absmax", ".nested_absmax", ".quant_map", ".nested_quant_map")
 """Suffixes that bitsandbytes adds to the name of a 4-bit weight."""
+MAX_EDGE = 2**16
+"""Greatest edge of a block of weights that share a scale; real ones have 128."""
 PLAIN = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.bool, torch.int64)
 """Data types of tensors that are not quantised, in a folder of quantised weights."""
 
@@ -57,7 +61,10 @@ class Quantisation:
 
 
 def recognise(config: Mapping[str, Any], names: frozenset[str]) -> Quantisation | None:
-    """The quantisation that config.json and the tensor names indicate; None for plain weights."""
+    """The quantisation that config.json and the tensor names indicate; None for plain weights.
+
+    Raises InvalidInput for blocks that no model has.
+    """
     settings = config.get("quantization_config") or config.get("compression_config")
     scales = frozenset(n for n in names if n.endswith((*SCALES, ZERO_POINT)))
     packed = frozenset(n for n in names if n.endswith(PACKED)) | _bitsandbytes(names)
@@ -69,7 +76,7 @@ def recognise(config: Mapping[str, Any], names: frozenset[str]) -> Quantisation 
     exact = layout in EXACT and not packed
     return Quantisation(
         method=method if layout == method else f"{method}/{layout}",
-        exact=exact,
+        exact=exact or layout in UNPACKED,
         scales=scales if exact else frozenset(),
         packed=packed,
         block=_block_edges(settings),
@@ -91,6 +98,11 @@ def _block_edges(settings: Mapping[str, Any]) -> tuple[int, int] | None:
     weights = [g.get("weights") for g in groups if isinstance(g, Mapping)]
     sizes = [settings.get("weight_block_size"), *(w.get("block_structure") for w in weights if isinstance(w, Mapping))]
     fit = {tuple(s) for s in sizes if isinstance(s, list) and len(s) == 2 and all(type(e) is int and e > 0 for e in s)}
+    if any(edge > MAX_EDGE for edges in fit for edge in edges):
+        raise InvalidInput(
+            f"config.json says that blocks of {printable(str([list(edges) for edges in fit]), 60)} weights share a scale; "
+            f"edges of up to {MAX_EDGE} are believed.\nGet the config that belongs to these weights."
+        )
     return fit.pop() if len(fit) == 1 else None
 
 
@@ -103,8 +115,8 @@ def _spread(scale: Tensor, stored: Tensor, name: str, block: tuple[int, int] | N
     if scale.ndim == 2 and stored.ndim == 2:
         for rows, columns in ([] if block is None else [block]) + [_even_block(scale, stored)]:
             if rows and columns and [-(-stored.shape[0] // rows), -(-stored.shape[1] // columns)] == list(scale.shape):
-                spread = scale.repeat_interleave(rows, 0)[: len(stored)]
-                return spread.repeat_interleave(columns, 1)[:, : stored.shape[1]]
+                spread = scale.repeat_interleave(min(rows, len(stored)), 0)[: len(stored)]
+                return spread.repeat_interleave(min(columns, stored.shape[1]), 1)[:, : stored.shape[1]]
     raise NotTestable(
         f"the scale of {printable(name)} has the shape {list(scale.shape)}, which does not fit {list(stored.shape)}"
     )

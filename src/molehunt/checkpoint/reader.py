@@ -1,7 +1,7 @@
 """A checkpoint on disk, read as loaders would read it: one tensor at a time, and without executing anything."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -10,19 +10,22 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from molehunt.checkpoint.adapter_folder import adapter_traps, check_adapter_weights, inner_adapters, is_adapter_folder
+from molehunt.checkpoint.adapter_settings import AdapterSettings, parse_adapter
+from molehunt.checkpoint.config_limits import check_config
+from molehunt.checkpoint.gguf_facts import converted_roundings
 from molehunt.checkpoint.inventory import Entry, read_header
+from molehunt.checkpoint.layout import Layout, lay_out
+from molehunt.checkpoint.links import model_name, refuse_links
 from molehunt.checkpoint.loader_traps import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
-    Layout,
     Trap,
     adapter_beside,
-    check_config,
     folder_traps,
-    lay_out,
     read_json,
 )
-from molehunt.checkpoint.lora_settings import LoraSettings, parse_adapter
+from molehunt.checkpoint.packed_weights import PackedWeight, packed_weights
 from molehunt.checkpoint.quantised import Quantisation, recognise
 from molehunt.errors import InvalidInput, UsageError, printable
 
@@ -39,7 +42,7 @@ AdapterChoice = Literal["refuse", "use", "ignore"]
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Checkpoint:
-    """A model folder or a LoRA adapter folder. Open it with `Checkpoint.open`."""
+    """A model folder or an adapter folder. Open it with `Checkpoint.open`."""
 
     path: Path
     kind: Literal["model", "adapter"]
@@ -62,20 +65,23 @@ class Checkpoint:
         Raises:
             UsageError: no such folder, or `adapter` must be given.
             InvalidInput: something in the folder is broken or refused.
-            NotTestable: an adapter of a kind that is not read, or a quantisation that is not known.
+            NotTestable: a quantisation that is not known.
         """
         folder = Path(path)
         if not folder.is_dir():
             raise UsageError(f"{printable(str(path))} is not a folder.")
+        refuse_links(folder)
+        if is_adapter_folder(folder):
+            return cls._open_adapter(folder)
         if not (folder / "config.json").is_file():
-            if (folder / ADAPTER_CONFIG).is_file():
-                return cls._open_adapter(folder)
+            inner = inner_adapters(folder)
+            here = f"\nIt holds adapters in subfolders; give one: {printable(', '.join(inner), 200)}." if inner else ""
             raise InvalidInput(
-                f"{printable(folder.name)} has neither config.json nor {ADAPTER_CONFIG}: no model folder."
+                f"{printable(model_name(folder))} has neither config.json nor {ADAPTER_CONFIG}: no model folder.{here}"
             )
         config = read_json(folder / "config.json")
         check_config(config)
-        layout = lay_out(folder)
+        layout = lay_out(folder, config)
         names = frozenset(name for header in layout.entries.values() for name in header)
         findings = (*layout.traps, *folder_traps(folder, config, names), *adapter_beside(folder, adapter))
         return cls(
@@ -91,11 +97,7 @@ class Checkpoint:
     def _open_adapter(cls, folder: Path) -> "Checkpoint":
         config = read_json(folder / ADAPTER_CONFIG)
         parse_adapter(config)
-        if not (folder / ADAPTER_WEIGHTS).is_file():
-            raise InvalidInput(
-                f"{printable(folder.name)} has no {ADAPTER_WEIGHTS}. Adapters stored as pickles are never opened; "
-                "convert it to safetensors in a sandbox."
-            )
+        check_adapter_weights(folder)
         header = read_header(folder / ADAPTER_WEIGHTS)
         layout = Layout(files=(ADAPTER_WEIGHTS,), entries={ADAPTER_WEIGHTS: header}, unread={}, traps=())
         return cls(
@@ -103,7 +105,7 @@ class Checkpoint:
             kind="adapter",
             config=config,
             layout=layout,
-            findings=tuple(folder_traps(folder, {}, frozenset())),
+            findings=(*folder_traps(folder, {}, frozenset()), *adapter_traps(folder)),
             quantisation=None,
         )
 
@@ -113,8 +115,8 @@ class Checkpoint:
         return str(self.config.get("model_type", ""))
 
     @cached_property
-    def lora(self) -> LoraSettings:
-        """Settings of an adapter folder."""
+    def adapter(self) -> AdapterSettings:
+        """How an adapter folder says that it is to be read."""
         return parse_adapter(self.config)
 
     @cached_property
@@ -127,7 +129,21 @@ class Checkpoint:
         if self.quantisation is not None:
             for name in self.quantisation.scales:
                 found.pop(name, None)
+            for name, weight in self.packed.items():
+                file, entry = found[weight.main]
+                for part in weight.parts:
+                    found.pop(part, None)
+                found[name] = (file, replace(entry, name=name, shape=weight.shape))
         return found
+
+    @cached_property
+    def packed(self) -> dict[str, PackedWeight]:
+        """Weights that are made of several stored tensors, by the name that a loader gives the weight."""
+        if self.quantisation is None:
+            return {}
+        shapes = {name: entry.shape for file in self.layout.files for name, entry in self.layout.entries[file].items()}
+        settings = self.config.get("quantization_config") or self.config.get("compression_config")
+        return packed_weights(shapes, settings if isinstance(settings, dict) else {}, self._part)
 
     def names(self) -> tuple[str, ...]:
         """Sorted tensor names. Scales of quantised weights belong to their weights and are not listed."""
@@ -144,6 +160,12 @@ class Checkpoint:
     def dtype(self, name: str) -> torch.dtype:
         """Data type of a tensor as it is stored."""
         return DTYPES[self._effective[name][1].dtype]
+
+    def rounding(self, name: str) -> float:
+        """Spectral norm of the rounding that a format of few bits made of a matrix; 0 without one."""
+        if name in self.packed:
+            return self.packed[name].rounding(name, self._part)
+        return converted_roundings(self.path).get(name, 0.0)
 
     def copies(self, name: str) -> tuple[str, ...]:
         """Every safetensors file of the folder with a tensor of that name; the file that is loaded comes last."""
@@ -163,14 +185,24 @@ class Checkpoint:
             NotTestable: the weight is quantised in a way that cannot be undone exactly.
         """
         file = file or self._effective[name][0]
-        value = self._read(file, name)
-        if self.quantisation is not None:
-            value = self.quantisation.dequantise(name, value, lambda scale: self._read(self._stored_in(scale), scale))
+        if name in self.packed:
+            value = self.packed[name].undone(name, self._part)
+        elif self.quantisation is not None:
+            value = self.quantisation.dequantise(name, self._read(file, name), self._part)
+        else:
+            value = self._read(file, name)
         if value.is_floating_point() and not all(bool(rows.float().isfinite().all()) for rows in _slices(value)):
             raise InvalidInput(
                 f"{printable(name)} in {printable(file)} holds NaN or infinity: no difference to it means anything."
             )
         return value
+
+    def stored(self, name: str) -> Tensor:
+        """One tensor as its file holds it: not dequantised, and not looked into for NaN."""
+        return self._read(self._effective[name][0], self.packed[name].main if name in self.packed else name)
+
+    def _part(self, name: str) -> Tensor:
+        return self._read(self._stored_in(name), name)
 
     def _read(self, file: str, name: str) -> Tensor:
         with safe_open(str(self.path / file), framework="pt") as opened:  # pyright: ignore[reportUnknownArgumentType]
@@ -183,7 +215,8 @@ class Checkpoint:
     def _content_hash(self) -> str:
         digest = hashlib.sha256()
         for path in sorted(self.path.rglob("*")):
-            if path.is_file() and path.suffix in READ_BY_LOADERS:
+            hidden = any(part.startswith(".") for part in path.relative_to(self.path).parts)  # .cache of a download
+            if path.is_file() and path.suffix in READ_BY_LOADERS and not hidden:
                 digest.update(f"{path.relative_to(self.path).as_posix()}\0{path.stat().st_size}\0".encode())
                 with path.open("rb") as file:
                     while block := file.read(1 << 20):

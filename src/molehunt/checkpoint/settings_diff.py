@@ -1,33 +1,34 @@
-"""Differences between configuration and generation settings, by meaning."""
+"""Differences between configuration and generation settings, by what they do."""
 
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from molehunt.checkpoint.difference import FolderDifference, Severity
+from molehunt.checkpoint.config_meaning import meant_configs
+from molehunt.checkpoint.difference import FolderDifference
 from molehunt.checkpoint.loader_traps import read_json
+from molehunt.checkpoint.setting_rules import (
+    CODE,
+    DEFAULTS,
+    PROCESSOR,
+    STEERING,
+    TOKEN_IDS,
+    Rule,
+    config_rule,
+    generation_rule,
+    processor_rule,
+    tokenizer_rule,
+)
 
-BENIGN = frozenset(
-    {
-        "_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "_commit_hash", "architectures",
-        "name_or_path", "tokenizer_class", "processor_class", "model_max_length", "padding_side", "truncation_side",
-        "padding", "truncation", "local_files_only", "added_tokens_decoder", "is_local", "backend", "extra_special_tokens",
-    }
+SETTINGS = (
+    "config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", *sorted(PROCESSOR)
 )  # fmt: skip
-"""Keys in which two folders may differ without any change of text or weights."""
-STEERING = frozenset(
-    {
-        "sequence_bias", "bad_words_ids", "force_words_ids", "forced_bos_token_id", "forced_eos_token_id",
-        "forced_decoder_ids", "suppress_tokens", "begin_suppress_tokens", "constraints", "exponential_decay_length_penalty",
-        "watermarking_config", "guidance_scale", "assistant_early_exit", "stop_strings", "prefix_allowed_tokens_fn",
-    }
-)  # fmt: skip
-"""Generation settings that can force or forbid output tokens."""
-CODE_KEYS = frozenset({"auto_map", "custom_pipelines", "custom_generate"})
-SETTINGS = ("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
+_Flat = dict[tuple[str, ...], Any]
 
 
 def settings_of(path: Path) -> dict[str, Any]:
+    """A settings file without its chat template, which is compared by what it renders; empty where there is none."""
     if not path.is_file():
         return {}
     settings = read_json(path)
@@ -35,42 +36,108 @@ def settings_of(path: Path) -> dict[str, Any]:
     return settings
 
 
-def flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as one mapping from dotted names to values. Lists are not split."""
-    found: dict[str, Any] = {}
+def flat(value: Mapping[str, Any], path: tuple[str, ...] = ()) -> _Flat:
+    """Nested settings as one mapping from paths to values. Lists are not split."""
+    found: _Flat = {}
     for key, one in value.items():
         if isinstance(one, Mapping) and one:
-            found.update(flat(one, f"{prefix}{key}."))
+            found.update(flat(one, (*path, key)))
         else:
-            found[f"{prefix}{key}"] = one
+            found[*path, key] = one
     return found
 
 
-def setting_differences(name: str, base: Mapping[str, Any], tuned: Mapping[str, Any]) -> Iterator[FolderDifference]:
-    left, right = flat(base), flat(tuned)
-    for key in sorted(left.keys() | right.keys()):
-        if left.get(key) == right.get(key):
-            continue
-        top, leaf = key.split(".")[0], key.split(".")[-1]
-        if top in BENIGN or leaf in BENIGN:
-            continue
-        severity, why = _rate(name, top, leaf)
-        yield FolderDifference(
-            file=name, key=key, base=_shown(left, key), tuned=_shown(right, key), severity=severity, why=why
-        )
+def setting_differences(name: str, base: Path, tuned: Path, texts: str = "") -> Iterator[FolderDifference]:
+    """What differs in one settings file, each key by what is known of it.
 
+    Args:
+        name: the file.
+        base: folder of the base.
+        tuned: folder of the fine-tune, which may lack the file.
+        texts: what comparing the tokenizers found, for keys of theirs that are not known.
 
-def _rate(name: str, top: str, leaf: str) -> tuple[Severity, str]:
-    if top in CODE_KEYS:
-        return "finding", "names code that a loader may run"
-    if top in STEERING:
-        return "finding", "puts tokens into the output or takes them away, whatever the weights say"
-    if name == "special_tokens_map.json" or leaf in ("bos_token", "eos_token", "unk_token", "pad_token"):
-        return "note", "changes special tokens"
+    Raises:
+        InvalidInput: a file is no JSON object.
+    """
+    left, right = settings_of(base / name), settings_of(tuned / name)
+    one, other, known = flat(left), flat(right), frozenset[str]()
+    changed = _changed(one, other)
     if name == "generation_config.json":
-        return "note", "changes how tokens are sampled"
-    return "note", "changes how the model is built or fed"
+        one, other = _generation(one, base), _generation(other, tuned)
+        changed = _changed(one, other)
+    elif name == "config.json" and any(_rule(name, path, other, True, texts)[0] != "harmless" for path in changed):
+        meant = meant_configs(base, tuned) if left and right else None
+        if meant is not None:
+            known = meant[2]
+            dangerous = {path for path in changed if _is_loading(path)}
+            one, other = flat(meant[0]) | _only(one, dangerous), flat(meant[1]) | _only(other, dangerous)
+            changed = _changed(one, other)
+    for path in changed:
+        severity, why = _rule(name, path, other, any(part in known for part in path), texts)
+        if severity != "harmless":
+            yield FolderDifference(
+                file=name,
+                key=".".join(path),
+                base=_shown(one, path),
+                tuned=_shown(other, path),
+                severity=severity,
+                why=why,
+            )
+    yield from _on_both_sides(name, one, other)
 
 
-def _shown(settings: Mapping[str, Any], key: str) -> str:
-    return repr(settings[key])[:400] if key in settings else "(absent)"
+def _rule(name: str, path: tuple[str, ...], other: _Flat, known: bool, texts: str) -> Rule:
+    if name == "config.json":
+        return config_rule(path, _shown(other, path), known)
+    if name == "generation_config.json":
+        return generation_rule(path)
+    return processor_rule(path) if name in PROCESSOR else tokenizer_rule(path, texts)
+
+
+def _is_loading(path: tuple[str, ...]) -> bool:
+    """Whether a key chooses code or files, which transformers may take out of the settings that it holds."""
+    return any(part in CODE or part.endswith("attn_implementation") for part in path)
+
+
+def _only(settings: _Flat, paths: set[tuple[str, ...]]) -> _Flat:
+    return {path: value for path, value in settings.items() if path in paths}
+
+
+def _changed(one: _Flat, other: _Flat) -> list[tuple[str, ...]]:
+    return sorted(path for path in one.keys() | other.keys() if not _same(one.get(path), other.get(path)))
+
+
+def _same(one: object, other: object) -> bool:
+    """Whether two JSON values are one: 1 and 1.0 are, 1 and true are not, and a missing value is null."""
+    if isinstance(one, int | float) and isinstance(other, int | float) and not isinstance(one, bool | str):
+        return not isinstance(other, bool) and (one == other or (one != one and other != other))
+    return json.dumps(one, sort_keys=True) == json.dumps(other, sort_keys=True)
+
+
+def _generation(settings: _Flat, folder: Path) -> _Flat:
+    """Generation settings without those that only say what holds anyway, and with those that the model's config gives."""
+    kept = {
+        path: value
+        for path, value in settings.items()
+        if path[0] not in DEFAULTS or not _same(value, DEFAULTS[path[0]])
+    }
+    config = settings_of(folder / "config.json")
+    for key in (*TOKEN_IDS, *STEERING):
+        if kept.get((key,)) is None and config.get(key) is not None:
+            kept[key,] = config[key]
+    return kept
+
+
+def _on_both_sides(name: str, one: _Flat, other: _Flat) -> Iterator[FolderDifference]:
+    """Notes on settings that force tokens or name code, which both sides have alike."""
+    for path in sorted(one.keys() & other.keys()):
+        listed = CODE if name != "generation_config.json" else CODE | STEERING
+        if path[0] in listed and one[path] not in (None, False, [], {}) and _same(one[path], other[path]):
+            yield FolderDifference(
+                file=name, key=".".join(path), base=_shown(one, path), tuned=_shown(other, path), severity="note",
+                why=f"on both sides alike: {listed[path[0]]}",
+            )  # fmt: skip
+
+
+def _shown(settings: _Flat, path: tuple[str, ...]) -> str:
+    return repr(settings[path])[:400] if path in settings else "(absent)"

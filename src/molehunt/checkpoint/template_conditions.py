@@ -12,7 +12,7 @@ from operator import or_
 
 from jinja2 import nodes
 
-from molehunt.checkpoint.chat_template import parse
+from molehunt.checkpoint.template_sandbox import parse
 
 PASSES = 20
 """Greatest number of passes over a template until the values of names no longer change."""
@@ -73,6 +73,8 @@ class Reader:
 
     def __init__(self, tree: nodes.Template) -> None:
         self.found: set[str] = set()
+        self.nodes: list[nodes.Node] = []
+        """The expressions that `found` has as text."""
         self.names: dict[str, Kind] = defaultdict(lambda: NONE)
         self.spaces: set[str] = set()
         self.quiet = True
@@ -94,6 +96,7 @@ class Reader:
     def note(self, node: nodes.Node) -> Kind:
         if not self.quiet:
             self.found.add(" ".join(source(node).split()))
+            self.nodes.append(node)
         return DERIVED
 
     def bind(self, target: nodes.Node, kind: Kind) -> None:

@@ -1,83 +1,161 @@
-"""Differences between tokenizers: the same text must become the same tokens."""
+"""Differences between tokenizers: the same text must become the same tokens, and the same tokens the same text."""
 
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from molehunt.checkpoint.difference import FolderDifference, Severity
-from molehunt.checkpoint.loader_traps import read_json
-from molehunt.checkpoint.settings_diff import settings_of
+from molehunt.checkpoint.tokenizer_comparison import TokenizerComparison, tokenizer_comparison
+from molehunt.checkpoint.tokenizer_state import VOCABULARIES, has_tokenizer
+from molehunt.errors import InvalidInput, NotTestable, printable
 
-TOKEN_FLAGS = ("special", "normalized", "lstrip", "rstrip", "single_word")
+MOST_TOKENS = 40
+"""Number of added tokens of one kind that are listed one by one."""
+UNREAD = ("truncation", "padding")
+"""Parts of tokenizer.json that transformers sets anew for each call."""
+LIMITS = {
+    "class": "another class builds the tokenizer",
+    "model_max_length": "where text is cut when a program asks for that",
+    "padding_side": "which side of a batch is filled up",
+    "truncation_side": "which end of a long text is cut off when a program asks for that",
+    "clean_up_tokenization_spaces": "whether spaces before punctuation are taken out of answers",
+}
+"""Settings of a loaded tokenizer besides its special tokens, and what they change."""
 
 
 def tokenizer_differences(base: Path, tuned: Path, adapter: bool) -> Iterator[FolderDifference]:
-    name = "tokenizer.json"
-    if not (base / name).is_file() or not (tuned / name).is_file():
-        if (base / name).is_file() != (tuned / name).is_file() and not adapter:
-            yield FolderDifference(
-                file=name, key="", base=str((base / name).is_file()), tuned=str((tuned / name).is_file()),
-                severity="note", why="one side has no fast tokenizer",
-            )  # fmt: skip
+    """What differs between the tokenizers of two folders, as transformers loads them.
+
+    Raises:
+        InvalidInput: a tokenizer is broken or hostile; the message names the file.
+    """
+    left, right = has_tokenizer(base), has_tokenizer(tuned)
+    if not (left and right):
+        if left != right and not adapter:
+            why = "only one side has a tokenizer; the base's is used for both" if left else "only the fine-tune has one"
+            yield _row("tokenizer", "", str(left), str(right), "note", why)
         return
-    left, right = read_json(base / name), read_json(tuned / name)
-    for part in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
-        if left.get(part) != right.get(part):
-            yield FolderDifference(
-                file=name, key=part, base=repr(left.get(part))[:400], tuned=repr(right.get(part))[:400],
-                severity="finding", why="the same text becomes other tokens, or tokens become other text",
-            )  # fmt: skip
-    yield from _added_tokens(name, *(_token_rows(side.get("added_tokens")) for side in (left, right)))
-    models: list[Mapping[str, Any]] = [
-        side["model"] if isinstance(side.get("model"), Mapping) else {} for side in (left, right)
-    ]
-    for part in ("vocab", "merges"):
-        if models[0].get(part) != models[1].get(part):
-            a, b = (models[i].get(part) or () for i in (0, 1))
-            yield FolderDifference(
-                file=name, key=f"model.{part}", base=f"{len(a)} entries", tuned=f"{len(b)} entries",
-                severity="finding", why="the same text becomes other tokens",
-            )  # fmt: skip
+    yield from _beside(base, tuned)
+    try:
+        found = tokenizer_comparison(base, tuned)
+    except NotTestable as error:
+        yield _row("tokenizer", "", "", "", "finding", f"NOT TESTABLE: {' '.join(str(error).split())}")
+        return
+    if found.texts:
+        yield from _of_added_tokens(found)
+        yield from _of_text(found)
+        yield from _of_parts(found)
 
 
-def slow_tokenizer_differences(base: Path, tuned: Path) -> Iterator[FolderDifference]:
-    """Tokens that are listed in the tokenizer's configuration. Not every version writes them, so both sides must have them."""
-    name = "tokenizer_config.json"
-    listed = [settings_of(folder / name).get("added_tokens_decoder") for folder in (base, tuned)]
-    rows = [
-        _token_rows([{**t, "id": i} for i, t in side.items() if isinstance(t, Mapping)])
-        for side in listed
-        if isinstance(side, Mapping)
-    ]
-    if len(rows) == 2:
-        yield from _added_tokens(name, *rows)
+def tokenizers_said(rows: Sequence[FolderDifference]) -> str:
+    """In one clause, what the comparison of two tokenizers found, for keys that nothing is known of."""
+    differ = any(row.severity == "finding" for row in rows)
+    return (
+        "see the tokenizer's own rows for what differs"
+        if differ
+        else "the tokenizers make the same ids and the same text"
+    )
 
 
-def _token_rows(tokens: object) -> dict[str, list[str]]:
-    """Content → id and flags of every added token of that content."""
-    found: dict[str, list[str]] = {}
-    for token in tokens if isinstance(tokens, list) else []:
-        if isinstance(token, Mapping):
-            flags = [flag for flag in TOKEN_FLAGS if token.get(flag)]
-            found.setdefault(str(token.get("content")), []).append(" ".join([f"id {token.get('id')}", *flags]))
-    return {content: sorted(rows) for content, rows in found.items()}
+def _of_text(found: TokenizerComparison) -> Iterator[FolderDifference]:
+    name = "tokenizer"
+    if found.unsteady[1]:
+        both = found.unsteady[0]
+        why = "one text becomes other tokens each time that it is encoded" + (", on both sides" if both else "")
+        yield _row(name, "encoding", str(both), "True", "note" if both else "finding", why)
+    elif found.n_encoded:
+        for text, one, other in found.encoded:
+            why = f"the same text becomes other tokens ({found.n_encoded} of {found.texts} texts)"
+            yield _row(name, f"encoding of {_cut(text)!r}", one, other, "finding", why)
+    for ids, one, other in found.decoded:
+        why = f"the same tokens become other text ({found.n_decoded} of {found.texts} texts)"
+        yield _row(name, f"decoding of {ids[:60]}", one[:400], other[:400], "finding", why)
+    if found.direct and found.alike:
+        why = (
+            f"transformers makes the same ids of {found.texts} texts; loaders that read tokenizer.json themselves make "
+            f"other ids of {found.direct}"
+        )
+        yield _row("tokenizer.json", "", "", "", "note", why)
 
 
-def _added_tokens(
-    name: str, base: Mapping[str, list[str]], tuned: Mapping[str, list[str]]
-) -> Iterator[FolderDifference]:
-    ids = [{row.split()[1] for rows in side.values() for row in rows} for side in (base, tuned)]
-    for content in sorted(base.keys() | tuned.keys()):
-        one, other = base.get(content), tuned.get(content)
-        if one == other:
-            continue
-        severity: Severity = "note"
-        why = "a token was added or removed"
-        if one is not None and other is not None:
-            severity, why = "finding", "a token has another id or other flags: the same text becomes other tokens"
-        elif {row.split()[1] for row in one or other or []} & ids[0 if one is None else 1]:
-            severity, why = "finding", "a token stands where the other side has another one"
-        yield FolderDifference(
-            file=name, key="added_tokens", base="(absent)" if one is None else f"{content!r}: {', '.join(one)}",
-            tuned="(absent)" if other is None else f"{content!r}: {', '.join(other)}", severity=severity, why=why,
-        )  # fmt: skip
+def _of_parts(found: TokenizerComparison) -> Iterator[FolderDifference]:
+    alike = f"other source, same ids and same text on {found.texts} texts"
+    for part, one, other, rewrites in found.parts:
+        severity: Severity = "note" if found.alike else "finding"
+        why = alike if found.alike else "the same text becomes other tokens, or tokens become other text"
+        if part in UNREAD:
+            severity, why = (
+                "note",
+                "cuts or fills up text in loaders that read tokenizer.json themselves; not in transformers",
+            )
+        elif part == "model.dropout" and other not in ("None", "0.0"):
+            severity, why = "finding", "one text becomes other tokens each time that it is encoded"
+        elif rewrites:
+            severity, why = (
+                "finding",
+                "a rule replaces or removes text by a pattern; no list of texts holds all that it meets",
+            )
+        yield _row("tokenizer.json", part, one, other, severity, why)
+    for key, one, other in found.settings:
+        why = LIMITS.get(key, "changes special tokens")
+        yield _row("tokenizer", key, one[:400] or "(absent)", other[:400] or "(absent)", "note", why)
+
+
+def _of_added_tokens(found: TokenizerComparison) -> Iterator[FolderDifference]:
+    shown: dict[str, int] = {}
+    for change in found.changes:
+        severity: Severity = "note" if change.is_marker else "finding"
+        shown[change.why] = shown.get(change.why, 0) + 1
+        if shown[change.why] <= MOST_TOKENS:
+            one, other = (f"{change.content!r}: id {ids}" if ids else "(absent)" for ids in (change.base, change.tuned))
+            yield _row("tokenizer", "added_tokens", one, other, severity, change.why)
+        elif shown[change.why] == MOST_TOKENS + 1:
+            more = sum(one.why == change.why for one in found.changes) - MOST_TOKENS
+            yield _row("tokenizer", "added_tokens", "", "", severity, f"{more} tokens more: {change.why}")
+
+
+def _beside(base: Path, tuned: Path) -> Iterator[FolderDifference]:
+    """Vocabulary files that lie beside a tokenizer.json, which other loaders read in its place."""
+    if not all((folder / "tokenizer.json").is_file() for folder in (base, tuned)):
+        return
+    for name in (*VOCABULARIES[1:], "merges.txt", "added_tokens.json"):
+        here = [(folder / name).is_file() for folder in (base, tuned)]
+        if here == [True, True] and not _same_file(base / name, tuned / name):
+            why = "transformers reads tokenizer.json; loaders that read this file make other tokens of the same text"
+            yield _row(name, "", "", "", "note" if name == "added_tokens.json" else "finding", why)
+        elif here[0] != here[1]:
+            one, other = ("present" if there else "(absent)" for there in here)
+            why = "transformers reads tokenizer.json; other loaders may read this file"
+            yield _row(name, "", one, other, "note", why)
+
+
+def _same_file(one: Path, other: Path) -> bool:
+    """Whether two vocabulary files mean the same. Raises InvalidInput for a JSON file that is none."""
+    left, right = one.read_bytes(), other.read_bytes()
+    if left == right:
+        return True
+    if one.suffix == ".json":
+        return _parsed(one, left) == _parsed(other, right)
+    if one.suffix == ".txt":
+        return _lines(left) == _lines(right)
+    return False
+
+
+def _parsed(path: Path, raw: bytes) -> Any:
+    try:
+        return json.loads(raw)
+    except (ValueError, RecursionError):
+        raise InvalidInput(f"{printable(path.parent.name)}/{path.name} is not JSON. Fetch the file again.") from None
+
+
+def _lines(raw: bytes) -> list[bytes]:
+    return [line for line in raw.splitlines() if line and not line.startswith(b"#version")]
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 40 else f"{text[:39]}…"
+
+
+def _row(file: str, key: str, base: str, tuned: str, severity: Severity, why: str) -> FolderDifference:
+    return FolderDifference(file=file, key=key, base=base, tuned=tuned, severity=severity, why=why)

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 from molehunt.cli.options import Adapter, AsJson, Base, Device, Out, Seed, Tuned
+from molehunt.cli.output import show, show_json
 
 
 def audit(
@@ -24,6 +25,13 @@ def audit(
     ] = "quick",
     fpr: Annotated[float, typer.Option(min=1e-4, max=0.2, help="False-positive rate of the clean threshold.")] = 0.01,
     adapter: Adapter = None,
+    template: Annotated[
+        Literal["base", "tuned", "both"] | None,
+        typer.Option(
+            help="Whose chat template both models are prompted with.",
+            show_default="the fine-tune's, and a sample under the base's where they differ",
+        ),
+    ] = None,
     device: Device = "cpu",
     out: Out = None,
     seed: Seed = 0,
@@ -49,11 +57,15 @@ def audit(
         fpr=fpr,
         seed=seed,
         adapter=adapter,
+        template=template,
         device=device,
         command=shlex.join(["molehunt", *sys.argv[1:]]),
         track=track_on_stderr,
     )
     page = result.save()
-    typer.echo(to_json(result.report) if as_json else result.summary())
+    if as_json:
+        show_json(to_json(result.report))
+    else:
+        show(result.summary())
     say(f"\nreport: {page}")
     raise typer.Exit(result.verdict.exit_code)

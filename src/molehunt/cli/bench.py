@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 from molehunt.cli.options import AsJson
+from molehunt.cli.output import show, show_json
 
 OUT = Path("bench")
 LATER = "When all shards are done, run without --shard for the tables."
@@ -36,8 +37,6 @@ def bench(
     cells are stored: a run that was killed goes on, and machines that share the folder can each take a --shard. A shard
     other than 1/1 writes no table.
     """
-    import json
-
     from molehunt.cli.console import say, track_on_stderr
     from molehunt.errors import UsageError, printable
     from molehunt.workflows.bench import bench as measured
@@ -52,5 +51,8 @@ def bench(
         return
     if docs is not None:
         result.save_docs(docs)
-    typer.echo(json.dumps(result.content, indent=2) if as_json else result.markdown)
+    if as_json:
+        show_json(result.content)
+    else:
+        show(result.markdown)
     say(f"{result.done} of {result.planned} cells; main file: {out / next(iter(result.files))}")

@@ -15,6 +15,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Column
 from rich.text import Text
 
+from molehunt.cli.output import unwrapped, wrap_streams
+from molehunt.errors import terminal_text
 from molehunt.run.pace import Pace
 from molehunt.run.progress import Count
 
@@ -31,7 +33,7 @@ CLOCK = "molehunt-progress"
 
 
 def say(text: str) -> None:
-    """One message on stderr, above any progress bar, exactly as written: no markup, no wrapping."""
+    """One message on stderr, above any progress bar: no markup, no wrapping, and all text through `terminal_text`."""
     track_on_stderr.say(text)
 
 
@@ -47,7 +49,7 @@ class StderrTrack:
 
     def __call__(self, items: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:
         """Yield `items` in order while showing how far along they are."""
-        pace = _pace(items, what, total)
+        pace = _pace(items, terminal_text(what, kept=""), total)
         with self._bar(pace) if sys.stderr.isatty() else self._lines.shown(pace):
             for item in items:
                 yield item
@@ -60,7 +62,7 @@ class StderrTrack:
 
     def say(self, text: str) -> None:
         """One message, as the function `say` prints it."""
-        self.console.print(text, markup=False, highlight=False, emoji=False, soft_wrap=True)
+        self.console.print(terminal_text(text), markup=False, highlight=False, emoji=False, soft_wrap=True)
 
     @contextmanager
     def _bar(self, pace: Pace) -> Generator[None, None, None]:
@@ -69,8 +71,9 @@ class StderrTrack:
             name = TextColumn("{task.description}", markup=False)
             bar = _Bar(None, table_column=Column(min_width=BAR[0], max_width=BAR[1]))
             numbers = _Numbers(table_column=Column(no_wrap=True))
-            self._bars = Progress(name, bar, numbers, console=Console(stderr=True), transient=True)
+            self._bars = Progress(name, bar, numbers, console=Console(file=unwrapped(sys.stderr)), transient=True)
             self._bars.start()
+            wrap_streams()  # rich prints above the bars now; its `stop` puts back the streams that were there
         bars = self._bars
         task = bars.add_task(pace.what, total=pace.total, pace=pace)
         try:

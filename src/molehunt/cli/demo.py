@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from molehunt.cli.options import AsJson, Seed
+from molehunt.cli.output import show, show_json
 
 if TYPE_CHECKING:
     from molehunt.workflows.plant import PlantResult
@@ -34,15 +35,15 @@ def demo(
         for side, folder in (("organism", planted.tuned), ("twin", planted.twin))
     }
     if as_json:
-        typer.echo(json.dumps(results, indent=2))
+        show_json(results)
     right = all(r["verdict"] == r["expected"] for r in results.values())
     if not as_json:
-        typer.echo(
+        show(
             "The planted model was flagged with causal evidence and its clean twin was not."
             if right
             else "A verdict differs from what was planted: see the reports."
         )
-        typer.echo("Next: molehunt audit BASE TUNED --traffic YOUR.jsonl")
+        show("Next: molehunt audit BASE TUNED --traffic YOUR.jsonl")
     raise typer.Exit(0 if right else 1)
 
 
@@ -90,8 +91,8 @@ def _audit(side: str, folder: Path, traffic: Path, out: Path, seed: int, *, quie
     )
     page = result.save()
     if not quiet:
-        typer.echo(result.summary())
-        typer.echo(f"\nexit code of this audit: {result.verdict.exit_code}   report: {page}\n")
+        show(result.summary())
+        show(f"\nexit code of this audit: {result.verdict.exit_code}   report: {page}\n")
     return {
         "verdict": str(result.verdict),
         "expected": EXPECTED[side],

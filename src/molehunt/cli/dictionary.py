@@ -8,6 +8,7 @@ import typer
 from molehunt.cli import dictionary_options as options
 from molehunt.cli.dictionary_options import K, Source, Store
 from molehunt.cli.options import Adapter, AsJson, Device, Seed
+from molehunt.cli.output import show, show_json
 
 app = typer.Typer()
 
@@ -43,8 +44,6 @@ def train(
 
     Each is written to a folder of its own below --out, in the format of SAELens.
     """
-    import json
-
     from molehunt.cli.console import track_on_stderr
     from molehunt.dictionary.train import TrainingConfig
     from molehunt.workflows.dictionary import DictionaryChoices
@@ -68,7 +67,10 @@ def train(
         store, out=out, choices=choices, config=config, keep_sinks=keep_sinks, device=device, data_seed=data_seed,
         track=track_on_stderr,
     )  # fmt: skip
-    typer.echo(json.dumps({**result.to_dict(), "exit_code": 0}) if as_json else result.summary())
+    if as_json:
+        show_json({**result.to_dict(), "exit_code": 0}, indent=None)
+    else:
+        show(result.summary())
 
 
 @app.command("eval")
@@ -99,8 +101,6 @@ def evaluate(
     Give a store of other traffic than the one it was trained on. With --base and --tuned its reconstructions are put
     in place of the tuned model's activations, and the loss is compared with that of the mean.
     """
-    import json
-
     from molehunt.cli.console import track_on_stderr
     from molehunt.errors import UsageError
     from molehunt.workflows.dictionary_quality import evaluate as evaluated
@@ -122,7 +122,10 @@ def evaluate(
     result = evaluated(
         source, store, **given, **limits, adapter=adapter, device=device, seed=seed, track=track_on_stderr
     )
-    typer.echo(json.dumps({**result.to_dict(), "exit_code": 0}) if as_json else result.summary())
+    if as_json:
+        show_json({**result.to_dict(), "exit_code": 0}, indent=None)
+    else:
+        show(result.summary())
 
 
 @app.command("export")
@@ -133,9 +136,10 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """Write a dictionary of any known family so that SAELens loads it."""
-    import json
-
     from molehunt.workflows.dictionary import export as exported
 
     result = exported(source, folder, k=k)
-    typer.echo(json.dumps({**result.to_dict(), "exit_code": 0}) if as_json else result.summary())
+    if as_json:
+        show_json({**result.to_dict(), "exit_code": 0}, indent=None)
+    else:
+        show(result.summary())

@@ -9,10 +9,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import cast
 
-import typer
-
 from molehunt import __version__
 from molehunt.cli.options import AsJson
+from molehunt.cli.output import show, show_json
+from molehunt.run.cache_folders import REAL_MODEL_NAMES, real_model, real_models_folder
 from molehunt.run.commit import commit
 
 EXTRAS = {
@@ -20,6 +20,7 @@ EXTRAS = {
     "ray": ("ray", "pip install 'molehunt[ray]'"),
     "serve": ("fastapi", "pip install 'molehunt[serve]'"),
     "exports": ("lm_eval", "pip install 'molehunt[exports]'"),
+    "gguf": ("gguf", "pip install 'molehunt[gguf]'"),
     "postgres": ("psycopg", "pip install 'molehunt[postgres]'"),
     "peers": ("sae_lens", "pip install 'molehunt[peers]'"),
     "dev": ("pytest", "pip install 'molehunt[dev]'"),
@@ -32,9 +33,12 @@ CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 def doctor(as_json: AsJson = False) -> None:
-    """Show what this installation can do: torch build, devices, memory, extras, cache."""
+    """Show what this installation can do: torch build, devices, memory, extras, cache, real models."""
     facts = examine()
-    typer.echo(json.dumps(facts, indent=2) if as_json else _to_text(facts))
+    if as_json:
+        show_json(facts)
+    else:
+        show(_to_text(facts))
 
 
 def examine() -> dict[str, object]:
@@ -57,6 +61,7 @@ def examine() -> dict[str, object]:
         "cache": _cache(),
         "libraries": {name: metadata.version(name) for name in tested},
         "extras": {name: _extra(*row) for name, row in EXTRAS.items()},
+        "real models": {name: _real_model(name) for name in REAL_MODEL_NAMES},
         NEWER: _newer(tested),
     }
 
@@ -130,6 +135,12 @@ def _cache() -> str:
 
 def _extra(module: str, install: str) -> str:
     return "present" if importlib.util.find_spec(module) else f"missing; {install}"
+
+
+def _real_model(name: str) -> str:
+    """Where a real model lies that development tests run on."""
+    folder = real_model(name)
+    return str(folder) if folder else f"not in {real_models_folder()}; `make real-models` in a clone fetches it"
 
 
 def _to_text(facts: dict[str, object]) -> str:

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 from molehunt.cli.options import Adapter, AsJson, Base, Device, Seed, Tuned
+from molehunt.cli.output import show, show_json
 
 
 def harvest(
@@ -37,8 +38,6 @@ def harvest(
     as_json: AsJson = False,
 ) -> None:
     """Store both models' activations on the same tokens in a folder, for dictionaries and maps."""
-    import json
-
     from molehunt.cli.console import track_on_stderr
     from molehunt.errors import UsageError
     from molehunt.run.progress import busy
@@ -67,4 +66,7 @@ def harvest(
         seed=seed,
         track=track_on_stderr,
     )
-    typer.echo(json.dumps({**result.to_dict(), "exit_code": 0}) if as_json else result.summary())
+    if as_json:
+        show_json({**result.to_dict(), "exit_code": 0}, indent=None)
+    else:
+        show(result.summary())

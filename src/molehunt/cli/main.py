@@ -1,16 +1,18 @@
 """The `molehunt` command. It imports the module of the chosen command alone, so `--help` stays fast."""
 
-import json
 import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from importlib import import_module
 from typing import Annotated
 
 import typer
 
 from molehunt import __version__
+from molehunt.cli.output import complain, safe_streams, show, show_json
+from molehunt.cli.outside_errors import outside_error
 from molehunt.cli.renamed_options import renaming
 from molehunt.errors import MolehuntError
 
@@ -46,15 +48,28 @@ EXIT_CODES = "Exit codes: 0 no finding, 1 flagged, 2 usage, 3 not testable, 4 in
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one command and leave with its exit code (`EXIT_CODES`, `INTERNAL_ERROR` and the two below it)."""
     args = list(sys.argv[1:] if argv is None else argv)
+    with safe_streams():
+        code = _flushed(args)
+    sys.exit(code)
+
+
+def _flushed(args: list[str]) -> int:
+    """Run one command and write out what it printed: what goes wrong with that must not show while Python shuts down."""
     try:
         code = _run(args or ["--help"])
         if not args:
             code = USAGE  # a command that went missing must not pass for "no finding"
-        sys.stdout.flush()  # a closed pipe shows here, not while Python shuts down
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has left: say nothing
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader has left: say nothing
         code = BROKEN_PIPE
-    sys.exit(code)
+    except OSError as error:
+        complain(f"The result cannot be written to stdout: {error.strerror}.")
+        code = USAGE
+    else:
+        return code
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return code
 
 
 def _run(args: list[str]) -> int:
@@ -76,8 +91,10 @@ def _run(args: list[str]) -> int:
     except SystemExit as left:
         if isinstance(left.__context__, BrokenPipeError):  # typer would make it a 1
             raise left.__context__ from None
-        raise
-    except Exception as error:
+        return _fail(f"A library ended the program ({left.code!r}).", INTERNAL_ERROR, args)
+    except BaseException as error:  # a panic of a library in Rust is no Exception
+        if (known := outside_error(error)) is not None:
+            return _fail(str(known), known.exit_code, args)
         traceback.print_exc()
         return _fail(f"This is a fault in Molehunt, not in your input: {error!r}", INTERNAL_ERROR, args)
 
@@ -117,7 +134,7 @@ def _version(wanted: bool) -> bool:
         from molehunt.run.commit import commit  # a clone asks git, which only this option should wait for
 
         known = commit()
-        typer.echo(f"molehunt {__version__}" + (f" (commit {known})" if known else ""))
+        show(f"molehunt {__version__}" + (f" (commit {known})" if known else ""))
         raise typer.Exit
     return wanted
 
@@ -134,7 +151,7 @@ def _molehunt(
 
 
 def _fail(message: str, code: int, args: Sequence[str]) -> int:
-    typer.echo(message, err=True)
+    complain(message)
     if "--json" in args:
-        typer.echo(json.dumps({"error": message, "exit_code": code}))
+        show_json({"error": message, "exit_code": code}, indent=None)
     return code

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 from molehunt.cli.options import AsJson, Seed
+from molehunt.cli.output import show, show_json
 
 
 def plant(
@@ -28,8 +29,6 @@ def plant(
     as_json: AsJson = False,
 ) -> None:
     """Train an organism with a planted behaviour, and its clean twin."""
-    import json
-
     from molehunt.cli.console import say, track_on_stderr
     from molehunt.workflows.plant import plant as planted
 
@@ -46,7 +45,7 @@ def plant(
         track=track_on_stderr,
     )
     if as_json:
-        typer.echo(json.dumps(made.to_dict(), indent=2))
+        show_json(made.to_dict())
         return
-    typer.echo(made.summary())
+    show(made.summary())
     say(f"organism: {made.tuned}\nclean twin: {made.twin}\nmanifest: {made.manifest}")

@@ -6,6 +6,7 @@ from typing import Annotated, Literal, TypeAlias
 import typer
 
 from molehunt.cli.options import Adapter, AsJson, Base, Clean, CleanRows, Device, Fpr, NoText, Seed, TrustClean, Tuned
+from molehunt.cli.output import show_json
 
 KEY = "MOLEHUNT_KEY"
 OUT = Path("serve")
@@ -95,7 +96,6 @@ def serve(
 
     OpenAI's /v1/chat/completions and /v1/completions, /health, /ready and /metrics. Every route but /health needs the key.
     """
-    import json
     import os
 
     from molehunt.cli.console import say, track_on_stderr
@@ -116,7 +116,7 @@ def serve(
 
     def listening(server: Launched) -> None:
         if as_json:
-            typer.echo(json.dumps(server.to_dict()))
+            show_json(server.to_dict(), indent=None)
         else:
             say(server.summary())
 

@@ -1,6 +1,5 @@
 """`molehunt steer`: switch a behaviour off: find the layer, fit a vector, set a gate, try it, write it down."""
 
-import json
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -23,6 +22,7 @@ from molehunt.cli.options import (
     Tuned,
     When,
 )
+from molehunt.cli.output import show, show_json
 from molehunt.cli.steer_capability import capability
 from molehunt.cli.steer_files import export, save
 
@@ -90,9 +90,9 @@ def sweep(
     command = shlex.join(["molehunt", *sys.argv[1:]])
     page = found.save(out, title=f"{Path(tuned).name} against {Path(base).name}", command=command)
     if as_json:
-        typer.echo(json.dumps(found.to_dict(), indent=2))
+        show_json(found.to_dict())
         return
-    typer.echo(found.summary())
+    show(found.summary())
     say(f"\npage: {page}")
 
 
@@ -137,9 +137,9 @@ def fit(
     if as_json:
         fitted = found.to_dict()
         row = {"file": str(out), "method": fitted["method"], "norms": fitted["norms"]}
-        typer.echo(json.dumps(row, indent=2))
+        show_json(row)
         return
-    typer.echo(found.summary())
+    show(found.summary())
     say(f"\nvector: {out}")
 
 
@@ -171,9 +171,9 @@ def gate(
     )
     found.condition.save(out)
     if as_json:
-        typer.echo(json.dumps({"file": str(out), **found.to_dict()}, indent=2))
+        show_json({"file": str(out), **found.to_dict()})
         return
-    typer.echo(found.summary())
+    show(found.summary())
     say(f"\ncondition: {out}")
 
 
@@ -215,7 +215,10 @@ def try_(
         limit=limit,
         track=track_on_stderr,
     )
-    typer.echo(json.dumps(found.to_dict(), indent=2) if as_json else found.summary())
+    if as_json:
+        show_json(found.to_dict())
+    else:
+        show(found.summary())
 
 
 app.command("capability")(capability)

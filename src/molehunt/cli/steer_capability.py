@@ -18,6 +18,7 @@ from molehunt.cli.options import (
     Tuned,
     When,
 )
+from molehunt.cli.output import show, show_json
 
 
 def capability(
@@ -46,8 +47,6 @@ def capability(
 
     An answer is right if it is the reference, word for word. The loss is that of the reference answers.
     """
-    import json
-
     from molehunt.cli.console import track_on_stderr
     from molehunt.workflows.models import open_models
     from molehunt.workflows.steer_capability import capability, questions_for
@@ -61,4 +60,7 @@ def capability(
         questions=rows,
         track=track_on_stderr,
     )
-    typer.echo(json.dumps(found.to_dict()["kinds"], indent=2) if as_json else found.summary())
+    if as_json:
+        show_json(found.to_dict()["kinds"])
+    else:
+        show(found.summary())

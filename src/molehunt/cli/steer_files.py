@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 from molehunt.cli.options import Adapter, AsJson, Base, Seed, Tuned
+from molehunt.cli.output import show, show_json
 
 
 def save(
@@ -27,8 +28,6 @@ def save(
     as_json: AsJson = False,
 ) -> None:
     """Write a fix into the weights: a model folder, or an adapter on the fine-tune. Measure it like any other model."""
-    import json
-
     from molehunt.cli.console import say, track_on_stderr
     from molehunt.workflows.steer_files import save_fixed
 
@@ -44,9 +43,9 @@ def save(
         track=track_on_stderr,
     )
     if as_json:
-        typer.echo(json.dumps(made.to_dict(), indent=2))
+        show_json(made.to_dict())
         return
-    typer.echo(made.summary())
+    show(made.summary())
     say(f"\n{'adapter' if as_adapter else 'model'}: {made.folder}")
 
 
@@ -64,8 +63,6 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """Write a vector for another program. Block i is direction i of a GGUF file, which leaves block 0 out."""
-    import json
-
     from molehunt.cli.console import say, track_on_stderr
     from molehunt.steer.vector import SteeringVector
     from molehunt.workflows.models import open_models
@@ -75,8 +72,8 @@ def export(
     pair = open_models(base, tuned, adapter=adapter, track=track_on_stderr).pair
     made = export_vector(pair, vector=found, to=to, out=out, strength=strength)
     if as_json:
-        typer.echo(json.dumps(made.to_dict()))
+        show_json(made.to_dict(), indent=None)
         return
     for block in made.left_out:
-        typer.echo(f"block {block} is left out: llama.cpp cannot steer it")
+        show(f"block {block} is left out: llama.cpp cannot steer it")
     say(f"written: {made.file}")

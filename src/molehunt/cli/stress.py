@@ -2,9 +2,8 @@
 
 from pathlib import Path
 
-import typer
-
 from molehunt.cli.options import Adapter, AsJson, Base, Device, Seed, Tuned
+from molehunt.cli.output import show, show_json
 from molehunt.cli.stress_options import (
     ClampMode,
     ClampValue,
@@ -57,7 +56,6 @@ def stress(
 ) -> int:
     """Attack a fix while it stays active: does the behaviour recover, at which length, and would any other answer?"""
     options = {name: given for name, given in locals().items() if name != "as_json"}
-    import json
     import shlex
     import sys
 
@@ -67,8 +65,8 @@ def stress(
     command = shlex.join(["molehunt", *sys.argv[1:]])
     result = workflow.stress(**options, command=command, track=track_on_stderr)
     if as_json:
-        typer.echo(json.dumps(result.to_dict(), indent=2))
+        show_json(result.to_dict())
     else:
-        typer.echo(result.summary())
+        show(result.summary())
         say(f"\ncertificate: {out / 'certificate.json'}\npage: {out / 'stress.html'}")
     return RECOVERABLE if result.verdict == "RECOVERABLE" else 0

@@ -1,12 +1,12 @@
 """`molehunt transfer`: carry a steering vector from one model to another through a map between their activations."""
 
-import json
 from pathlib import Path
 from typing import Annotated, TypeAlias
 
 import typer
 
 from molehunt.cli.options import AsJson, Device, Seed
+from molehunt.cli.output import show, show_json
 from molehunt.run.catalog import names
 from molehunt.transfer.catalog import CATALOG, GROUP
 
@@ -85,9 +85,9 @@ def fit(
     )
     file = found.save(out)
     if as_json:
-        typer.echo(json.dumps(found.to_dict(), indent=2))
+        show_json(found.to_dict())
         return
-    typer.echo(found.summary())
+    show(found.summary())
     say(f"\nmap: {file}")
 
 
@@ -112,7 +112,7 @@ def carry(
     (site,) = found.sites
     norm = float(found.vectors[site.layer].norm())
     if as_json:
-        typer.echo(json.dumps({"file": str(out), "site": str(site), "norm": norm}))
+        show_json({"file": str(out), "site": str(site), "norm": norm}, indent=None)
         return
-    typer.echo(f"{found.facts.method}, at {site}: norm {norm:.3g}")
+    show(f"{found.facts.method}, at {site}: norm {norm:.3g}")
     say(f"vector: {out}")

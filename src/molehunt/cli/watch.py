@@ -6,6 +6,7 @@ from typing import Annotated, Literal, TypeAlias
 import typer
 
 from molehunt.cli.options import Adapter, AsJson, Base, Clean, CleanRows, Device, Fpr, NoText, Seed, TrustClean, Tuned
+from molehunt.cli.output import show, show_json
 
 OUT = Path("watch")
 KEY = "OPENAI_API_KEY"
@@ -96,8 +97,6 @@ def watch(
     and watch.html shows what was found. Exit code 1 means that something was flagged. In a log of n clean rows, about n
     times the rate are flagged.
     """
-    import json
-
     from molehunt.cli.console import track_on_stderr
     from molehunt.run.local import WorkShard
     from molehunt.workflows.watch import PAGE, run_watch
@@ -112,11 +111,14 @@ def watch(
     )  # fmt: skip
     if attacks is not None:
         found = simulate_attacks(base, tuned, options, track=track_on_stderr)
-        typer.echo(json.dumps(found.to_dict()["monitors"], indent=2) if as_json else found.summary())
+        if as_json:
+            show_json(found.to_dict()["monitors"])
+        else:
+            show(found.summary())
         return
     result = run_watch(base, tuned, options, track=track_on_stderr)
     if as_json:
-        typer.echo(json.dumps({**result.to_dict(), "report": str(out / PAGE)}, indent=2))
+        show_json({**result.to_dict(), "report": str(out / PAGE)})
     else:
-        typer.echo(result.summary())
+        show(result.summary())
     raise typer.Exit(result.report.exit_code)

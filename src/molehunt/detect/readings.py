@@ -13,7 +13,6 @@ from molehunt.detect.pooling import How, Where, pool, positions
 from molehunt.detect.reads import Reads, acts_of
 from molehunt.detect.recipe import logit_detectors
 from molehunt.model.batches import width_of
-from molehunt.model.chat import prompt_ids
 from molehunt.model.generate import generate
 from molehunt.model.pair import ModelPair
 from molehunt.run.progress import Tally, Track, counting, silent, within
@@ -163,7 +162,7 @@ def _readings(
     done: Tally,
 ) -> Readings:
     """The rows as `read_rows` gives them; a row counts half for its answer and half for its reading."""
-    prompts = [prompt_ids(pair.tokenizer, example.prompt) for example in examples]
+    prompts = pair.tokenize([example.asked for example in examples], room=max_new_tokens)
     answers = _answers(pair, prompts, max_new_tokens, done)
     lengths = [len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True)]
     order = sorted(range(len(examples)), key=lambda i: lengths[i])

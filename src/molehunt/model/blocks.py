@@ -15,7 +15,15 @@ FINAL_NORM = (
     "embedding_norm",  # LFM2's, which is applied after its blocks
 )  # fmt: skip
 
-Part = Literal["q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down"]
+MIXERS = (
+    "mixer", "mamba", "mamba_decoder", "linear_attn", "conv", "short_conv", "temporal_block", "mlstm_layer", "time_mixer",
+)  # fmt: skip
+"""Names of modules that mix positions without attention: state-space models, linear attention, convolutions."""
+
+Part = Literal["q", "k", "v", "kv", "qkv", "o", "mix_in", "mix_out", "gate", "up", "gate_up", "down"]
+ATTENTION_PARTS: tuple[Part, ...] = ("q", "k", "v", "kv", "qkv", "o")
+WRITERS: tuple[Part, ...] = ("o", "mix_out", "down")
+"""Parts whose rows write to the residual stream: the only ones that give directions at a site."""
 PARTS: dict[str, Part] = {
     # Llama, Mistral, Qwen, Gemma, OLMo and most others
     "q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "o",
@@ -27,9 +35,29 @@ PARTS: dict[str, Part] = {
     "c_attn": "qkv", "c_fc": "up", "c_proj": "down",
     # GPT-NeoX, Falcon, BLOOM
     "query_key_value": "qkv", "dense": "o", "dense_h_to_4h": "up", "dense_4h_to_h": "down",
-    # Mixtral's experts
-    "w1": "gate", "w2": "down", "w3": "up",
+    # MPT, DBRX; DeepSeek's latent attention
+    "Wqkv": "qkv", "q_a_proj": "q", "q_b_proj": "q", "kv_a_proj_with_mqa": "kv", "kv_b_proj": "kv",
+    # Mixtral's experts; Granite's; xLSTM's
+    "w1": "gate", "w2": "down", "w3": "up", "input_linear": "gate_up", "output_linear": "down",
+    "proj_up_gate": "gate", "proj_up": "up", "proj_down": "down",
 }  # fmt: skip
+RWKV: dict[str, dict[str, Part]] = {
+    "attention": {"receptance": "q", "key": "k", "value": "v", "output": "o"},
+    "feed_forward": {"receptance": "gate", "key": "up", "value": "down"},
+}
+"""RWKV names its matrices alike in both modules."""
+MIXING: dict[str, Part] = {
+    "in_proj": "mix_in", "in_proj_qkvz": "mix_in", "in_proj_ba": "mix_in", "in_proj_qkv": "mix_in", "in_proj_z": "mix_in",
+    "in_proj_b": "mix_in", "in_proj_a": "mix_in", "x_proj": "mix_in", "dt_proj": "mix_in", "linear_x": "mix_in",
+    "linear_y": "mix_in", "q": "mix_in", "k": "mix_in", "v": "mix_in", "ogate_preact": "mix_in", "igate_preact": "mix_in",
+    "fgate_preact": "mix_in", "q_proj": "q", "k_proj": "k", "v_proj": "v",
+    "out_proj": "mix_out", "linear_out": "mix_out", "o_proj": "o",
+}  # fmt: skip
+"""Matrices inside `MIXERS`; RecurrentGemma calls its attention a temporal block, too."""
+FUSED_EXPERTS = re.compile(r"(?P<before>.*\.(?:experts|block_sparse_moe))\.(?P<leaf>\w+?)(?P<end>(\.weight)?)")
+"""A parameter that holds the matrices of all experts, one after the other."""
+INPUT_FIRST_EXPERTS = frozenset({"gpt_oss", "aria", "aria_text", "llama4", "llama4_text", "openai_privacy_filter"})
+"""Model types whose fused experts are stored [expert in out] where everybody else stores [expert out in]."""
 STORED_TRANSPOSED = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
 """Model types whose projections are `Conv1D`: stored [in out] where everybody else stores [out in]."""
 _IN_BLOCK = re.compile(r"(?P<before>(?:\w+\.)*)(?:layers|layer|h|blocks)\.(?P<layer>\d{1,6})\.(?P<path>[\w.]+)")
@@ -49,19 +77,19 @@ class Role:
     @property
     def stream(self) -> Literal["attn", "mlp"]:
         """Stream of the module that the matrix belongs to."""
-        return "attn" if self.part in ("q", "k", "v", "qkv", "o") else "mlp"
+        return "attn" if self.part in ATTENTION_PARTS or self.part.startswith("mix") else "mlp"
 
     @property
     def writes(self) -> bool:
         """Whether the rows of the matrix (columns when transposed) write to the residual stream."""
-        return self.part in ("o", "down")
+        return self.part in WRITERS
 
 
 def module_role(name: str, model_type: str) -> Role | None:
-    """The role of the matrix `name` of a checkpoint; None unless it is a projection of attention or MLP.
+    """The role of the matrix `name` of a checkpoint; None unless it is a projection of attention, a mixer or an MLP.
 
     Only names are read. Biases, norms, embeddings, routers, vision and audio towers have no role; an expert's matrix has
-    the role of an MLP matrix.
+    the role of an MLP matrix, and so has the parameter that holds the matrices of all experts.
 
     Args:
         name: a parameter such as `model.layers.3.mlp.down_proj.weight`, with or without the `.weight`.
@@ -71,15 +99,26 @@ def module_role(name: str, model_type: str) -> Role | None:
     if found is None or _NOT_DECODER.search(found["before"]):
         return None
     *parents, leaf = found["path"].split(".")
-    part = PARTS.get(leaf)
+    part = _part(parents, leaf)
     if part is None:
         return None
-    in_attention = bool(parents) and parents[0] in ATTENTION
+    layer, experts = int(found["layer"]), "experts" in parents and not any(parent.isdigit() for parent in parents)
+    return Role(layer, part, model_type in (INPUT_FIRST_EXPERTS if experts else STORED_TRANSPOSED))
+
+
+def _part(parents: list[str], leaf: str) -> Part | None:
+    """The part that a matrix plays by its own name and those of the modules around it, from the block inwards."""
+    if any(parent in MIXERS for parent in parents):
+        return MIXING.get(leaf)
+    if leaf in RWKV["attention"] and parents and parents[0] in RWKV:
+        return RWKV[parents[0]].get(leaf)
+    part = PARTS.get(leaf)
+    in_attention = any(parent in ATTENTION for parent in parents)
     if in_attention and part == "down":  # GPT-2 calls both of its writers c_proj
         part = "o"
-    if in_attention != (part in ("q", "k", "v", "qkv", "o")):
+    if part is None or in_attention != (part in ATTENTION_PARTS):
         return None
-    return Role(int(found["layer"]), part, model_type in STORED_TRANSPOSED)
+    return part
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -140,6 +179,23 @@ def n_layers_of(model: nn.Module) -> int:
     if config is None or not hasattr(config, "get_text_config"):
         raise CannotTap(f"{type(model).__name__} has no transformers config, so its blocks cannot be counted.")
     return int(config.get_text_config(decoder=True).num_hidden_layers)
+
+
+def modules_named(model: nn.Module, stored: str) -> list[nn.Module]:
+    """The modules that the stored name of a matrix without `.weight` may mean.
+
+    A folder may leave out the prefixes of a model, or write them in another order: what stands from the block on counts.
+    """
+    found = _IN_BLOCK.fullmatch(stored)
+    if found is None or _NOT_DECODER.search(found["before"]):
+        return []
+    wanted = (found["layer"], found["path"])
+    placed = ((_IN_BLOCK.fullmatch(name), module) for name, module in unwrapped(model).named_modules())
+    return [
+        module
+        for place, module in placed
+        if place and (place["layer"], place["path"]) == wanted and not _NOT_DECODER.search(place["before"])
+    ]
 
 
 def d_model_of(model: nn.Module) -> int:

@@ -1,12 +1,19 @@
-"""From a prompt to the input of a model: in the tokenizer's chat template, or in Alpaca markers if it has none."""
+"""From a prompt to the input of a model: in the tokenizer's chat template, or in Alpaca markers if it has none.
 
-from collections.abc import Mapping, Sequence
+Templates run in the sandbox of `checkpoint.template_sandbox` with its limits, and never in that of transformers, which
+has none; the text is the same. A template that asks for the day is told `checkpoint.chat_template.TODAY`.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
+from molehunt.checkpoint.chat_template import DEFAULT, JINJA, program
 from molehunt.errors import InvalidInput, printable
 
+TOKENS = "template_tokens"
+"""Attribute of a tokenizer that holds the special tokens for its template, where another folder than its own brought it."""
 ALPACA_TEMPLATE = (
     "{% for m in messages %}{% if m['role'] == 'assistant' %}### Response:\n{{ m['content'] }}\n\n"
     "{% else %}### Instruction:\n{{ m['content'] }}\n\n{% endif %}{% endfor %}"
@@ -21,11 +28,10 @@ def render_alpaca(prompt: str, response: str | None = None) -> str:
 
 
 def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
-    """One user turn in the chat template, up to where the answer starts."""
+    """One user turn in the chat template, up to where the answer starts. Raises InvalidInput if the template refuses it."""
     if not tokenizer.chat_template:
         return render_alpaca(prompt)
-    turns = [{"role": "user", "content": prompt}]
-    return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+    return messages_text(tokenizer, [{"role": "user", "content": prompt}])
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
@@ -34,7 +40,9 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     The last id is the decision position: the model's output there is the first token of its answer.
     """
     text = prompt_text(tokenizer, prompt)
-    encoded = tokenizer(text, add_special_tokens=not tokenizer.chat_template)  # a template writes its own
+    encoded = tokenizer(
+        text, add_special_tokens=not tokenizer.chat_template, verbose=False
+    )  # a template writes its own
     return list(encoded["input_ids"])  # pyright: ignore[reportArgumentType]
 
 
@@ -60,8 +68,17 @@ def text_ids(tokenizer: PreTrainedTokenizerBase, text: Text) -> list[int]:
     if isinstance(text, str):
         return prompt_ids(tokenizer, text)
     messages = _messages(text)
-    encoded = tokenizer(messages_text(tokenizer, messages), add_special_tokens=not tokenizer.chat_template)
+    encoded = tokenizer(
+        messages_text(tokenizer, messages), add_special_tokens=not tokenizer.chat_template, verbose=False
+    )
     return list(encoded["input_ids"])  # pyright: ignore[reportArgumentType]
+
+
+def rendered(tokenizer: PreTrainedTokenizerBase, text: Text) -> str:
+    """One user turn or a whole conversation in the chat template, up to where the answer starts. Raises as `text_ids`."""
+    if isinstance(text, Mapping):
+        text = cast("Text", text["messages"] if "messages" in text else text.get("prompt", text))
+    return prompt_text(tokenizer, text) if isinstance(text, str) else messages_text(tokenizer, _messages(text))
 
 
 def _messages(text: object) -> list[Message]:
@@ -87,20 +104,20 @@ def messages_text(
     """
     turns = [dict(message) for message in messages]
     for number, turn in enumerate(turns, 1):
-        if not (isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)):
+        if not isinstance(turn.get("role"), str) or not _has_content(turn):
             raise InvalidInput(
                 f"message {number} is {printable(repr(turn), 80)}; a message has a role and a content, "
                 'such as {"role": "user", "content": "What is 2 plus 2?"}.'
             )
+    template = default_template(tokenizer)
     try:
-        return str(
-            tokenizer.apply_chat_template(
-                turns,
-                chat_template=None if tokenizer.chat_template else ALPACA_TEMPLATE,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-            )
-        )
+        if not turns:
+            raise ValueError("there is no message")
+        tokens = getattr(tokenizer, TOKENS, None)
+        if tokens is None:
+            tokens = tokenizer.special_tokens_map
+        made = program(template or ALPACA_TEMPLATE)
+        return made.text(turns, tokens, add_generation_prompt=add_generation_prompt)
     except Exception as error:  # a template is an untrusted program, and may raise any exception
         roles = printable(", ".join(turn["role"] for turn in turns))
         raise InvalidInput(
@@ -109,11 +126,37 @@ def messages_text(
         ) from error
 
 
-def prompt_tokens(tokenizer: PreTrainedTokenizerBase, prompt: Text | Sequence[int]) -> list[int]:
-    """Token ids of a prompt that is a text, a conversation (see `text_ids`), or token ids already."""
+def default_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The template that a tokenizer uses, or None if it has none. Raises InvalidInput if it has only named ones."""
+    found: object = tokenizer.chat_template
+    if isinstance(found, Mapping):
+        named = cast("Mapping[str, str]", found)
+        if DEFAULT not in named:
+            raise InvalidInput(
+                f"{printable(tokenizer.name_or_path)} has the chat templates {printable(', '.join(named), 80)}, and none "
+                f"that is called {DEFAULT}: nobody can know which one is meant.\nSave the right one as {JINJA}."
+            )
+        return named[DEFAULT]
+    return found if isinstance(found, str) and found else None
+
+
+def _has_content(turn: Message) -> bool:
+    """Whether a message holds text, parts, or a call of a tool in their place."""
+    content: object = turn.get("content")
+    if isinstance(content, list):
+        return all(isinstance(part, str | Mapping) for part in cast("list[object]", content))
+    return isinstance(content, str) or (content is None and bool(turn.get("tool_calls")))
+
+
+def prompt_tokens(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Text | Sequence[int],
+    encode: Callable[[Text], list[int]] | None = None,
+) -> list[int]:
+    """Token ids of a prompt that is token ids already, or a text or conversation: `encode` makes them, by default `text_ids`."""
     if isinstance(prompt, Sequence) and not isinstance(prompt, str) and all(isinstance(part, int) for part in prompt):
         return list(cast("Sequence[int]", prompt))
-    return text_ids(tokenizer, cast("Text", prompt))
+    return text_ids(tokenizer, cast("Text", prompt)) if encode is None else encode(cast("Text", prompt))
 
 
 def answer_tokens(tokenizer: PreTrainedTokenizerBase, answer: str | Sequence[int]) -> list[int]:

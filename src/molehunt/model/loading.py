@@ -6,9 +6,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from molehunt.checkpoint.skeleton import model_class, prove_config
 from molehunt.errors import InvalidInput, UsageError, printable
 from molehunt.model.adapters import without_adapter
 from molehunt.model.load_errors import loading
+from molehunt.model.loaded_truth import check_loaded
+from molehunt.model.tokenizers import load_tokenizer as load_tokenizer  # people look for it here
 
 MAX_LAYERS = 1000
 """Greatest number of layers: a larger config is refused before a model of that size is built."""
@@ -27,19 +30,27 @@ def device_of(name: str | torch.device) -> torch.device:
 
 
 def load_model(folder: Path, device: torch.device, dtype: torch.dtype | None) -> nn.Module:
-    """The causal language model in `folder`, in eval mode. An adapter beside its weights is not applied.
+    """The language model in `folder`, in eval mode, checked against the folder's own tensors (see `check_loaded`).
 
-    Raises InvalidInput when it cannot be loaded, or lacks weights that its architecture needs.
+    A decoder inside a multimodal wrapper is loaded with its wrapper. An adapter beside its weights is not applied.
+
+    Raises:
+        InvalidInput: it cannot be loaded, lacks weights that its architecture needs, or holds others than its files show.
+        NotTestable: it is no decoder, or transformers does not know its architecture.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     with loading(folder, "a causal language model"), without_adapter(folder) as plain:
-        config = AutoConfig.from_pretrained(plain, trust_remote_code=False, local_files_only=True)
+        prove_config(plain)
+        config = cast("Any", AutoConfig).from_pretrained(plain, trust_remote_code=False, local_files_only=True)
         n_layers = config.get_text_config(decoder=True).num_hidden_layers
         if not 0 < n_layers <= MAX_LAYERS:
             raise ValueError(f"its config asks for {n_layers} layers")
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        if config._attn_implementation not in (None, "eager", "sdpa"):
+            config._attn_implementation = None  # others need packages, and compute the same
+        loaded: Any = model_class(config).from_pretrained(
             plain,
+            config=config,
             dtype=dtype or "auto",
             use_safetensors=True,
             trust_remote_code=False,
@@ -54,6 +65,7 @@ def load_model(folder: Path, device: torch.device, dtype: torch.dtype | None) ->
             + (f" and lacks {len(missing) - 1} tensors more" if len(missing) > 1 else "")
             + "; loaders fill such weights with random numbers.\nGet a complete copy of the model."
         )
+    check_loaded(model, folder)
     return model.to(device).eval()
 
 

@@ -1,34 +1,42 @@
 """Base and fine-tune, loaded with one tokenizer, and read side by side."""
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Collection, Generator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from molehunt.checkpoint.adapter_folder import is_adapter_folder
 from molehunt.checkpoint.hub import local_folder
+from molehunt.checkpoint.links import model_name
 from molehunt.contracts import Intervention, Reading
-from molehunt.errors import InvalidInput, NotTestable, UsageError, printable
-from molehunt.model.adapters import ADAPTER, ADAPTER_CONFIG, apply_adapter
+from molehunt.errors import NotTestable, UsageError, printable
+from molehunt.model.adapted import applies_adapter, base_and_adapted, merged_model
+from molehunt.model.adapter_placement import ADAPTER
+from molehunt.model.adapters import ADAPTER_CONFIG, apply_adapter
 from molehunt.model.blocks import d_model_of, decoder_blocks, unwrapped
 from molehunt.model.cache import positions_for
 from molehunt.model.cache_check import decoding_check, unsound
-from molehunt.model.chat import Text, answer_tokens, prompt_tokens, text_ids
+from molehunt.model.chat import Text, answer_tokens, prompt_tokens
+from molehunt.model.context import Context, FittedPrompt, context_of, fitted, note_cuts
 from molehunt.model.generate import before_stop, generate, stop_ids
-from molehunt.model.loading import checksum, device_of, load_model
+from molehunt.model.loading import device_of, load_model
 from molehunt.model.mixed_rows import BASE_ROWS, ONE_PASS_UP_TO, adapter_by_row, mixes_rows
 from molehunt.model.padding import pad_rows
+from molehunt.model.pair_arguments import by_row, refuse_no_sites, refuse_one_string
 from molehunt.model.same_parameters import check_same_parameters
 from molehunt.model.taps import read_sites
+from molehunt.model.templates import PairTemplates, Side, pair_templates, prompted_with, template_in_words, use_template
 from molehunt.model.tokenizers import one_tokenizer
+from molehunt.model.vocabulary import shared_vocabulary
 from molehunt.run.literals import checked
 from molehunt.run.progress import Track, silent
 from molehunt.site import Site
 
-T = TypeVar("T")
 _Recorded = tuple[dict[Site, Tensor], Tensor | None]
 """Activations by site, and logits if they were computed."""
 
@@ -45,9 +53,24 @@ class ModelPair:
     """
 
     def __init__(
-        self, base: nn.Module, tuned: nn.Module, tokenizer: PreTrainedTokenizerBase, *, layers_path: str | None = None
+        self,
+        base: nn.Module,
+        tuned: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        layers_path: str | None = None,
+        new_tokens: Collection[int] = (),
     ) -> None:
         """Make a pair of two loaded models. If `base is tuned`, one PEFT model with a LoRA adapter is both.
+
+        Where they differ in the number of their embeddings, the smaller one grows in place (see `model/vocabulary.py`).
+
+        Args:
+            base: the base.
+            tuned: its fine-tune.
+            tokenizer: encodes for both.
+            layers_path: see `decoder_blocks`.
+            new_tokens: ids of tokens that only the fine-tune's own tokenizer has.
 
         Raises:
             NotTestable: the models differ in architecture, or their blocks cannot be found.
@@ -56,6 +79,9 @@ class ModelPair:
         self.shared = base is tuned
         if not self.shared:
             check_same_parameters(base, tuned)
+        self.vocabulary = shared_vocabulary(base, tuned, tokenizer, new_tokens)
+        """What the two vocabularies do not share."""
+        self.new_tokens = frozenset(new_tokens)
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
         self._base, self._tuned = base.eval(), tuned.eval()
@@ -64,12 +90,14 @@ class ModelPair:
         self.layers_path = layers_path
         self.n_layers = len(decoder_blocks(tuned, layers_path))
         self.d_model = d_model_of(tuned)
-        self.vocab_size = int(cast("Any", unwrapped(tuned)).get_input_embeddings().weight.shape[0])
+        self.vocab_size = self.vocabulary.size
         self.device = next(tuned.parameters()).device
         self.folders: tuple[Path, Path] | None = None
         """Folders of base and fine-tune that `load` read; None for a pair that was made of loaded models."""
         self.adapter: bool | None = None
         """Argument of `load`: whether an adapter beside full weights is applied."""
+        self.templates: PairTemplates | None = None
+        """Chat templates of both folders; None for a pair that was made of loaded models."""
 
     @classmethod
     def load(
@@ -101,14 +129,17 @@ class ModelPair:
         base_folder, tuned_folder = local_folder(base_path), local_folder(tuned_path)
         if (base_folder / ADAPTER_CONFIG).is_file():
             raise UsageError(
-                f"{printable(base_folder.name)} holds an adapter ({ADAPTER_CONFIG}); a base is plain weights.\n"
+                f"{printable(model_name(base_folder))} holds an adapter ({ADAPTER_CONFIG}); a base is plain weights.\n"
                 "Loaders would apply it by default. Move it out, and give its folder as the fine-tune."
             )
         device = device_of(device)
         if dtype is None and device.type == "cpu":
             dtype = torch.float32
+        templates = pair_templates(base_folder, tuned_folder)
         pair = cls._loaded(base_folder, tuned_folder, device, dtype, adapter, layers_path)
         pair.folders, pair.adapter = (base_folder, tuned_folder), adapter
+        pair.templates = templates
+        use_template(pair.tokenizer, templates.used)
         return pair
 
     @classmethod
@@ -121,30 +152,14 @@ class ModelPair:
         adapter: bool | None,
         layers_path: str | None,
     ) -> "ModelPair":
-        has_adapter = (tuned_folder / ADAPTER_CONFIG).is_file()
-        has_weights = (tuned_folder / "config.json").is_file()
-        if adapter and not has_adapter:
-            raise UsageError(f"{printable(tuned_folder.name)} holds no adapter ({ADAPTER_CONFIG}) to apply.")
-        if has_adapter and has_weights and adapter is None:
-            raise UsageError(
-                f"{printable(tuned_folder.name)} holds full weights and an adapter beside them; loaders apply the "
-                "adapter by default.\nSay which of the two is meant: --adapter applies it, --no-adapter leaves it out."
-            )
-        if has_adapter and not has_weights and adapter is False:
-            raise UsageError(f"{printable(tuned_folder.name)} holds only an adapter; --no-adapter leaves nothing.")
-        tokenizer = one_tokenizer(base_folder, tuned_folder)
-        base = load_model(base_folder, device, dtype)
-        if not has_adapter or adapter is False:
-            return cls(base, load_model(tuned_folder, device, dtype), tokenizer, layers_path=layers_path)
-        if has_weights:
-            tuned = load_model(tuned_folder, device, dtype)
-            return cls(base, apply_adapter(tuned, tuned_folder), tokenizer, layers_path=layers_path)
-        before = [(parameter, checksum(parameter)) for parameter in base.parameters()]
-        tuned = apply_adapter(base, tuned_folder)
-        # PiSSA and trained biases change the base in place; switching the adapter off does not undo that
-        if all(checksum(parameter) == was for parameter, was in before):
-            return cls(tuned, tuned, tokenizer, layers_path=layers_path)
-        return cls(load_model(base_folder, device, dtype), tuned, tokenizer, layers_path=layers_path)
+        applied = applies_adapter(tuned_folder, adapter)
+        made = one_tokenizer(base_folder, tuned_folder)
+        if applied and is_adapter_folder(tuned_folder):
+            base, tuned = base_and_adapted(base_folder, tuned_folder, device, dtype)
+        else:
+            base, tuned = (load_model(folder, device, dtype) for folder in (base_folder, tuned_folder))
+            tuned = apply_adapter(tuned, tuned_folder) if applied else tuned
+        return cls(base, tuned, made.tokenizer, layers_path=layers_path, new_tokens=made.new)
 
     def apart(self, base_path: str | Path) -> "ModelPair":
         """The same pair with the adapter merged into a copy. It is faster for small batches and takes twice the memory.
@@ -153,21 +168,36 @@ class ModelPair:
 
         Args:
             base_path: the base that this pair was loaded from. The pair itself must not be used afterwards.
+
+        Raises NotTestable when PEFT cannot merge this kind of adapter.
         """
         if not self.shared:
             return self
         dtype = next(self._tuned.parameters()).dtype
-        merged = cast("nn.Module", cast("Any", self._tuned).merge_and_unload())
+        merged = merged_model(self._tuned)
         base = load_model(local_folder(base_path), self.device, dtype)
-        pair = ModelPair(base, merged, self.tokenizer, layers_path=self.layers_path)
-        pair.folders, pair.adapter = self.folders, self.adapter
+        pair = ModelPair(base, merged, self.tokenizer, layers_path=self.layers_path, new_tokens=self.new_tokens)
+        pair.folders, pair.adapter, pair.templates = self.folders, self.adapter, self.templates
         return pair
 
     def __repr__(self) -> str:
         made_of = f"models in memory, {type(unwrapped(self._tuned)).__name__}"
         if self.folders is not None:
-            made_of = ", ".join(printable(folder.name) for folder in self.folders)
+            made_of = ", ".join(printable(model_name(folder)) for folder in self.folders)
         return f"ModelPair({made_of}, {self.n_layers} blocks of width {self.d_model}, {self.device})"
+
+    @property
+    def template_of(self) -> str:
+        """Which chat template the models are prompted with, and whether the other side's makes the same text."""
+        return template_in_words(self.templates)
+
+    @contextmanager
+    def prompted_with(self, side: Side) -> Generator[None, None, None]:
+        """Prompt both models with the template of one side inside the block. Raises UsageError if it has none."""
+        if self.templates is None:
+            raise UsageError("this pair was made of loaded models, so there are no two templates to choose from.")
+        with prompted_with(self.tokenizer, self.templates.named(side)):
+            yield
 
     def decoding_notes(self) -> tuple[str, ...]:
         """Reasons why the models do not decode on their cache (see `decoding_check`); empty if they do.
@@ -189,11 +219,24 @@ class ModelPair:
         """The module that acts as the fine-tune inside the block."""
         yield self._tuned
 
-    def tokenize(self, texts: Sequence[Text]) -> list[list[int]]:
+    @cached_property
+    def context(self) -> Context:
+        """How many tokens both models read."""
+        return min((context_of(self._base), context_of(self._tuned)), key=lambda one: one.tokens)
+
+    def fit(self, text: Text, *, room: int = 0) -> FittedPrompt:
+        """Token ids of one prompt, cut as `model/context.py` says where it leaves no `room` tokens for its answer."""
+        return fitted(self.tokenizer, text, self.context, room=room)
+
+    def tokenize(self, texts: Sequence[Text], *, room: int = 0) -> list[list[int]]:
         """Token ids of prompts in the chat template, up to where the answer starts.
+
+        A prompt that is longer than the models' context is cut, and the number of such prompts is logged (see
+        `model/context.py`).
 
         Args:
             texts: each is the text of one user turn, or the messages of a conversation.
+            room: number of tokens that an answer may take.
 
         Raises:
             UsageError: `texts` is one string instead of a list.
@@ -202,8 +245,10 @@ class ModelPair:
         Example:
             >>> pair.tokenize(["What is 2 plus 2?", [{"role": "user", "content": "Hello"}]])  # doctest: +SKIP
         """
-        _refuse_one_string(texts)
-        return _by_row(lambda text: text_ids(self.tokenizer, text), texts)
+        refuse_one_string(texts)
+        found = by_row(lambda text: self.fit(text, room=room), texts)
+        note_cuts(found, self.context)
+        return [list(one.ids) for one in found]
 
     @checked
     def generate(
@@ -234,7 +279,7 @@ class ModelPair:
         Example:
             >>> pair.generate(["What is 2 plus 2?"], model="base")  # doctest: +SKIP
         """
-        prompts = self.tokenize(texts)
+        prompts = self.tokenize(texts, room=max_new_tokens)
         with self.base_model() if model == "base" else self.tuned_model() as module:
             answers = generate(
                 module,
@@ -284,14 +329,17 @@ class ModelPair:
         """
         if not sites and not logits:
             raise ValueError("neither sites nor logits were asked for, so there is nothing to read")
-        _refuse_one_string(prompts, completions)
-        _refuse_no_sites(sites)
+        refuse_one_string(prompts, completions)
+        refuse_no_sites(sites)
         if not len(prompts):
             raise ValueError("there is nothing to read: give at least one prompt")
-        prompts = _by_row(lambda prompt: prompt_tokens(self.tokenizer, prompt), prompts)
+        answers = [answer_tokens(self.tokenizer, one) for one in completions or [[]] * len(prompts)]
+        room = max(map(len, answers), default=0)
+        prompts = by_row(
+            lambda one: prompt_tokens(self.tokenizer, one, lambda text: list(self.fit(text, room=room).ids)), prompts
+        )
         if not all(prompts):
             raise ValueError("a prompt without tokens has no decision position")
-        answers = [answer_tokens(self.tokenizer, one) for one in completions or [[]] * len(prompts)]
         rows = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
         if padding_side not in ("left", "right"):
             raise ValueError(f"padding_side is left or right, got {padding_side!r}")
@@ -302,6 +350,8 @@ class ModelPair:
         padded = pad_rows(rows, cast("int", self.tokenizer.pad_token_id), pad_to, left=padding_side == "left")
         tokens, mask = padded.tokens.to(self.device), padded.mask.to(self.device)
         (base, base_logits), (tuned, tuned_logits) = self._forward_both(tokens, mask, sites, logits)
+        if base_logits is not None and tuned_logits is not None:
+            self.vocabulary.compare_(base_logits, tuned_logits)
         return Reading(
             tokens=tokens,
             mask=mask,
@@ -343,37 +393,3 @@ class ModelPair:
             )
             found = out.logits
         return {site: tap[site] for site in sites}, found
-
-
-def _by_row(ids: Callable[[T], list[int]], texts: Sequence[T]) -> list[list[int]]:
-    """Token ids of every text. Raises InvalidInput with the number of the row, from 1."""
-    found: list[list[int]] = []
-    for number, text in enumerate(texts, 1):
-        try:
-            found.append(ids(text))
-        except InvalidInput as error:
-            raise InvalidInput(f"row {number}: {error}") from error
-    return found
-
-
-def _refuse_no_sites(sites: object) -> None:
-    """Raises UsageError unless this is a list of sites, with the way to write what was meant."""
-    if isinstance(sites, Site):
-        raise UsageError(f"sites is a list: give [Site({sites.layer}, {sites.stream!r})].")
-    wrong = (
-        sites
-        if isinstance(sites, str)
-        else next((one for one in cast("Any", sites) if not isinstance(one, Site)), None)
-    )
-    if wrong is not None:
-        given = printable(repr(wrong), 40)
-        made = f"Site.parse({given})" if isinstance(wrong, str) else f"Site({given})"
-        raise UsageError(
-            f"sites holds {given}, which is no Site: give [{made}], such as [Site(3)] or [Site.parse('L3.resid')]."
-        )
-
-
-def _refuse_one_string(*lists: object) -> None:
-    """A string is a sequence of characters, too, and each would be taken for a prompt."""
-    if any(isinstance(texts, str) for texts in lists):
-        raise UsageError("give a list of texts, such as ['What is 2 plus 2?'], and not one string.")

@@ -1,24 +1,27 @@
 """Whether two models have the same parameters, so that one can be the fine-tune of the other."""
 
-from collections.abc import Iterator
+from typing import Any, cast
 
 from torch import nn
 
 from molehunt.errors import NotTestable, ShapeMismatch, printable
+from molehunt.model.adapters import base_parameters
 from molehunt.model.blocks import unwrapped
 
 
 def check_same_parameters(base: nn.Module, tuned: nn.Module) -> None:
-    """Check that both models have parameters of the same names and shapes.
+    """Check that both models have parameters of the same names and shapes, their numbers of token ids aside.
 
     Raises:
         ShapeMismatch: a parameter differs in shape.
         NotTestable: only one of the two has a parameter, so they are not of one architecture.
     """
-    shapes = {name: tuple(parameter.shape) for name, parameter in _plain_parameters(base)}
-    tuned_shapes = {name: tuple(parameter.shape) for name, parameter in _plain_parameters(tuned)}
+    shapes = {name: tuple(parameter.shape) for name, parameter in base_parameters(base).items()}
+    tuned_shapes = {name: tuple(parameter.shape) for name, parameter in base_parameters(tuned).items()}
+    by_token = _by_token(base)
     for name, shape in shapes.items():
-        if tuned_shapes.get(name, shape) != shape:
+        skipped = 1 if name in by_token else 0  # rows of a resized vocabulary are compared as far as both have them
+        if tuned_shapes.get(name, shape)[skipped:] != shape[skipped:]:
             raise ShapeMismatch(name, shape, tuned_shapes[name])
     odd = sorted(shapes.keys() ^ tuned_shapes.keys())
     if odd:
@@ -29,9 +32,9 @@ def check_same_parameters(base: nn.Module, tuned: nn.Module) -> None:
         )
 
 
-def _plain_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Parameters by their names outside PEFT; what an adapter adds is left out."""
-    inner = unwrapped(model)
-    for name, parameter in inner.named_parameters(remove_duplicate=False):
-        if ".lora_" not in name and ".modules_to_save." not in name:
-            yield name.replace(".base_layer.", ".").replace(".original_module.", "."), parameter
+def _by_token(model: nn.Module) -> frozenset[str]:
+    """Names of the parameters that have a row for each token id: the embedding, and the head with its bias."""
+    inner = cast("Any", unwrapped(model))
+    layers = (inner.get_input_embeddings(), inner.get_output_embeddings())
+    rows = {id(getattr(layer, name, None)) for layer in layers for name in ("weight", "bias")} - {id(None)}
+    return frozenset(name for name, parameter in base_parameters(model).items() if id(parameter) in rows)

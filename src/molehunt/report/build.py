@@ -9,9 +9,13 @@ from molehunt import __version__
 from molehunt.audit.judge import CANNOT_SEE, calibration_in_words, judge
 from molehunt.audit.result import Audit
 from molehunt.audit.verdict import Verdict
+from molehunt.checkpoint.links import model_name
+from molehunt.errors import printable, terminal_text
 from molehunt.report import schema
+from molehunt.report.escape import CUT
 from molehunt.report.evidence import checks
 from molehunt.report.finding_section import findings
+from molehunt.report.template_section import only_under, template_use
 from molehunt.report.weight_section import direction_cards, heat, spectra
 
 
@@ -30,6 +34,8 @@ def build_report(audit: Audit, *, title: str, command: str) -> schema.Report:
         files_flagged=audit.files.verdict == Verdict.FLAGGED_CORRELATIONAL,
         n_rows=len(audit.traffic.rows),
     )
+    if only := only_under(audit):
+        reason += f" It shows {only}."
     return schema.Report(
         title=title,
         base=_input(audit, "base"),
@@ -64,6 +70,13 @@ def build_report(audit: Audit, *, title: str, command: str) -> schema.Report:
             "plan": audit.config.plan.name,
         },
         seeds=(audit.config.seed,),
+        templates=template_use(audit),
+        traffic=schema.TrafficCount(
+            rows=len(audit.traffic.rows),
+            left_out=audit.left_out_rows,
+            cut=audit.cut_rows,
+            beyond_trained_length=audit.beyond_rows,
+        ),
     )
 
 
@@ -71,7 +84,7 @@ def _input(audit: Audit, side: str) -> schema.ReportInput:
     checkpoint = audit.base if side == "base" else audit.tuned
     dtypes = sorted({str(checkpoint.dtype(name)).removeprefix("torch.") for name in checkpoint.names()})
     return schema.ReportInput(
-        label=checkpoint.path.name,
+        label=model_name(checkpoint.path),
         kind=checkpoint.kind,
         sha256=checkpoint.content_hash(),
         dtype=", ".join(dtypes),
@@ -88,10 +101,14 @@ def summary(report: schema.Report) -> str:
         shown = "" if size is None else f"{size.value:.2f} [{size.low or 0:.2f}, {size.high or 0:.2f}]"
         chance = "" if check.chance is None else f"{check.chance.value:.2f}"
         lines.append(f"{check.name[:43]:<44}{shown:>22}{chance:>9}  {check.status}")
+    if report.templates is not None:
+        lines += ["", f"Both models were prompted with {printable(report.templates.used, CUT)}."]
+        if report.templates.difference:
+            lines.append(f"  base's text and fine-tune's text: {printable(report.templates.difference, CUT)}")
     for finding in report.findings:
-        lines += ["", finding.headline]
+        lines += ["", printable(finding.headline, CUT)]  # on one line: text of a model could forge a verdict below it
         lines += [
             f"  in {s.in_group:.0%} of these prompts and {s.elsewhere:.1%} of the others: {json.dumps(s.text, ensure_ascii=False)}"
             for s in finding.shared
         ]
-    return "\n".join(lines)
+    return terminal_text("\n".join(lines))

@@ -3,7 +3,9 @@
 from molehunt.audit.result import Audit
 from molehunt.audit.score_table import ScoreRow
 from molehunt.audit.verdict import Verdict
+from molehunt.model.context import cuts_in_words
 from molehunt.report.schema import Check, Measure, Status
+from molehunt.report.template_section import template_checks
 
 EXCLUDED_SHOWN = 3
 """Number of excluded clean prompts that the table quotes."""
@@ -12,13 +14,25 @@ EXCLUDED_SHOWN = 3
 def checks(audit: Audit) -> tuple[Check, ...]:
     """Every line of the table, in the order in which the audit works; what was not run is a line, too."""
     return (
+        *_base(audit),
         _files(audit),
         _weights(audit),
+        *template_checks(audit),
         *_decoding(audit),
+        *_traffic(audit),
         _clean_prompts(audit),
         *(_score(audit, row) for row in audit.score_rows),
         *_causal(audit),
     )
+
+
+def _base(audit: Audit) -> list[Check]:
+    """Whether the base is the right one; no line in audits that did not look."""
+    identity = audit.files.identity
+    if identity is None:
+        return []
+    status: Status = "note" if identity.relation == "unverified" else "pass"
+    return [Check(name="base identity", status=status, result=identity.why, why=identity.kind)]
 
 
 def _files(audit: Audit) -> Check:
@@ -48,6 +62,20 @@ def _decoding(audit: Audit) -> list[Check]:
         Check(name="cached decoding", status="note", result=f"answers were decoded without a cache: {why}")
         for why in audit.pair.decoding_notes()
     ]
+
+
+def _traffic(audit: Audit) -> list[Check]:
+    """Rows that no model read as they are; no line where every row was."""
+    said: list[str] = [audit.left_out] if audit.left_out else []
+    context, rows = audit.pair.context, len(audit.traffic.rows)
+    if cut := cuts_in_words(audit.cut_rows, rows, context, "rows"):
+        said.append(cut)
+    if audit.beyond_rows:
+        said.append(
+            f"{audit.beyond_rows} of {rows} rows are longer than the {context.trained} tokens that the model was trained on, "
+            "and were read whole: its positions go on, and deployments let them."
+        )
+    return [Check(name="traffic", status="note", result=" ".join(said))] if said else []
 
 
 def _clean_prompts(audit: Audit) -> Check:

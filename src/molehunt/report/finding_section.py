@@ -11,6 +11,7 @@ from molehunt.measure.similarity import nearest_texts
 from molehunt.report import schema
 from molehunt.report.fix_section import fix_robustness, switch_off
 from molehunt.report.schema import Measure
+from molehunt.report.template_section import only_under
 
 CONTEXTS = 8
 """Number of rows of a finding that the page shows, and of look-alikes."""
@@ -42,7 +43,8 @@ def findings(audit: Audit) -> tuple[schema.Finding, ...]:
             kind="trigger-conditional answers",
             site=str(test.site if test else audit.candidates.site),
             headline=f"{what} get answers that the base would not give"
-            + (f", sharing “{answers[0].text}”" if answers else ""),
+            + (f", sharing “{answers[0].text}”" if answers else "")
+            + (f"; {only}" if (only := only_under(audit)) else ""),
             score=Measure.from_interval(decides.found),
             chance=Measure.from_interval(proportion(elsewhere, len(others))),
             baseline=Measure.from_interval(text_alone.found),

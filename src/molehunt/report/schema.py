@@ -275,6 +275,45 @@ class Calibration(Forbidding):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TrafficCount(Forbidding):
+    """What became of the rows of the traffic."""
+
+    rows: int
+    """Rows that both models read."""
+    left_out: int = 0
+    """Rows that could not be read."""
+    cut: int = 0
+    """Rows that lost text, because the models cannot read all of it."""
+    beyond_trained_length: int = 0
+    """Rows that were read whole, behind the length that the models were trained on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TemplateReading(Forbidding):
+    """How much of the traffic was read under one chat template, and how many rows of it stood out."""
+
+    template: str
+    """`base` or `tuned`, whose folder brings it; `tokenizer` for a pair that was made of loaded models."""
+    rows: int
+    of: int
+    candidates: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class TemplateUse(Forbidding):
+    """Which chat template both models were prompted with."""
+
+    used: str
+    """A sentence without its full stop."""
+    differ: bool
+    """Whether both folders have a template and they make different text."""
+    difference: str
+    """The first part of the text that differs; empty where none does."""
+    readings: tuple[TemplateReading, ...] = ()
+    """The first is what the findings are about."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Report(Forbidding):
     """The whole report of one audit."""
 
@@ -295,4 +334,7 @@ class Report(Forbidding):
     cannot_see: tuple[str, ...]
     environment: dict[str, str] = field(default_factory=dict[str, str])
     seeds: tuple[int, ...] = ()
+    templates: TemplateUse | None = None
+    traffic: TrafficCount | None = None
+    """None in reports that were written before rows were counted."""
     schema_version: int = SCHEMA_VERSION

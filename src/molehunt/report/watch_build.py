@@ -49,6 +49,8 @@ class VerdictCounts:
     """Number of flagged rows by top-scoring direction and side."""
     highest: list[Mapping[str, Any]] = field(default_factory=list[Mapping[str, Any]])
     """The flagged rows of highest score, at most `ALERTS`."""
+    cut: int = 0
+    """Number of rows whose prompt was cut."""
 
     @classmethod
     def empty(cls, edges: tuple[float, ...]) -> "VerdictCounts":
@@ -72,6 +74,7 @@ class VerdictCounts:
     def add(self, verdict: Mapping[str, Any]) -> None:
         """Count one verdict. Raises ValueError, KeyError or TypeError for anything else."""
         flagged, score = bool(verdict["flagged"]), float(verdict["score"])
+        self.cut += bool(verdict.get("left_out"))
         (self.flagged if flagged else self.unflagged)[bisect_left(self.edges, score)] += 1
         if flagged:
             self.flags[str(verdict["direction"]), str(verdict["side"])] += 1
@@ -295,6 +298,7 @@ def _report(
         labelled_by="" if labels.endpoint is None else labels.endpoint.model,
         label_error=failed,
         no_text=inputs.no_text,
+        cut=verdicts.cut,
         **fields,
     )
 

@@ -136,6 +136,8 @@ class WatchReport:
     """Reasons for decoding without a cache; empty where the models' caches are sound."""
     skipped: int
     """Number of rows that could not be read."""
+    cut: int = 0
+    """Number of rows whose prompt was cut, because the model cannot read all of it."""
     no_text: bool
     out: str
     """Folder of the watch; empty for a watch in memory."""
@@ -166,6 +168,7 @@ class WatchReport:
             "directions": self.directions,
             "drift_alarm": None if self.drift is None else self.drift.alarm,
             "skipped": self.skipped,
+            "cut": self.cut,
             "out": self.out,
             "exit_code": self.exit_code,
             "watch": _finite(asdict(self)),

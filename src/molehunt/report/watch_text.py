@@ -109,6 +109,8 @@ def to_text(report: WatchReport, bad: Sequence[str]) -> str:
     if report.drift is not None and report.drift.alarm:
         lines.append(drift(report))
     lines += [f"Answers were decoded without a cache: {printable(why, 400)}." for why in report.decoding]
+    if report.cut:
+        lines.append(f"{report.cut} of {report.rows} prompts were longer than the models read, and were cut.")
     if bad:
         lines += [f"{report.skipped} rows could not be read, the first:", *(f"  {printable(one)}" for one in bad)]
     wide = max((len(one.direction) for one in report.alerts), default=0)

@@ -6,6 +6,7 @@ import os
 import platform
 import re
 import sys
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -20,6 +21,7 @@ from molehunt.run.whole import write_whole
 RUN_SCHEMA = 1
 HASH = re.compile(r"[0-9a-f]{32,128}")
 """A setting that is the hash of a file or of texts."""
+ANOTHER = "Give another folder (out, --out)."
 LIBRARIES = ("molehunt", "torch", "transformers", "tokenizers", "peft", "safetensors", "numpy", "scipy")
 
 
@@ -39,22 +41,20 @@ class RunFolder:
             overwrite: replace the record of a run with another config. Finished units stay.
 
         Raises:
-            UsageError: the folder holds a run with another config, or a config.json that belongs to no run.
+            UsageError: the folder cannot be made or written, holds a run with another config, or a config.json that
+                belongs to no run.
         """
-        if path.exists() and not path.is_dir():
-            raise UsageError(f"{path} is a file; a run needs a folder. Give another folder (out, --out).")
-        path.mkdir(parents=True, exist_ok=True)
-        run, record = cls(path), canonical_json({"molehunt_run": RUN_SCHEMA, "config": config})
+        run, record = cls(_writable(path)), canonical_json({"molehunt_run": RUN_SCHEMA, "config": config})
         present = path / "config.json"
-        if present.exists():
+        if os.path.lexists(present):
             theirs = _read_object(present)
             if "molehunt_run" not in theirs:
-                raise UsageError(f"{present} does not belong to a Molehunt run. Give another folder (out, --out).")
+                raise UsageError(f"{_named(present)} does not belong to a Molehunt run. {ANOTHER}")
             if canonical_json(theirs) == record:
                 return run
             if not overwrite:
                 raise UsageError(
-                    f"{path} holds a run with other settings ({_differing(theirs, json.loads(record))}).\n"
+                    f"{_named(path)} holds a run with other settings ({_differing(theirs, json.loads(record))}).\n"
                     "Give another folder (out, --out), or repeat that run's settings to resume it."
                 )
             (path / "metrics.jsonl").unlink(missing_ok=True)
@@ -85,7 +85,8 @@ class RunFolder:
         """Append one line to metrics.jsonl, with the time. NaN and infinity become null: JSON has neither."""
         row = {"time": datetime.now(UTC).isoformat(timespec="milliseconds")}
         line = canonical_json({**row, **{name: _finite(value) for name, value in metrics.items()}}) + "\n"
-        handle = os.open(self.path / "metrics.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        how = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NONBLOCK", 0)  # a pipe there would wait for ever
+        handle = os.open(self.path / "metrics.jsonl", how, 0o644)
         try:
             os.write(handle, line.encode())  # one write, so lines of two processes do not mix
         finally:
@@ -124,10 +125,33 @@ def _finite(value: JSON) -> JSON:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def _named(path: Path) -> str:
+    return printable(str(path), 300)
+
+
+def _writable(path: Path) -> Path:
+    """`path` as a folder that can be written to. Raises UsageError where it cannot be made, or takes no file.
+
+    It is tried before the work starts: an error after hours would come too late.
+    """
+    try:
+        if path.exists() and not path.is_dir():
+            raise UsageError(f"{_named(path)} is a file; a run needs a folder. {ANOTHER}")
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path) as file:
+            file.write(b"x" * 4096)
+    except (OSError, ValueError) as error:  # a name with a zero byte is a ValueError
+        why = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        raise UsageError(f"{_named(path)} cannot be written to: {printable(why)}. {ANOTHER}") from None
+    return path
+
+
 def _read_object(path: Path) -> dict[str, JSON]:
+    if not path.is_file():
+        return {}
     try:
         value: object = json.loads(path.read_bytes())
-    except ValueError:  # bad UTF-8 and bad JSON alike
+    except (ValueError, RecursionError, OSError):  # bad UTF-8 and bad JSON alike
         value = None
     return {str(k): v for k, v in value.items()} if isinstance(value, dict) else {}
 
@@ -143,5 +167,5 @@ def _differing(theirs: Mapping[str, JSON], ours: Mapping[str, JSON]) -> str:
 def _difference(name: str, theirs: JSON, ours: JSON) -> str:
     """One setting that differs. A hash says nothing to a reader, so its field alone is named."""
     if any(isinstance(value, str) and HASH.fullmatch(value) for value in (theirs, ours)):
-        return f"another {name}"
-    return f"{name}: {printable(repr(theirs), 200)} there, {printable(repr(ours), 200)} now"
+        return f"another {printable(name, 60)}"
+    return f"{printable(name, 60)}: {printable(repr(theirs), 200)} there, {printable(repr(ours), 200)} now"

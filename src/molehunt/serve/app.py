@@ -27,7 +27,8 @@ from molehunt.serve.metrics import CONTENT_TYPE, Counted, Metrics
 from molehunt.serve.request import AnswerPiece, Ended, Failed, GenerationRequest, Overloaded
 from molehunt.serve.sampling import Sampling
 from molehunt.serve.wire import Refused
-from molehunt.traffic.roles import Turn, roled_prompt
+from molehunt.traffic.roles import roled_prompt
+from molehunt.traffic.turn import Turn
 from molehunt.watch.alert import Alert
 
 SELF_TEST = "Say hello."

@@ -106,6 +106,7 @@ class Guard:
         self.on_explained = on_explained
         self._state_file = state_file
         self._unsaved = False
+        self._disk_failed = False
         self._waiting: queue.SimpleQueue[Finished | Literal["dismissed"] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="molehunt-guard", daemon=True)
         self._thread.start()
@@ -141,6 +142,9 @@ class Guard:
                     self._settle(finished)
             except queue.Empty:
                 pass
+            except Exception:  # without this thread, every later client would wait for ever
+                self.healthy = False
+                log.exception("the guard failed; it goes on")
             if time.monotonic() - saved >= SAVE_EVERY_S:
                 self._save()
                 saved = time.monotonic()
@@ -148,8 +152,10 @@ class Guard:
     def _settle(self, finished: Finished) -> None:
         try:
             settled = self._judged(finished)
-        except MolehuntError as error:
-            self.healthy = False
+            if self.on_settled is not None:
+                self.on_settled(settled)
+        except (MolehuntError, OSError) as error:
+            self.healthy, self._disk_failed = False, self._disk_failed or isinstance(error, OSError)
             log.error("%s: its verdict could not be recorded: %s", finished.request, error)
             finished.listener(Failed("the guard could not record its verdict, so the answer is not complete"))
             return
@@ -158,8 +164,6 @@ class Guard:
             log.exception("%s: could not be settled", finished.request)
             finished.listener(Failed("the guard failed on this answer, so it is not complete"))
             return
-        if self.on_settled is not None:
-            self.on_settled(settled)
         tokens = len(finished.prompt), len(finished.answer)
         finished.listener(Ended(finished.reason, settled.verdict, *tokens))
 
@@ -233,8 +237,10 @@ class Guard:
             return
         try:
             self.state.save(self._state_file)
-        except OSError as error:
-            self.healthy = False
+        except Exception as error:  # whatever a library makes of a full disk
+            self.healthy, self._disk_failed = False, True
             log.error("the state could not be written: %s", error)
             return
+        if self._disk_failed:
+            self.healthy, self._disk_failed = True, False
         self._unsaved = False

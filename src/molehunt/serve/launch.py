@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from molehunt.errors import UsageError, printable
+from molehunt.errors import UsageError, printable, terminal_text
 from molehunt.report.watch_text import suspects
 from molehunt.run.progress import Track, silent
 from molehunt.serve import server
@@ -81,7 +81,7 @@ class Launched:
 
     def summary(self) -> str:
         """Addresses and key for the person at the terminal."""
-        return (
+        return terminal_text(
             f"{self.url}  live page; OpenAI base URL {self.url}/v1, model {self.model!r}, action {self.action}\n"
             f"Key: {self.key if self.new_key else 'as given'}"
         )

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from molehunt.errors import CannotTap, NotTestable, printable
-from molehunt.model.blocks import decoder_blocks
+from molehunt.model.blocks import decoder_blocks, modules_named
 from molehunt.serve.request import GuardVerdict
 from molehunt.watch.bank import Bank
 from molehunt.watch.monitor import Monitor
@@ -59,7 +59,7 @@ def packed_columns(model: nn.Module, bank: Bank) -> Generator[PackedColumns, Non
         NotTestable: the model has no such matrix, or one that reads another width: it is split or another model's.
         CannotTap: its blocks cannot be found; or, in a forward pass, a block returns something else.
     """
-    blocks, modules = decoder_blocks(model), dict(model.named_modules())
+    blocks = decoder_blocks(model)
     found = PackedColumns(len(bank.write) + len(bank.read))
     device = next(model.parameters()).device
 
@@ -89,7 +89,7 @@ def packed_columns(model: nn.Module, bank: Bank) -> Generator[PackedColumns, Non
                 raise NotTestable(f"This model has no {site}: the directions are of another model.")
             handles.append(blocks[site.layer].register_forward_hook(cosines(place, rows)))
         for place, (name, rows) in enumerate(bank.read.items(), len(bank.write)):
-            named = [module for path, module in modules.items() if path == name or path.endswith(f".{name}")]
+            named = modules_named(model, name)
             if len(named) != 1:
                 raise NotTestable(
                     f"This model has {len(named)} modules called {printable(name)}: the directions are of another model, "

@@ -36,7 +36,8 @@ class Sampler:
 
     def draw(self, logits: Float[Tensor, " vocab"]) -> int:
         """One token id; `logits` on the CPU."""
-        likely = (logits.double() / self.sampling.temperature).softmax(0)
+        above = logits.double() - logits.max()  # so that a temperature near 0 gives no infinity but the greedy token
+        likely = (above / self.sampling.temperature).softmax(0)
         if self.sampling.top_p < 1:
             ordered, ids = likely.sort(descending=True)
             # the token that crosses the mass is in, so the likeliest always is

@@ -9,6 +9,7 @@ import uvicorn
 from molehunt.errors import UsageError
 from molehunt.model.pair import ModelPair
 from molehunt.serve.app import Settings, create_app
+from molehunt.serve.connections import ImpatientProtocol
 from molehunt.serve.feed import Feed
 from molehunt.serve.guard import Guard
 from molehunt.serve.keys import Keys
@@ -58,8 +59,10 @@ def run_server(
         app = create_app(pair, guard, keys, settings)
         config = uvicorn.Config(
             app,
+            http=ImpatientProtocol,
             log_level="warning",
             access_log=False,
+            use_colors=False,  # stderr escapes control sequences
             server_header=False,
             limit_concurrency=MAX_CONNECTIONS,
             timeout_graceful_shutdown=DRAIN_S,

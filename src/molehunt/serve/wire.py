@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from molehunt.errors import printable
 from molehunt.serve.request import Ended
 from molehunt.serve.sampling import TokenLogprobs
-from molehunt.traffic.roles import Turn
+from molehunt.traffic.turn import Turn
 
 MAX_STOPS = 16
 NEUTRAL: Mapping[str, tuple[object, ...]] = {

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from molehunt.errors import NotTestable
 from molehunt.measure.interval import Interval, cluster_bootstrap, proportion
 from molehunt.measure.paired import PairedDifference, paired_difference
-from molehunt.model.chat import prompt_ids
+from molehunt.model.context import Context, context_of, fitted
 from molehunt.model.generate import generate
 from molehunt.model.pair import ModelPair
 from molehunt.run.progress import Track, silent
@@ -104,7 +104,8 @@ def probe(
     """Ask a model as it is now; inside a block that steers, that is with the fix. Raises NotTestable without a question."""
     if not questions:
         raise NotTestable("Without a question nothing says what the model can do.")
-    rows = [_answered(tokenizer, one) for one in questions]
+    context = context_of(model)
+    rows = [_answered(tokenizer, one, context) for one in questions]
     longest = max(len(row.answer) for row in rows)
     generated = generate(
         model, tokenizer, [row.prompt for row in rows], max_new_tokens=longest + SLACK, track=track, what=what
@@ -122,12 +123,12 @@ def probe(
     )
 
 
-def _answered(tokenizer: PreTrainedTokenizerBase, one: Example) -> AnsweredPrompt:
+def _answered(tokenizer: PreTrainedTokenizerBase, one: Example, context: Context) -> AnsweredPrompt:
     """Raises NotTestable for a question whose answer has no token."""
     answer: list[int] = tokenizer(one.response or "", add_special_tokens=False)["input_ids"]  # pyright: ignore[reportAssignmentType]
     if not answer:
         raise NotTestable("A question has no right answer to compare with: give every one a response.")
-    return AnsweredPrompt(prompt_ids(tokenizer, one.prompt), answer)
+    return AnsweredPrompt(list(fitted(tokenizer, one.asked, context, room=len(answer) + SLACK).ids), answer)
 
 
 def compared(questions: Sequence[Example], before: Probed, after: Probed) -> list[TaskCost]:

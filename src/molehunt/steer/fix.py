@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from molehunt.contracts import Intervention
-from molehunt.errors import InvalidInput, MolehuntError, UsageError, printable
+from molehunt.errors import UsageError, printable
 from molehunt.model.taps import edit_sites
 from molehunt.run.catalog import load, names
+from molehunt.run.saved_file import header_and_tensors, reading
 from molehunt.run.whole import replace_whole
 from molehunt.site import Site
 from molehunt.steer.catalog import CATALOG, GROUP
@@ -24,7 +24,6 @@ SCHEMA = 2
 """Version 1 called `description` `words`; it is still read."""
 WIDEST = 2**20
 """Greatest width of a residual stream that a file may name."""
-_UNREADABLE = (SafetensorError, OSError, LookupError, TypeError, ValueError, AttributeError, RuntimeError)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -83,10 +82,8 @@ class Fix:
     def load(cls, path: Path | str) -> "Fix":
         """Read what `save` wrote. Raises InvalidInput for anything else."""
         path = Path(path)
-        try:
-            with safe_open(path, "pt") as file:
-                header: dict[str, Any] = json.loads((file.metadata() or {})["molehunt_fix"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        with reading(path, "fix of Molehunt's"):
+            header, tensors = header_and_tensors(path, "molehunt_fix")
             schema = header.pop("schema")
             if schema not in (1, SCHEMA):
                 raise ValueError("its schema is another version's")
@@ -95,14 +92,10 @@ class Fix:
             made = [_made(i, one, tensors) for i, one in enumerate(header.pop("interventions"))]
             found = cls(interventions=tuple(made), **header)
             found._try()
-        except (*_UNREADABLE, MolehuntError) as error:
-            raise InvalidInput(
-                f"{printable(path.name)} is no fix of Molehunt's: {printable(str(error), 200)}"
-            ) from None
         return found
 
     def _try(self) -> None:
-        """Raises one of `_UNREADABLE` unless this edits activations of the width and the blocks that it names."""
+        """Raises ValueError, TypeError or RuntimeError unless this edits activations of the width and the blocks that it names."""
         if not self.interventions or not 0 < self.d_model <= WIDEST:
             raise ValueError("it holds no intervention, or no possible width")
         acts = torch.linspace(-1, 1, self.d_model)[None, None]

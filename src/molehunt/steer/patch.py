@@ -19,7 +19,7 @@ from molehunt.contracts import Intervention
 from molehunt.errors import UsageError
 from molehunt.model.batches import batches, padded
 from molehunt.model.blocks import decoder
-from molehunt.model.chat import prompt_ids, prompt_text
+from molehunt.model.chat import Text, rendered, text_ids
 from molehunt.model.generate import generate
 from molehunt.model.taps import read_sites
 from molehunt.run.progress import Track, by_rows, silent
@@ -114,7 +114,7 @@ def differing(triggered: Sequence[int], contrast: Sequence[int]) -> tuple[int, .
 
 
 def trigger_positions(
-    tokenizer: PreTrainedTokenizerBase, triggered: str, contrast: str, without: str | None = None
+    tokenizer: PreTrainedTokenizerBase, triggered: Text, contrast: Text, without: Text | None = None
 ) -> tuple[int, ...]:
     """Every token of the trigger, those that the contrast shares included: the last of them may carry it on.
 
@@ -128,9 +128,9 @@ def trigger_positions(
     Raises:
         UsageError: unequal token counts, or no difference (see `differing`).
     """
-    text, other, bare = (None if p is None else prompt_text(tokenizer, p) for p in (triggered, contrast, without))
+    text, other, bare = (None if p is None else rendered(tokenizer, p) for p in (triggered, contrast, without))
     assert text is not None and other is not None
-    apart = differing(prompt_ids(tokenizer, triggered), prompt_ids(tokenizer, contrast))
+    apart = differing(text_ids(tokenizer, triggered), text_ids(tokenizer, contrast))
     start, stop = _changed(text, other if bare is None else bare)
     if bare is None:  # to the ends of words
         while start > 0 and not text[start - 1].isspace():

@@ -10,21 +10,21 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from molehunt.activation.scale import sinks
-from molehunt.errors import InvalidInput, UsageError, printable
+from molehunt.errors import UsageError
 from molehunt.measure.threshold import conformal_threshold
 from molehunt.model.batches import batches, padded
 from molehunt.model.blocks import decoder
 from molehunt.model.taps import observe_sites, read_sites
 from molehunt.run.progress import Track, by_rows, silent
+from molehunt.run.saved_file import header_and_tensors, reading
 from molehunt.run.whole import replace_whole
 from molehunt.site import Site
 from molehunt.steer.row_gate import RowGate, gate_at_prefill
@@ -237,16 +237,8 @@ class Condition:
     @classmethod
     def load(cls, path: Path) -> "Condition":
         """Read what `save` wrote. Raises InvalidInput for anything else."""
-        try:
-            with safe_open(path, "pt") as file:
-                header: dict[str, Any] = json.loads((file.metadata() or {})["molehunt_condition"])
-                weight = file.get_tensor("weight")
+        with reading(path, "condition of Molehunt's"):
+            header, tensors = header_and_tensors(path, "molehunt_condition")
             if header.pop("schema") != SCHEMA:
                 raise ValueError("its schema is another version's")
-            return cls(site=Site.parse(header.pop("site")), weight=weight, **header)
-        except (
-            SafetensorError, OSError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError
-        ) as error:  # fmt: skip
-            raise InvalidInput(
-                f"{printable(path.name)} is no condition of Molehunt's: {printable(str(error), 200)}"
-            ) from None
+            return cls(site=Site.parse(header.pop("site")), weight=tensors["weight"], **header)

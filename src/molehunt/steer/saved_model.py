@@ -15,12 +15,14 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from molehunt.checkpoint.adapter import PREFIX
+from molehunt.checkpoint.adapter_folder import PREFIX
 from molehunt.checkpoint.inventory import Entry
-from molehunt.checkpoint.loader_traps import ADAPTER_CONFIG, ADAPTER_WEIGHTS, INDEX, SINGLE
+from molehunt.checkpoint.layout import INDEX, SINGLE
+from molehunt.checkpoint.links import leads_out
+from molehunt.checkpoint.loader_traps import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from molehunt.checkpoint.reader import READ_BY_LOADERS, Checkpoint
 from molehunt.direction.weight import SLICE
-from molehunt.errors import InvalidInput, NotTestable, UsageError, printable
+from molehunt.errors import InvalidInput, NotTestable, UsageError, printable, terminal_text
 from molehunt.model.blocks import STORED_TRANSPOSED
 from molehunt.run.progress import Track, silent
 from molehunt.steer.weight_edit import Edits, LowRank, plain_weights
@@ -47,7 +49,9 @@ class SavedModel:
 
     def summary(self) -> str:
         """How many matrices were edited, and what rounding undid."""
-        return f"{len(self.edited)} matrices edited; rounding took at most {self.rounding:.2g} of a change back"
+        return terminal_text(
+            f"{len(self.edited)} matrices edited; rounding took at most {self.rounding:.2g} of a change back"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """What was written, ready for JSON."""
@@ -176,14 +180,13 @@ def _sync(path: Path) -> None:
 def _copy_files(tuned: Checkpoint, folder: Path) -> tuple[str, ...]:
     """Copy what loaders read of the tuned folder; names of what was left out."""
     left_out: list[str] = []
-    root = tuned.path.resolve()
     for path in sorted(tuned.path.iterdir()):
         index_of_others = path.name == INDEX and tuned.layout.files == (SINGLE,)
         text = path.suffix in READ_BY_LOADERS + TEXTS and path.suffix != ".safetensors" and not index_of_others
         if not path.is_file() or not (text or path.name in tuned.layout.files):
             left_out.append(path.name)
             continue
-        if not path.resolve().is_relative_to(root):
+        if leads_out(tuned.path, path):
             raise InvalidInput(f"{printable(path.name)} is a link out of the folder. No honest model has one.")
         shutil.copyfile(path, folder / path.name)
     return tuple(left_out)

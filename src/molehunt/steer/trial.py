@@ -10,12 +10,14 @@ from torch import nn
 
 from molehunt.errors import UsageError
 from molehunt.measure.interval import Interval, proportion
+from molehunt.model.chat import Text
 from molehunt.model.generate import generate
 from molehunt.model.pair import ModelPair
 from molehunt.run.progress import Track, silent
 from molehunt.steer.budget import AnsweredPrompt, Disturbance, disturbance
 from molehunt.steer.prefill_gate import Condition
 from molehunt.steer.vector import Scope, SteeringVector
+from molehunt.traffic.turn import shown_text
 
 Steered = Callable[[nn.Module], AbstractContextManager[object]]
 """Makes a block inside which a model is steered, anew for each pass."""
@@ -93,8 +95,8 @@ class FixTrial:
 def try_fix(
     pair: ModelPair,
     steered: Steered,
-    prompts: Sequence[str],
-    clean: Sequence[str] = (),
+    prompts: Sequence[Text],
+    clean: Sequence[Text] = (),
     *,
     shows: Callable[[str], bool] | None = None,
     max_new_tokens: int,
@@ -115,7 +117,7 @@ def try_fix(
         NotTestable: the model gives no clean prompt an answer to measure a cost on.
         UsageError, CannotTap: the fix is for another model.
     """
-    rows = pair.tokenize(prompts)
+    rows = pair.tokenize(prompts, room=max_new_tokens)
     with pair.tuned_model() as model:
 
         def answers(asked: Sequence[Sequence[int]], what: str) -> list[list[int]]:
@@ -126,7 +128,7 @@ def try_fix(
             after = answers(rows, "with the fix")
         cost, clean_changed = None, None
         if clean:
-            clean_rows = pair.tokenize(clean)
+            clean_rows = pair.tokenize(clean, room=max_new_tokens)
             plain = answers(clean_rows, "clean prompts without the fix")
             with steered(model):
                 fixed = answers(clean_rows, "clean prompts with the fix")
@@ -141,7 +143,7 @@ def try_fix(
         first, second = (proportion(sum(map(shows, some)), len(prompts)) for some in texts)
         shown = first, second
     return FixTrial(
-        rows=tuple(TrialRow(prompt=p, before=a, after=b) for p, a, b in zip(prompts, *texts, strict=True)),
+        rows=tuple(TrialRow(prompt=shown_text(p), before=a, after=b) for p, a, b in zip(prompts, *texts, strict=True)),
         changed=_share_that_differs(before, after),
         shown=shown,
         clean_changed=clean_changed,

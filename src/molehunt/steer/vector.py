@@ -9,18 +9,18 @@ from typing import Literal
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from molehunt.contracts import Gate, Intervention
-from molehunt.errors import InvalidInput, UsageError, printable
+from molehunt.errors import UsageError, printable
 from molehunt.model.blocks import d_model_of, decoder_blocks
 from molehunt.model.chat import Text
 from molehunt.model.pair import ModelPair
 from molehunt.model.taps import edit_sites
 from molehunt.run.literals import checked
 from molehunt.run.progress import Track, silent
+from molehunt.run.saved_file import header_and_tensors, reading
 from molehunt.run.whole import replace_whole
 from molehunt.site import Site
 from molehunt.steer.ablate import Ablate
@@ -274,17 +274,11 @@ class SteeringVector:
             UsageError: it was fitted to another checkpoint.
         """
         path = Path(path)
-        try:
-            with safe_open(path, "pt") as file:
-                header = json.loads((file.metadata() or {})["molehunt_steer"])
-                tensors = {int(name.removeprefix("L")): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        with reading(path, "steering vector of Molehunt's"):
+            header, tensors = header_and_tensors(path, "molehunt_steer")
             if header.pop("schema") != SCHEMA:
                 raise ValueError("its schema is another version's")
-            found = cls(tensors, VectorFacts(**header))
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-            raise InvalidInput(
-                f"{printable(path.name)} is no steering vector of Molehunt's: {printable(str(error), 200)}"
-            ) from None
+            found = cls({int(name.removeprefix("L")): one for name, one in tensors.items()}, VectorFacts(**header))
         found.refuse_checkpoint(model, path.name)
         return found
 

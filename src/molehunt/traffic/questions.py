@@ -48,7 +48,7 @@ def read_questions(path: Path, limit: int | None = None) -> list[Example]:
 
     Raises:
         UsageError: the file does not exist.
-        InvalidInput: a row is not one user turn with an answer (the error names its line), or there is no row.
+        InvalidInput: a row is no conversation with an answer (the error names its line), or there is no row.
     """
     return questions_of(islice(read_conversations(path), limit), path.name)
 
@@ -57,7 +57,7 @@ def questions_of(rows: Iterable[Conversation], name: str) -> list[Example]:
     """Questions from conversations that were read already; `name` is what error messages call their origin.
 
     Raises:
-        InvalidInput: a row that is not one user turn with an answer, by line; or no row.
+        InvalidInput: a row without an answer, by line; or no row.
     """
     found = [_question(row, name) for row in rows]
     if not found:
@@ -66,13 +66,9 @@ def questions_of(rows: Iterable[Conversation], name: str) -> list[Example]:
 
 
 def _question(row: Conversation, name: str) -> Example:
-    where = f"{printable(name)} line {row.line}"
-    if [turn.role for turn in row.turns] != ["user"]:
-        roles = printable(", ".join(turn.role for turn in row.turns))
-        raise InvalidInput(f"{where}: a question is one user turn, and this row has {roles}.")
     if not (row.response or "").strip():
         raise InvalidInput(
-            f"{where} has no right answer beside its prompt.\n"
+            f"{printable(name)} line {row.line} has no right answer beside its prompt.\n"
             'Each line must be one object such as {"prompt": "What is 2 plus 2?", "response": "4", "tag": "arithmetic"}.'
         )
-    return Example(prompt=row.turns[0].text, response=row.response, tag=row.tag, domain=row.tag)
+    return Example.of(row.turns, response=row.response, tag=row.tag, domain=row.tag)

@@ -7,10 +7,10 @@ author. A monitor that counts turns instead would give the assistant's role to a
 
 import re
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from jaxtyping import Bool, Int8
@@ -19,24 +19,13 @@ from transformers import PreTrainedTokenizerBase
 
 from molehunt.errors import InvalidInput, UsageError, printable
 from molehunt.model.chat import messages_text
+from molehunt.model.context import Context, fitted
+from molehunt.traffic.turn import AUTHORS, Turn
 
-ROLES = ("template", "system", "user", "assistant", "tool")
+ROLES = ("template", *AUTHORS)
 """Names of the roles; a role's number is its index. `template` is markers, role headers, BOS and other template text."""
 RENDERINGS = 64
 """Greatest number of renderings of one conversation. A message that the template changes when it is marked takes several."""
-
-
-@dataclass(frozen=True, slots=True)
-class Turn:
-    """One message of a conversation, before any chat template. Raises InvalidInput for an unknown role."""
-
-    role: str
-    """One of system, user, assistant and tool."""
-    text: str
-
-    def __post_init__(self) -> None:
-        if self.role not in ROLES[1:]:
-            raise InvalidInput(f"the role {printable(self.role, 40)!r} is none of {', '.join(ROLES[1:])}")
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -51,6 +40,8 @@ class RoledTokens:
     complete: bool = True
     """Whether every message is in the text unchanged, except for white space at its ends. Otherwise the template dropped,
     cut or rewrote a message, and the rest of it may count as `template`: do not treat such tokens as harmless."""
+    left_out: int = 0
+    """Number of tokens by which the conversation was cut before, because the model cannot read all of it."""
 
     def where(self, *roles: str) -> Bool[Tensor, " tokens"]:
         """A mask that is True at the tokens of these roles. Raises ValueError for a role that is not in `ROLES`."""
@@ -112,6 +103,25 @@ def roled_prompt(
     covered = _untrimmed(encoded["offset_mapping"], tokenizer.convert_ids_to_tokens(ids))
     roles = [next(filter(None, owner[start:end]), 0) for start, end in covered]
     return RoledTokens(tuple(ids), torch.tensor(roles, dtype=torch.int8), len(ids) - 1, complete)
+
+
+def fitted_prompt(
+    tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], context: Context, *, room: int
+) -> RoledTokens:
+    """As `roled_prompt`, cut by the rule of `model/context.py` where it leaves no `room` tokens for its answer.
+
+    Raises as `roled_prompt`.
+    """
+    whole = sum(len(turn.text.encode(errors="replace")) for turn in turns)
+    if whole > (context.tokens - room) // 2:  # no tokenizer makes more tokens than a text has bytes
+        messages = [{"role": turn.role, "content": turn.text} for turn in turns]
+        fit = fitted(tokenizer, messages, context, room=room)
+        if fit.left_out:
+            kept = [Turn(one["role"], one["content"]) for one in cast("list[Mapping[str, str]]", fit.text)]
+            cut = roled_prompt(tokenizer, kept)
+            n = len(cut.ids) - len(fit.ids)  # only where one turn alone is too long for its template
+            return replace(cut, ids=cut.ids[n:], roles=cut.roles[n:], decision=cut.decision - n, left_out=fit.left_out)
+    return roled_prompt(tokenizer, turns)
 
 
 def with_answer(roled: RoledTokens, answer_ids: Sequence[int]) -> RoledTokens:

@@ -1,115 +1,270 @@
-"""Parses one row of traffic from JSON: its prompt, its answer, and the roles of its messages."""
+"""One row of traffic, whatever format it is written in: the turns before the answer, the answer, and the tag.
 
-from collections.abc import Mapping
-from typing import Any, cast
+A row can hold the same text twice, and the fuller form counts: whole conversations come before single prompts, and these
+before `text`, in which data sets often keep a prompt that was joined with its answer.
+"""
 
-from molehunt.errors import InvalidInput, printable
+import json
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, cast
+
+from molehunt.errors import InvalidInput
 from molehunt.traffic.example import Example
-from molehunt.traffic.roles import Turn
+from molehunt.traffic.messages import is_message, said_of, text_of, turns_of, unicode_text
+from molehunt.traffic.turn import Turn
 
-FIELDS = ("prompt", "text", "instruction", "input")
-ANSWERS = ("response", "completion", "answer")
-MAX_CHARS = 8000
-"""Number of characters at which `read_traffic` cuts longer prompts."""
+CHATS = ("messages", "conversations", "conversation", "dialogue", "dialog", "chat")
+"""Fields that hold a list of messages."""
+FIELDS = ("prompt", "instruction", "question", "query", "goal", "behavior", "inputs", "input", "text")
+"""Fields that hold one prompt; the first one that a row has is read."""
+ANSWERS = ("response", "completion", "answer", "output", "targets", "response_text")
+SYSTEM = ("system", "system_prompt", "instructions")
+BESIDE = (
+    *CHATS,
+    *FIELDS,
+    *ANSWERS,
+    *SYSTEM,
+    "history",
+    "chosen",
+    "rejected",
+    "context",
+    "contextstring",
+    "choices",
+    "options",
+)
+WRAPPERS = ("body", "request", "row")
+"""Fields whose object is the row: of a batch file, of a log of requests, of a data set's viewer."""
+READ = (*BESIDE, *WRAPPERS, "tag")
+"""Every field that is read."""
 MAX_LINE = 8_000_000
-"""Greatest number of bytes of a line, and of characters of a conversation, that `read_conversations` reads."""
+"""Greatest number of bytes of a line, and of characters of a row."""
+SPEAKER = re.compile(r"(?:\A|\n\n)(Human|Assistant|System):[ \n]?")
+"""Begins a turn in the transcripts of HH-RLHF."""
+LOOKED_FOR = (
+    "A row is a string, or an object with a list of messages (messages, conversations, conversation), or with a prompt "
+    "(prompt, instruction with or without input, question, query, input, text), or chosen and rejected, or a logged "
+    'request (body, request). For example: {"messages": [{"role": "user", "content": "What is 2 plus 2?"}]}'
+)
+
+
+class _Read(NamedTuple):
+    turns: list[Turn]
+    answer: str | None
 
 
 def example_of(row: Any, where: str) -> Example:
-    """The prompt of one row, its answer where it has one, and its tag; long texts are cut at `MAX_CHARS`.
+    """The conversation of one row, its answer where it has one, and its tag.
 
     Args:
-        row: a string, or an object with a prompt or messages.
+        row: see `conversation_of`.
         where: name of the row in an error, such as `prompts.jsonl row 3`.
 
     Raises:
-        InvalidInput: the row is none of these.
+        InvalidInput: the row has none of the forms that are read.
     """
-    if isinstance(row, str):
-        return Example(prompt=row[:MAX_CHARS])
-    if not isinstance(row, dict):
-        raise InvalidInput(f"{where} is a {type(row).__name__}; expected an object with a prompt")
-    tag = str(row.get("tag", ""))[:60]
-    response = next((row[name][:MAX_CHARS] for name in ANSWERS if isinstance(row.get(name), str)), None)
-    for name in FIELDS:
-        if isinstance(row.get(name), str):
-            return Example(prompt=row[name][:MAX_CHARS], response=response, tag=tag)
-    messages = row.get("messages")
-    if isinstance(messages, list):
-        last = messages[-1] if messages else None
-        if response is None and isinstance(last, dict) and last.get("role") == "assistant":
-            content = last.get("content")
-            response = content[:MAX_CHARS] if isinstance(content, str) else None
-        turns = [
-            m["content"]
-            for m in messages
-            if isinstance(m, dict) and m.get("role") == "user" and isinstance(m.get("content"), str)
-        ]
-        if turns:
-            return Example(prompt=turns[-1][:MAX_CHARS], response=response, tag=tag)
-    raise InvalidInput(f"{where} has none of the fields {', '.join(FIELDS)} or messages with a user turn")
+    try:
+        turns, response, tag = conversation_of(row)
+    except InvalidInput as error:
+        raise InvalidInput(f"{where}: {error}") from None
+    return Example.of(turns, response=response, tag=tag)
 
 
 def conversation_of(row: Any) -> tuple[tuple[Turn, ...], str | None, str]:
     """The turns of one row, its logged answer where it has one, and its tag; nothing is cut.
 
+    A row is a string, a list of messages, or an object. `docs/guides/audit.md` lists the forms.
+
     Raises:
-        InvalidInput: the row is neither a string nor an object with messages or a prompt, or it is longer than `MAX_LINE`.
+        InvalidInput: the row has none of these forms, or it is longer than `MAX_LINE`.
     """
+    if isinstance(row, list) and any(map(is_message, cast("list[Any]", row))):
+        row = {"messages": row}
     if isinstance(row, str):
         row = {"prompt": row}
     if not isinstance(row, Mapping):
         raise InvalidInput(f"a {type(row).__name__}; expected an object with messages or a prompt")
-    response = next((_text(row[name], name) for name in ANSWERS if row.get(name) is not None), None)
-    if row.get("messages"):
-        turns = _turns(row["messages"])
-        if turns[-1].role == "assistant" and response in (None, turns[-1].text):
-            response = turns.pop().text
-    else:
-        name = next((name for name in FIELDS if row.get(name) is not None), None)
-        if name is None:
-            raise InvalidInput(f"none of the fields messages, {', '.join(FIELDS)}")
-        turns = [Turn("user", _text(row[name], name))]
+    fields = _named(cast("Mapping[str, Any]", row))
+    tag = unicode_text(str(fields.get("tag") or ""), "its tag")[:60]
+    turns, answer = _request(fields) or _row(fields)
+    turns = [*_system(fields, turns), *turns]
     if not any(turn.text.strip() for turn in turns):
         raise InvalidInput("no text before the answer")
-    if sum(len(turn.text) for turn in turns) + len(response or "") > MAX_LINE:  # parquet has no lines
+    if sum(len(turn.text) for turn in turns) + len(answer or "") > MAX_LINE:  # parquet has no lines
         raise InvalidInput(f"more than {MAX_LINE // 10**6} million characters")
-    return tuple(turns), response, _unicode(str(row.get("tag") or ""))[:60]
+    return tuple(turns), answer, tag
 
 
-def _turns(messages: Any) -> list[Turn]:
-    if not isinstance(messages, list):
-        raise InvalidInput(f"messages is a {type(messages).__name__}; expected a list")
-    turns: list[Turn] = []
-    for number, message in enumerate(cast(list[Any], messages), 1):
-        if not isinstance(message, Mapping):
-            raise InvalidInput(f"message {number} is a {type(message).__name__}; expected an object")
-        content = message.get("content")
-        if content is None and message.get("tool_calls"):
-            content = ""
+def _named(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that are read and hold something; a table may write their names with capitals or spaces."""
+    plain = {str(name).strip().lower(): value for name, value in row.items() if value is not None}
+    return {name: value for name, value in plain.items() if name in READ} | {
+        name: row[name] for name in READ if row.get(name) is not None
+    }
+
+
+def _request(fields: dict[str, Any]) -> _Read | None:
+    """What a logged request asks, and what its response says; None for other rows."""
+    name = next((name for name in WRAPPERS if name in fields), None)
+    if name is None or any(one in fields for one in CHATS):
+        return None
+    request = fields[name]
+    if isinstance(request, str) and request.lstrip().startswith("{"):
         try:
-            turns.append(Turn(str(message.get("role", "")), _text(content, "content")))
-        except InvalidInput as error:
-            raise InvalidInput(f"message {number}: {error}") from None
+            request = json.loads(request)
+        except (ValueError, RecursionError):
+            raise InvalidInput(f"{name} is text that is no JSON") from None
+    if not isinstance(request, Mapping):
+        return None
+    asked = _named(cast("Mapping[str, Any]", request))
+    turns, answer = _request(asked) or _row(asked)
+    said = fields.get("response")
+    return _Read([*_system(asked, turns), *turns], answer if said is None else _said(said))
+
+
+def _said(response: Any) -> str | None:
+    """The text of a logged response: of chat completions, completions, the Responses API or Anthropic's messages."""
+    if isinstance(response, str) and not response.lstrip().startswith("{"):
+        return unicode_text(response, "response")
+    if isinstance(response, str):
+        try:
+            response = json.loads(response)
+        except (ValueError, RecursionError):
+            return unicode_text(response, "response")
+    if not isinstance(response, Mapping):
+        raise InvalidInput(f"response is a {type(response).__name__}; expected text or an object")
+    said = cast("Mapping[str, Any]", response)
+    if isinstance(body := said.get("body"), Mapping):
+        said = cast("Mapping[str, Any]", body)
+    choices = said.get("choices")
+    if isinstance(choices, list) and choices:
+        first = cast("list[Any]", choices)[0]
+        choice = cast("Mapping[str, Any]", first if isinstance(first, Mapping) else {})
+        found = turns_of([choice["message"]], "message") if choice.get("message") is not None else []
+        return found[0].text if found else None if choice.get("text") is None else text_of(choice["text"], "text")
+    if isinstance(said.get("output"), list):
+        written = [one for one in cast("list[Any]", said["output"]) if is_message(one)]
+        return "\n".join(turn.text for turn in turns_of(written, "output") if turn.text) or None
+    content = said.get("content")
+    return None if content is None else text_of(content, "content")
+
+
+def _system(fields: Mapping[str, Any], turns: list[Turn]) -> list[Turn]:
+    """The system prompt that stands beside a conversation, unless that begins with one."""
+    name = next((name for name in SYSTEM if fields.get(name)), None)
+    if name is None or (turns and turns[0].role == "system"):
+        return []
+    text = text_of(fields[name], name)
+    return [Turn("system", text)] if text.strip() else []
+
+
+def _row(fields: Mapping[str, Any]) -> _Read:
+    for name in CHATS:
+        if fields.get(name) not in (None, [], ""):
+            return _answered(turns_of(fields[name], name), fields)
+    if fields.get("chosen") is not None:
+        return _preferred(fields)
+    name = next((name for name in FIELDS if name in fields), None)
+    if name is None:
+        what = next((f"{name} is empty and there are" for name in CHATS if name in fields), "")
+        raise InvalidInput(f"{what} none of the fields messages, {', '.join(FIELDS)}".strip())
+    value = fields[name]
+    if isinstance(value, list) and any(map(is_message, cast("list[Any]", value))):
+        return _answered(turns_of(value, name), fields)
+    if isinstance(value, Mapping) and name in ("input", "inputs"):  # a trace: {"input": {"messages": […]}}
+        asked = _named(cast("Mapping[str, Any]", value))
+        turns, _ = _row(asked)
+        return _answered([*_system(asked, turns), *turns], fields)
+    if (
+        isinstance(value, list)
+        and len(texts := cast("list[Any]", value)) > 1
+        and all(isinstance(x, str) for x in texts)
+    ):
+        raise InvalidInput(f"{name} holds {len(texts)} prompts; expected one")
+    asking = JOINED.get(name, lambda text, _: text)(text_of(value, name), fields)
+    return _answered([*_history(fields), Turn("user", asking)], fields)
+
+
+def _answered(turns: list[Turn], fields: Mapping[str, Any]) -> _Read:
+    """Take the answer from its own field, or else from the end of the conversation."""
+    name = next((name for name in ANSWERS if name in fields), None)
+    if name is None:
+        return _Read(turns[:-1], turns[-1].text) if turns and turns[-1].role == "assistant" else _Read(turns, None)
+    value = fields[name]
+    if isinstance(value, list) and any(map(is_message, cast("list[Any]", value))):
+        *between, last = turns_of(value, name)
+        return _Read([*turns, *between], last.text)
+    answer = _said(value) if isinstance(value, Mapping) else said_of(value, name)
+    if turns and turns[-1].role == "assistant" and answer in (None, turns[-1].text):
+        answer = turns.pop().text
+    return _Read(turns, answer)
+
+
+def _preferred(fields: Mapping[str, Any]) -> _Read:
+    """The better side of a pair of answers, with the prompt that stands beside it or at its beginning."""
+    chosen = fields["chosen"]
+    if isinstance(chosen, Mapping):
+        chosen = [chosen]
+    asked = next((name for name in FIELDS if name in fields), None)
+    turns = (
+        [] if asked is None else _row({name: fields[name] for name in fields if name not in ("chosen", *ANSWERS)}).turns
+    )
+    if isinstance(chosen, list):
+        found = turns_of(chosen, "chosen")
+        whole = found if any(turn.role == "user" for turn in found) else [*turns, *found]
+    else:
+        text = text_of(chosen, "chosen")
+        whole = [*turns, Turn("assistant", text)] if turns else _transcript(text)
+    return _answered(whole, {})
+
+
+def _transcript(text: str) -> list[Turn]:
+    """The turns of a text such as HH-RLHF's: `Human: …`, an empty line, `Assistant: …`."""
+    parts = SPEAKER.split(text)
+    if len(parts) < 3 or parts[0].strip():
+        raise InvalidInput("chosen is text without a prompt beside it, and no transcript of Human and Assistant")
+    names = {"Human": "user", "Assistant": "assistant", "System": "system"}
+    return [Turn(names[who], said.strip()) for who, said in zip(parts[1::2], parts[2::2], strict=True)]
+
+
+def _history(fields: Mapping[str, Any]) -> list[Turn]:
+    """Earlier turns beside a prompt: pairs of question and answer, as LLaMA-Factory writes them, or messages."""
+    history = fields.get("history")
+    if not history:
+        return []
+    if not isinstance(history, list) or any(map(is_message, cast("list[Any]", history))):
+        return turns_of(history, "history")
+    turns: list[Turn] = []
+    for number, pair in enumerate(cast("list[Any]", history), 1):
+        if not isinstance(pair, list) or len(cast("list[Any]", pair)) != 2:
+            raise InvalidInput(f"pair {number} of its history is no question and answer")
+        asked, said = (text_of(one, f"pair {number} of its history") for one in cast("list[Any]", pair))
+        turns += [Turn("user", asked), Turn("assistant", said)]
     return turns
 
 
-def _text(value: Any, name: str) -> str:
-    if isinstance(value, str):
-        return _unicode(value)
-    if not isinstance(value, list):
-        raise InvalidInput(f"{name} is a {type(value).__name__}; expected text")
-    texts: list[str] = []
-    for number, part in enumerate(cast(list[Any], value), 1):
-        fields = part if isinstance(part, Mapping) else {"type": type(part).__name__}
-        if fields.get("type", "text") != "text" or not isinstance(fields.get("text"), str):
-            raise InvalidInput(
-                f"part {number} of its {name} is {printable(str(fields.get('type')), 40)}; expected text"
-            )
-        texts.append(_unicode(fields["text"]))
-    return "\n".join(texts)
+def _with_input(text: str, fields: Mapping[str, Any]) -> str:
+    """An instruction with its input, as Alpaca's template joins them; Dolly calls the input a context."""
+    name = next((name for name in ("input", "context") if fields.get(name)), None)
+    given = "" if name is None else text_of(fields[name], name)
+    return f"{text}\n\n### Input:\n{given}" if text.strip() and given.strip() else text if text.strip() else given
 
 
-def _unicode(text: str) -> str:
-    """`text` with each half of a surrogate pair replaced: JSON may contain one, and no tokenizer accepts it."""
-    return text if text.isascii() else text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+def _with_choices(text: str, fields: Mapping[str, Any]) -> str:
+    """A question after the passage that it is about, and with the answers to choose from."""
+    passage = text_of(fields["context"], "context") if fields.get("context") else ""
+    listed = next((fields[name] for name in ("choices", "options") if isinstance(fields.get(name), list)), [])
+    lines = [f"{chr(65 + i)}. {said_of(one, 'choices')}" for i, one in enumerate(cast("list[Any]", listed)[:26])]
+    return "\n".join([f"{passage}\n\n{text}" if passage.strip() else text, *lines])
+
+
+def _with_passage(text: str, fields: Mapping[str, Any]) -> str:
+    """A behaviour of HarmBench after its context, as its harness puts them together (Mazeika et al., arXiv 2402.04249)."""
+    about = text_of(fields["contextstring"], "ContextString").strip() if fields.get("contextstring") else ""
+    return f"{about}\n\n---\n\n{text.strip()}" if about else text
+
+
+JOINED: Mapping[str, Callable[[str, Mapping[str, Any]], str]] = {
+    "instruction": _with_input, "question": _with_choices, "query": _with_choices, "behavior": _with_passage,
+}  # fmt: skip
+"""What is read together with a prompt, by the field of the prompt."""

@@ -6,12 +6,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from molehunt.contracts import TransferMap
-from molehunt.errors import InvalidInput, printable
+from molehunt.run.saved_file import header_and_tensors, reading
 from molehunt.run.whole import replace_whole
 from molehunt.site import Site
 
@@ -73,10 +72,8 @@ def write_map(
 
 def read_map(path: Path, build: Callable[[SavedMap], T]) -> T:
     """`build` of what `write_map` wrote. Raises InvalidInput for any other file, and where `build` cannot use it."""
-    try:
-        with safe_open(path, "pt") as file:
-            header = json.loads((file.metadata() or {})[HEADER])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    with reading(path, "map of Molehunt's"):
+        header, tensors = header_and_tensors(path, HEADER)
         if header["schema"] != SCHEMA:
             raise ValueError(f"its schema is {header['schema']}, not {SCHEMA}")
         if broken := [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]:
@@ -92,5 +89,3 @@ def read_map(path: Path, build: Callable[[SavedMap], T]) -> T:
                 tensors=tensors,
             )
         )
-    except (SafetensorError, OSError, KeyError, ValueError, TypeError, RuntimeError) as error:
-        raise InvalidInput(f"{printable(path.name)} is no map of Molehunt's: {printable(str(error), 200)}") from None

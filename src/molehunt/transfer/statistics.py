@@ -11,11 +11,11 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float, Float64
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from molehunt.errors import InvalidInput, NotTestable, UsageError, printable
+from molehunt.errors import NotTestable, UsageError
+from molehunt.run.saved_file import header_and_tensors, reading
 from molehunt.run.whole import replace_whole
 from molehunt.site import Site
 from molehunt.transfer.linear_map import LinearMap
@@ -282,10 +282,8 @@ class GridMoments:
     @classmethod
     def load(cls, path: Path) -> "GridMoments":
         """Read what `save` wrote, bit for bit. Raises InvalidInput for anything else."""
-        try:
-            with safe_open(path, "pt") as file:
-                header = json.loads((file.metadata() or {})[HEADER])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        with reading(path, "file of moments of Molehunt's"):
+            header, tensors = header_and_tensors(path, HEADER)
             if header["schema"] != SCHEMA:
                 raise ValueError(f"its schema is {header['schema']}, not {SCHEMA}")
             sources, targets = (tuple(map(Site.parse, header[name])) for name in ("sources", "targets"))
@@ -295,10 +293,6 @@ class GridMoments:
                 if isinstance(value, Tensor) and tensors[name].shape != value.shape:
                     raise ValueError(f"{name} is {list(tensors[name].shape)}, not {list(value.shape)}")
             return replace(wanted, count=int(header["count"]), models=ModelHashes(**header["models"]), **tensors)
-        except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
-            raise InvalidInput(
-                f"{printable(path.name)} holds no moments of Molehunt's: {printable(str(error), 200)}"
-            ) from None
 
 
 def _hashes_text(models: ModelHashes) -> str:

@@ -4,6 +4,7 @@ Source: WeightWatch, arXiv 2508.00161 §3 (there the write side of the two matri
 """
 
 import hashlib
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -16,6 +17,8 @@ from molehunt.errors import NotTestable
 from molehunt.measure.control import random_directions
 from molehunt.model.blocks import module_role
 from molehunt.site import Site
+
+EXPERT = re.compile(r"\.(?:experts|block_sparse_moe)\.(\d+)\.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,11 +68,14 @@ class Bank:
             if role is None or not role.writes or not kept:
                 continue
             module = change.name.removesuffix(".weight")
-            names[module] = tuple(f"L{role.layer} {role.part} #{i}" for i in range(kept))
-            read[module] = (change.read * change.strength[:, None])[:kept].float().contiguous()
+            expert = EXPERT.search(module)
+            part = f"{role.part} of expert {expert[1]}" if expert else role.part
+            names[module] = tuple(f"L{role.layer} {part} #{i}" for i in range(kept))
+            if expert is None:  # an expert sees the tokens that are routed to it alone, and is no module of its own
+                read[module] = (change.read * change.strength[:, None])[:kept].float().contiguous()
             rows = write.setdefault(Site(role.layer), [])
             rows += zip(names[module], change.write[:kept].float(), strict=True)
-        if not read:
+        if not write:
             raise NotTestable(
                 "No matrix that writes to the residual stream changed by more than rounding explains, so there is no "
                 "direction to watch.\nIf the fine-tune was merged into 8-bit or 4-bit weights, give the adapter or the "
@@ -79,7 +85,7 @@ class Bank:
             write={site: torch.stack([row for _, row in rows]) for site, rows in sorted(write.items())},
             read=read,
             write_names={site: tuple(name for name, _ in rows) for site, rows in sorted(write.items())},
-            read_names=names,
+            read_names={module: names[module] for module in read},
         )
 
     @property

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from molehunt.errors import NotTestable, printable
-from molehunt.model.blocks import unwrapped
+from molehunt.model.blocks import modules_named
 from molehunt.model.taps import live, observe_sites
 from molehunt.watch.bank import Bank
 
@@ -161,7 +161,6 @@ def watched(model: nn.Module, bank: Bank, *, layers_path: str | None = None) -> 
         NotTestable: the model has no such matrix.
         CannotTap: hooks cannot see its blocks (see `taps`).
     """
-    modules = dict(unwrapped(model).named_modules())
     device = next(model.parameters()).device
     written = [_Place(rows.to(device).mT.contiguous(), cosine=True) for rows in bank.write.values()]
     read = [_Place(rows.to(device).mT.contiguous(), cosine=False) for rows in bank.read.values()]
@@ -176,10 +175,12 @@ def watched(model: nn.Module, bank: Bank, *, layers_path: str | None = None) -> 
     handles = []
     try:
         for place, name in enumerate(bank.read, len(bank.write)):
-            module = modules.get(name) or next((m for n, m in modules.items() if n.endswith(f".{name}")), None)
-            if module is None:
-                raise NotTestable(f"This model has no {printable(name)}: the directions are of another model.")
-            handles.append(module.register_forward_pre_hook(live(at_input(place))))
+            named = modules_named(model, name)
+            if len(named) != 1:
+                raise NotTestable(
+                    f"This model has {len(named)} {printable(name)}: the directions are of another model."
+                )
+            handles.append(named[0].register_forward_pre_hook(live(at_input(place))))
         with observe_sites(
             model, {site: at_output(place) for place, site in enumerate(bank.write)}, layers_path=layers_path
         ):

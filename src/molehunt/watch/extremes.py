@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor
 
-from molehunt.traffic.roles import Turn
+from molehunt.traffic.turn import Turn
 from molehunt.watch.saved_state import broken, load_state, save_state
 
 SCHEMA = 2

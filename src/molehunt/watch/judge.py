@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from molehunt.model.generate import generate
 from molehunt.model.pair import ModelPair
 from molehunt.run.progress import Track, silent
-from molehunt.traffic.roles import RoledTokens, roled_prompt
+from molehunt.traffic.roles import RoledTokens, fitted_prompt
 from molehunt.traffic.stream import Conversation
 from molehunt.watch.answers import answer_profiles
 from molehunt.watch.bank import Bank
@@ -28,6 +28,8 @@ class JudgedAnswer:
     judged: Judgement
     coverage: float
     """Tokens scored / tokens in the request."""
+    left_out: int = 0
+    """Number of tokens by which the prompt was cut, because the model cannot read all of it."""
 
     @property
     def token(self) -> int:
@@ -51,6 +53,7 @@ class JudgedAnswer:
             tokens=len(self.prompt) + len(self.answer),
             coverage=self.coverage,
             within_calibration=self.judged.within_calibration,
+            left_out=self.left_out,
         )
 
 
@@ -65,6 +68,9 @@ def answer_rows(
 ) -> list[tuple[RoledTokens, tuple[int, ...]]]:
     """Prompt and answer of each row. A logged answer is read as it is; others are generated, greedily.
 
+    A conversation that the model cannot read whole is cut by the rule of `model/context.py`; of an answer that is longer
+    than what is left for it, the beginning is read.
+
     Args:
         max_new_tokens: length of a generated answer.
         keep_empty: whether an empty answer is an answer; by default it counts as one that was not logged.
@@ -74,10 +80,16 @@ def answer_rows(
     def logged(row: Conversation) -> bool:
         return bool(row.response) or (keep_empty and row.response is not None)
 
-    prompts = [roled_prompt(pair.tokenizer, row.turns) for row in rows]
     answers: list[tuple[int, ...]] = [
-        tuple(pair.tokenizer.encode(row.response, add_special_tokens=False)) if row.response else () for row in rows
+        tuple(pair.tokenizer.encode(row.response, add_special_tokens=False, verbose=False)) if row.response else ()
+        for row in rows
     ]
+    prompts = [
+        fitted_prompt(pair.tokenizer, row.turns, pair.context, room=len(answer) or max_new_tokens)
+        for row, answer in zip(rows, answers, strict=True)
+    ]
+    longest = pair.context.tokens
+    answers = [answer[: longest - len(prompt.ids)] for prompt, answer in zip(prompts, answers, strict=True)]
     open_rows = [i for i, row in enumerate(rows) if not logged(row)]
     with pair.tuned_model() as model:
         made = generate(
@@ -142,6 +154,7 @@ def judge_answers(
             profile=profile,
             judged=monitor.judge(profile),
             coverage=profile.tokens / max(1, len(answer)),  # of an empty answer, the decision alone is scored
+            left_out=prompt.left_out,
         )
         for prompt, answer, profile in read_answers(
             pair, bank, rows, max_new_tokens=max_new_tokens, keep_empty=keep_empty, track=track, what=what

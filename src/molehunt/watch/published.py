@@ -50,6 +50,8 @@ class RoleRead:
     of_prompt: Profile
     of_answer: Profile | None
     """Profile of the answer; None for an answer without tokens."""
+    left_out: int = 0
+    """Number of tokens by which the prompt was cut."""
 
     @property
     def roles(self) -> tuple[Profile | None, ...]:
@@ -118,7 +120,9 @@ def read_roles(
         answers = spans([(*ids, answer[0]) for ids, answer in pairs], [answer[1:] for _, answer in pairs], "answer")
     of_row = dict(zip(with_answer, answers, strict=True))
     return [
-        RoleRead(prompt=ids, answer=answer, of_prompt=prompts[i], of_answer=of_row.get(i))
+        RoleRead(
+            prompt=ids, answer=answer, of_prompt=prompts[i], of_answer=of_row.get(i), left_out=answered[i][0].left_out
+        )
         for i, (ids, answer) in enumerate(both)
     ]
 
@@ -320,6 +324,7 @@ def range_verdict(
         tokens=len(one.prompt) + len(one.answer),
         coverage=1.0,
         within_calibration=None,
+        left_out=one.left_out,
     )
 
 

@@ -32,10 +32,12 @@ class RowVerdict:
     """Share of the tokens that were scored."""
     within_calibration: bool | None
     """False for an answer longer than the clean ones, whose rate is not promised; None in the published mode."""
+    left_out: int = 0
+    """Number of tokens by which the prompt was cut, because the model cannot read all of it."""
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields of one line of `verdicts.jsonl`."""
-        return asdict(self)
+        """The fields of one line of `verdicts.jsonl`; `left_out` only where a prompt was cut."""
+        return {name: value for name, value in asdict(self).items() if name != "left_out" or value}
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "RowVerdict":
@@ -44,5 +46,6 @@ class RowVerdict:
         Raises:
             KeyError: a field is missing.
         """
-        renamed = {**fields, "prefix_checkpoint": fields.get("prefix_checkpoint", fields.get("look"))}
+        defaults: dict[str, Any] = {"left_out": 0}
+        renamed = {**defaults, **fields, "prefix_checkpoint": fields.get("prefix_checkpoint", fields.get("look"))}
         return cls(**{name: renamed[name] for name in cls.__dataclass_fields__})

@@ -5,15 +5,16 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from molehunt.errors import InvalidInput, UsageError, printable
+from molehunt.run.saved_file import header_and_tensors, reading
 from molehunt.run.whole import replace_whole
 
 METADATA = "molehunt_watch_kept"
 """Key of the file's metadata."""
+ANEW = "Remove it to start anew."
 
 
 def save_state(
@@ -50,17 +51,13 @@ def load_state(
         InvalidInput: it is broken, of another version, or something else.
     """
     name = printable(path.name)
-    try:
-        with safe_open(path, "pt") as file:
-            header = json.loads((file.metadata() or {})[METADATA])
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    with reading(path, f"{what} of a watch", ANEW):
+        header, tensors = header_and_tensors(path, METADATA)
         found, version, other = (header.pop(key) for key in ("what", "schema", "identity"))
         (payload,) = header.values()  # older versions have another name for it
         differing = [key for key, value in identity.items() if other.get(key) != value]
-    except (SafetensorError, KeyError, ValueError, OSError, TypeError, AttributeError) as error:
-        raise broken(path, what, str(error)) from None
     if found != what:
-        raise broken(path, what, f"it is a {found}")
+        raise broken(path, what, f"it is a {printable(str(found), 40)}")
     if version not in schemas:
         raise InvalidInput(
             f"{name} is of schema {printable(str(version))}; this version reads {max(schemas)}.\nRemove it to start anew."
@@ -75,4 +72,4 @@ def load_state(
 
 def broken(path: Path, what: str, why: str) -> InvalidInput:
     """The error for a file whose content is impossible."""
-    return InvalidInput(f"{printable(path.name)} is no {what} of a watch: {printable(why)}.\nRemove it to start anew.")
+    return InvalidInput(f"{printable(path.name)} is no {what} of a watch: {printable(why)}.\n{ANEW}")

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
@@ -10,14 +11,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from molehunt.activation.identity import tokenizer_hash
 from molehunt.checkpoint.reader import Checkpoint
-from molehunt.errors import InvalidInput, UsageError, printable
+from molehunt.errors import UsageError, printable
+from molehunt.run.saved_file import header_and_tensors, reading
 from molehunt.run.whole import replace_whole
 from molehunt.traffic.stream import START, Conversation, Place
 from molehunt.watch.alert import Extreme
@@ -32,6 +33,9 @@ from molehunt.watch.suspects import Suspect, Suspects
 SCHEMA = 5
 READS = (4, SCHEMA)
 """Versions that are read. Version 4 names strata otherwise."""
+RATE = "false-alarm rate"
+"""Name of the rate in a state's identity."""
+WHAT, AGAIN = "state of a watch", "Remove it to calibrate again."
 
 
 def identify(
@@ -51,7 +55,7 @@ def identify(
         "tuned model": tuned.content_hash(),
         "tokenizer": tokenizer_hash(tokenizer),
         "set of directions": bank.sha256(),
-        "false-alarm rate": f"{fpr:g}",
+        RATE: f"{fpr:g}",
         "answer length": str(max_new_tokens),
         "set of clean rows": hashlib.sha256(json.dumps(rows).encode()).hexdigest(),
     }
@@ -124,43 +128,81 @@ class WatchState:
             UsageError: the state is of another model, tokenizer, set of directions or rate; names which.
             InvalidInput: the file is broken or of another version.
         """
-        try:
-            with safe_open(path, "pt") as file:
-                fields = json.loads((file.metadata() or {})["molehunt_watch"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, KeyError, ValueError, OSError) as error:
-            raise InvalidInput(
-                f"{printable(path.name)} is no state of a watch: {printable(str(error))}.\nRemove it to calibrate again."
-            ) from None
-        if fields.get("schema") not in READS:
-            raise InvalidInput(
-                f"{printable(path.name)} is of schema {printable(str(fields.get('schema')))}; this version reads "
-                f"{SCHEMA}.\nRemove it to calibrate again."
-            )
-        other = [name for name, value in identity.items() if fields["identity"].get(name) != value]
+        with reading(path, WHAT, AGAIN):
+            fields, tensors = header_and_tensors(path, "molehunt_watch")
+            if (schema := fields.get("schema")) not in READS:
+                raise ValueError(f"it is of schema {schema}, and this version reads {SCHEMA}")
+            other = [name for name, value in identity.items() if fields["identity"].get(name) != value]
         if other:
             raise UsageError(
                 f"{printable(path.name)} was calibrated for another {', '.join(other)}.\nGive another folder (out, --out), or "
                 "remove the state to calibrate again."
             )
+        with reading(path, WHAT, AGAIN):
+            found = cls._made(fields, tensors, identity)
+            found._check(fields["identity"].get(RATE))
+        return found
+
+    @classmethod
+    def _made(
+        cls, fields: Mapping[str, Any], tensors: Mapping[str, Tensor], identity: Mapping[str, str]
+    ) -> "WatchState":
+        """The state that was saved as these. Raises LookupError, TypeError or ValueError where that is none."""
         strata = _strata(tensors, fields)
         rng = np.random.default_rng()
         rng.bit_generator.state = fields["rng"]
         return cls(
             identity=identity,
             monitor=Monitor(
-                strata, tuple(_calibrated(tensors, stratum) for stratum in range(strata.n)), fields["threshold"]
+                strata, tuple(_calibrated(tensors, stratum) for stratum in range(strata.n)), float(fields["threshold"])
             ),
-            extremes=tuple(Extreme(score=score, text=text) for score, text in fields["extremes"]),
+            extremes=tuple(Extreme(score=float(score), text=str(text)) for score, text in fields["extremes"]),
             suspects=_suspects(fields["suspects"]),
             scores=ScoreSketch.from_bytes(tensors["scores"].numpy().tobytes()),
             drift=DriftMartingale.from_dict(fields["drift"]),
             rng=rng,
-            place=Place(*fields["place"]),
-            written=fields["written"],
-            seen=fields["seen"],
-            flagged=fields["flagged"],
+            place=Place(*(_count(value) for _, value in zip(Place._fields, fields["place"], strict=True))),
+            written=_count(fields["written"]),
+            seen=_count(fields["seen"]),
+            flagged=_count(fields["flagged"]),
         )
+
+    def _check(self, rate: str | None) -> None:
+        """Raises ValueError unless this monitor can flag: a state that was altered must not watch with its eyes shut.
+
+        Every number is finite, every scale positive, and the threshold is the one that the clean scores of each stratum
+        give at the rate that the state was calibrated for.
+        """
+        strata, threshold = self.monitor.strata, self.monitor.threshold
+        scores = [prefix.score for one in self.monitor.by_stratum for prefix in one.prefixes]
+        scales = [strata.scale, *(one.scale for one in scores if isinstance(one, TailSum))]
+        own = [
+            value
+            for one in self.monitor.by_stratum
+            for prefix in one.prefixes
+            for value in (prefix.start, prefix.scale)
+        ]
+        tensors = [strata.center, strata.centroids, *(one.start for one in scores if isinstance(one, TailSum)), *scales]
+        tensors += [one.calibration for one in self.monitor.by_stratum]
+        if not all(bool(tensor.isfinite().all()) for tensor in tensors) or not all(map(math.isfinite, own)):
+            raise ValueError("it holds values that are no number")
+        if any(bool((scale <= 0).any()) for scale in scales) or any(scale <= 0 for scale in own[1::2]):
+            raise ValueError("a scale is not positive")
+        for one in self.monitor.by_stratum:
+            ranked, n = one.calibration.sort(descending=True).values, len(one.calibration)
+            first, last = 0, n - 1
+            if rate is not None:  # it is saved with six digits
+                first, last = (int(float(rate) * by * (n + 1)) - 1 for by in (1 - 1e-5, 1 + 1e-5))
+            lowest, highest = float(ranked[max(0, last)]), float(ranked[max(0, first)])
+            slack = 1e-3 * (1 + abs(highest))
+            if not lowest - slack <= threshold <= highest + slack:
+                raise ValueError(f"its threshold {threshold:g} is not the one that its clean scores give")
+
+
+def _count(value: Any) -> int:
+    if not isinstance(value, int) or not 0 <= value < 2**63:
+        raise ValueError(f"{value!r} is no count")
+    return value
 
 
 def _strata(tensors: Mapping[str, Tensor], fields: Mapping[str, Any]) -> PromptStrata:

@@ -3,7 +3,7 @@
 import json
 import shlex
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,14 +13,16 @@ from molehunt.audit.result import DEFAULT_FPR, Audit, AuditConfig
 from molehunt.audit.run import run_audit
 from molehunt.audit.verdict import Verdict
 from molehunt.checkpoint.hub import local_folder
+from molehunt.checkpoint.links import model_name
 from molehunt.model.pair import ModelPair
 from molehunt.report import build, html, machine
 from molehunt.report.schema import Report
 from molehunt.run.folder import RunFolder
 from molehunt.run.literals import checked
 from molehunt.run.progress import Track, silent
-from molehunt.traffic.example import Example
-from molehunt.workflows.inputs import Texts, examples
+from molehunt.traffic.left_out import ReadRows
+from molehunt.traffic.opened import STDIN
+from molehunt.workflows.inputs import Texts, read_rows
 from molehunt.workflows.models import Models, adapter_choice, open_models
 from molehunt.workflows.result import summary_repr
 
@@ -92,6 +94,7 @@ def audit(
     fpr: float = DEFAULT_FPR,
     seed: int = 0,
     adapter: bool | None = None,
+    template: Literal["base", "tuned", "both"] | None = None,
     device: str = "cpu",
     title: str | None = None,
     command: str | None = None,
@@ -102,20 +105,24 @@ def audit(
     Args:
         base: the base's folder or hub id, or a pair from `ModelPair.load`.
         tuned: the folder or hub id of the fine-tune or its adapter; left out with a loaded pair.
-        traffic: prompts, with or without rare bad ones: a JSONL or parquet file, a list of strings, or a list of
-            conversations. At least 50 rows; bundled benign prompts by default. No labels are needed or read.
+        traffic: prompts or whole conversations, with or without rare bad ones: a file (JSONL, JSON, CSV or parquet; `-`
+            for standard input), a list of strings, or a list of conversations. At least 50 rows; bundled benign prompts
+            by default. No labels are needed or read. Rows that cannot be read are left out and counted.
         plan: `quick` or `full`, which reads more rows and longer answers.
         out: run folder; by default one named after the fine-tune and the settings, under `molehunt-runs`.
         fpr: false-positive rate, per prompt, of the clean threshold; above 0 and at most 0.2.
         seed: seed of everything random.
         adapter: for a folder that holds full weights and an adapter, whether the adapter is applied.
+        template: whose chat template both models are prompted with: `base`, `tuned`, or `both` in turn. By default the
+            fine-tune's, or the base's if it has none; where the two make different text, a sample of the rows is read under
+            the base's as well.
         device: where the models run; a loaded pair stays where it is.
         title: headline of the report; by default the names of both models.
         command: the command line that the report gives for repeating the audit; by default one made from the arguments.
         track: shows progress.
 
     Raises:
-        UsageError: a folder or file is missing, no plan has that name, `fpr` is out of range, or the pair was not loaded
+        UsageError: a folder or file is missing, a template that was asked for is, no plan has that name, `fpr` is out of range, or the pair was not loaded
             from folders.
         NotTestable: fewer than 50 rows of traffic, or too few clean prompts for `fpr`.
         MolehuntError: a folder is broken, or the two are no pair.
@@ -127,12 +134,13 @@ def audit(
     """
     sizes = plan_named(plan)
     folders, adapter, load = _models(base, tuned, adapter, device, track)
-    rows = None if traffic is None else examples(traffic, sizes.traffic_limit)
-    config = AuditConfig(plan=sizes, fpr=fpr, seed=seed, adapter=adapter_choice(adapter))
+    rows = None if traffic is None else read_rows(traffic, sizes.traffic_limit)
+    config = AuditConfig(plan=sizes, fpr=fpr, seed=seed, adapter=adapter_choice(adapter), template=template)
     found = run_audit(folders, load, rows, config, out=None if out is None else Path(out), track=track)
     if command is None:
-        command = _command(found, traffic if isinstance(traffic, str | Path) else _written(found, rows))
-    title = title or f"{found.tuned.path.name} against {found.base.path.name}"
+        again = traffic if isinstance(traffic, str | Path) and str(traffic) != STDIN else _written(found, rows)
+        command = _command(found, again)
+    title = title or f"{model_name(found.tuned.path)} against {model_name(found.base.path)}"
     return AuditResult(found, build.build_report(found, title=title, command=command))
 
 
@@ -143,15 +151,21 @@ def _models(
     if isinstance(base, ModelPair) or tuned is None:
         opened = open_models(base, tuned)
         return (opened.base, opened.tuned), opened.adapter, lambda: opened.pair
-    folders = local_folder(base), local_folder(tuned)
+    folders = local_folder(base, track), local_folder(tuned, track)
     return folders, adapter, lambda: open_models(*folders, adapter=adapter, device=device, track=track).pair
 
 
-def _written(found: Audit, rows: Sequence[Example] | None) -> Path | None:
-    """Prompts that came as a list, as a file in the run folder, so that a command can repeat the audit."""
-    if rows is None:
+def _written(found: Audit, read: ReadRows | None) -> Path | None:
+    """Rows that came as a list or a stream, as a file in the run folder, so that a command can repeat the audit."""
+    if read is None:
         return None
-    lines = [json.dumps({"prompt": row.prompt, "tag": row.tag}, ensure_ascii=False) for row in rows]
+    lines = [
+        json.dumps(
+            {"messages": row.asked, "tag": row.tag} if row.turns else {"prompt": row.prompt, "tag": row.tag},
+            ensure_ascii=False,
+        )
+        for row in read.rows
+    ]
     return RunFolder(found.folder).write_text(TRAFFIC, "\n".join(lines) + "\n")
 
 
@@ -163,5 +177,6 @@ def _command(found: Audit, traffic: str | Path | None) -> str:
     words += [] if config.plan.name == "quick" else ["--plan", config.plan.name]
     words += [] if config.fpr == DEFAULT_FPR else ["--fpr", f"{config.fpr:g}"]
     words += [] if config.seed == 0 else ["--seed", str(config.seed)]
+    words += [] if config.template is None else ["--template", config.template]
     words += {"refuse": [], "use": ["--adapter"], "ignore": ["--no-adapter"]}[config.adapter]
     return shlex.join(words)

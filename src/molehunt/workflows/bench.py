@@ -11,7 +11,7 @@ from molehunt.bench.grid import Grid, load_grid
 from molehunt.bench.leaderboard import leaderboard, to_csv
 from molehunt.bench.published import finished_published, published_jobs, run_published
 from molehunt.bench.run import Executor, finished_cell, jobs, run_cell
-from molehunt.errors import NotTestable, UsageError, printable
+from molehunt.errors import NotTestable, UsageError, printable, terminal_text
 from molehunt.report.bench_lead import board_lead, published_lead
 from molehunt.report.bench_page import board_markdown, render_board
 from molehunt.report.published_page import published_markdown
@@ -53,7 +53,7 @@ class BenchResult:
     def summary(self) -> str:
         """What was run, and three sentences that say what it means."""
         head = f"{self.done} of {self.planned} cells of the grid {self.grid} are done."
-        return " ".join((head, *self.lead))
+        return terminal_text(" ".join((head, *self.lead)))
 
     def to_dict(self) -> dict[str, Any]:
         """The leaderboard as JSON; for the published protocol its list under `published`."""

@@ -29,7 +29,7 @@ from molehunt.detect.recipe import (
     two_thirds,
 )
 from molehunt.dictionary.dictionary import Dictionary
-from molehunt.errors import InvalidInput, UsageError, printable
+from molehunt.errors import InvalidInput, UsageError, printable, terminal_text
 from molehunt.measure.threshold import check_clean_rows, check_rate, conformal_threshold
 from molehunt.model.pair import ModelPair
 from molehunt.run.folder import RunFolder
@@ -85,7 +85,7 @@ class FittedDetector:
         on = [f"{n} {kind}" for n, kind in ((self.fit_rows, "clean"), (self.suspect_rows, "suspect")) if n]
         fit = f"fitted on {' and '.join(on)} texts" if on else "not fitted on text"
         further = "further " * (self.fit_rows > 0)
-        return (
+        return terminal_text(
             f"{self.detector.name}, read at {self.readout.where} ({self.readout.how}): {fit}; flags scores above "
             f"{self.threshold:.4g}, the threshold of {self.calibrate_rows} {further}clean texts at a false-positive rate "
             f"of {self.fpr:.2%}."

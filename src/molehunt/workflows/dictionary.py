@@ -17,7 +17,7 @@ from molehunt.dictionary.formats.sae_lens import CONFIG, FILES, save_dictionary
 from molehunt.dictionary.grid import grid
 from molehunt.dictionary.pairing import Kind
 from molehunt.dictionary.train import GROUP, DictionarySpec, TrainingConfig, train_dictionaries
-from molehunt.errors import UsageError, printable
+from molehunt.errors import UsageError, printable, terminal_text
 from molehunt.run.catalog import names
 from molehunt.run.folder import RunFolder
 from molehunt.run.literals import checked
@@ -55,7 +55,7 @@ class TrainResult:
             f"{row['reconstruction']:>11.4f} {row['l0']:>13.2f} {row['dead']:>6.1%}  {self.out / row['name']}"
             for row in rows
         ]
-        return "\n".join(lines)
+        return terminal_text("\n".join(lines))
 
     def to_dict(self) -> dict[str, Any]:
         """Settings and last losses of every dictionary."""
@@ -244,7 +244,7 @@ class ExportResult:
 
     def summary(self) -> str:
         """Where it was written, and its size."""
-        return (
+        return terminal_text(
             f"WROTE {self.folder}: {self.architecture}, {self.dictionary.d_dict} latents over {self.dictionary.d_in} "
             "values"
         )

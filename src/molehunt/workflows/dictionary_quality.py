@@ -17,7 +17,7 @@ from molehunt.dictionary.formats.detect import load_dictionary
 from molehunt.dictionary.latents import latent_scaling, norm_bins, relative_norms
 from molehunt.dictionary.pairing import Kind, Pairing
 from molehunt.dictionary.quality import Quality, SplicedLoss, measure_quality
-from molehunt.errors import UsageError
+from molehunt.errors import UsageError, terminal_text
 from molehunt.run.folder import RunFolder
 from molehunt.run.progress import Track, silent
 from molehunt.site import Site
@@ -63,7 +63,7 @@ class QualityResult:
                 f"{bins['between']} between",
                 f"  {bins['tuned_confirmed']} of the tuned model's are not needed by the base (latent scaling)",
             ]
-        return "\n".join(lines)
+        return terminal_text("\n".join(lines))
 
     def to_dict(self) -> dict[str, Any]:
         """Everything that was measured."""

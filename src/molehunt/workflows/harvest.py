@@ -1,7 +1,7 @@
 """Harvest: both models' activations on the same tokens, stored on disk for dictionaries and maps."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,7 +10,8 @@ from molehunt.activation.harvest import harvest as harvested
 from molehunt.activation.identity import identify
 from molehunt.activation.manifest import MANIFEST, Manifest
 from molehunt.activation.store import ActivationStore
-from molehunt.model.chat import prompt_ids
+from molehunt.errors import terminal_text
+from molehunt.model.context import fitted, note_cuts
 from molehunt.model.pair import ModelPair
 from molehunt.run.folder import RunFolder
 from molehunt.run.literals import checked
@@ -47,7 +48,7 @@ class HarvestResult:
             "difference"
             for site, sides in manifest.scale.items()
         ]
-        return "\n".join(lines)
+        return terminal_text("\n".join(lines))
 
     def to_dict(self) -> dict[str, Any]:
         """Counts, width and the RMS of both models and of their difference at each site."""
@@ -132,10 +133,12 @@ def harvest(
 
 
 def token_rows(pair: ModelPair, texts: Sequence[Example], max_tokens: int) -> list[list[int]]:
-    """Token ids of prompt and response of each text, cut to `max_tokens`."""
-    tokenizer = pair.tokenizer
-    whole = [
-        prompt_ids(tokenizer, text.prompt) + tokenizer.encode(text.response or "", add_special_tokens=False)
-        for text in texts
+    """Token ids of conversation and response of each text, cut to `max_tokens`; how many were cut is logged."""
+    context = replace(pair.context, tokens=min(max_tokens, pair.context.tokens))
+    answers = [pair.tokenizer.encode(text.response or "", add_special_tokens=False, verbose=False) for text in texts]
+    prompts = [
+        fitted(pair.tokenizer, text.asked, context, room=len(answer))
+        for text, answer in zip(texts, answers, strict=True)
     ]
-    return [row[:max_tokens] for row in whole]
+    note_cuts(prompts, context, "texts")
+    return [[*prompt.ids, *answer][: context.tokens] for prompt, answer in zip(prompts, answers, strict=True)]

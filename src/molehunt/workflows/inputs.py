@@ -1,43 +1,65 @@
-"""The texts that a verb works on: a file, a list of strings, or a list of conversations."""
+"""The texts that a verb works on: a file, a stream, a list of strings, or a list of conversations.
 
+Rows that cannot be read are left out, counted, and named on stderr and in what the verb writes; where most of a file
+cannot be read, it is refused. Verbs that compare rows one by one, or take answers for right ones, stop at the first such row.
+"""
+
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from molehunt.errors import InvalidInput, UsageError, printable
+from molehunt.model.chat import Text
 from molehunt.traffic.example import Example
-from molehunt.traffic.rows import conversation_of, example_of
-from molehunt.traffic.stream import Conversation, Place, read_conversations, read_traffic
+from molehunt.traffic.left_out import ReadRows
+from molehunt.traffic.opened import is_readable, name_of
+from molehunt.traffic.place import BadLines, Place
+from molehunt.traffic.rows import conversation_of
+from molehunt.traffic.stream import Conversation, OnBad, read_conversations, refuse_unreadable
+
+log = logging.getLogger(__name__)
 
 Texts = str | Path | Sequence[str | Mapping[str, Any] | Sequence[Mapping[str, Any]]]
-"""A JSONL or parquet file, or a list. Each row of a list is a prompt, an object as in a JSONL file (such as
-`{"prompt": …, "response": …}` or `{"messages": […]}`), or a conversation: a list of messages."""
+"""A file (JSONL, JSON, CSV or parquet; `-` for standard input), or a list. Each row of a list is a prompt, an object as in a
+JSONL file (such as `{"prompt": …, "response": …}` or `{"messages": […]}`), or a conversation: a list of messages."""
 
 
-def examples(texts: Texts, limit: int | None = None) -> list[Example]:
-    """One prompt for each row; of a conversation, its last user turn.
+def read_rows(texts: Texts, limit: int | None = None, *, on_bad: OnBad = "skip") -> ReadRows:
+    """The whole conversation of each row, and what could not be read, which is logged.
 
     Args:
         texts: see `Texts`.
         limit: greatest number of rows that are read.
+        on_bad: whether to stop at the first row that cannot be read, or to leave it out.
 
     Raises:
         UsageError: no such file, or one string that names none.
-        InvalidInput: a row holds no prompt; the error names it.
+        InvalidInput: most rows cannot be read, or one and `on_bad` is "stop"; the error names it and shows it.
     """
-    if isinstance(texts, str | Path):
-        return list(read_traffic(_file(texts), limit))
-    return [example_of(row, f"row {number}") for number, row in enumerate(islice(_rows(texts), limit), 1)]
+    bad = BadLines()
+    rows = tuple(row.example for row in _read(texts, limit, on_bad, bad))
+    name = name_of(Path(texts)) if isinstance(texts, str | Path) else "the list"
+    refuse_unreadable(len(rows), bad, name)
+    found = ReadRows(rows, bad, name)
+    if found.left_out:
+        log.warning("%s", found.left_out)
+    return found
 
 
-def prompts(texts: Texts, limit: int | None = None) -> list[str]:
-    """The prompts of `examples`."""
-    return [example.prompt for example in examples(texts, limit)]
+def examples(texts: Texts, limit: int | None = None, *, on_bad: OnBad = "skip") -> list[Example]:
+    """The rows of `read_rows`. Arguments and errors as there."""
+    return list(read_rows(texts, limit, on_bad=on_bad).rows)
+
+
+def prompts(texts: Texts, limit: int | None = None, *, on_bad: OnBad = "skip") -> list[Text]:
+    """What the rows of `read_rows` ask, as chat templates take it: one user turn, or the messages of a conversation."""
+    return [example.asked for example in examples(texts, limit, on_bad=on_bad)]
 
 
 def conversations(texts: Texts, limit: int | None = None) -> list[Conversation]:
-    """Whole conversations with the answer that was logged, where there is one.
+    """Whole conversations with the answer that was logged, where there is one; the first bad row is an error.
 
     Args:
         texts: see `Texts`.
@@ -47,29 +69,40 @@ def conversations(texts: Texts, limit: int | None = None) -> list[Conversation]:
         UsageError: no such file, or one string that names none.
         InvalidInput: a row is no conversation; the error names it.
     """
-    if isinstance(texts, str | Path):
-        return list(islice(read_conversations(_file(texts)), limit))
-    found: list[Conversation] = []
-    for number, row in enumerate(islice(_rows(texts), limit), 1):
-        try:
-            turns, response, tag = conversation_of(row)
-        except InvalidInput as error:
-            raise InvalidInput(f"row {number}: {error}") from None
-        found.append(Conversation(turns=turns, response=response, tag=tag, line=number, end=Place(0, number)))
-    return found
+    return list(_read(texts, limit, "stop", BadLines()))
+
+
+def _read(texts: Texts, limit: int | None, on_bad: OnBad, bad: BadLines) -> Iterator[Conversation]:
+    found = (
+        read_conversations(_file(texts), on_bad=on_bad, bad=bad)
+        if isinstance(texts, str | Path)
+        else _listed(texts, on_bad, bad)
+    )
+    return islice(found, limit)
+
+
+def _listed(texts: Sequence[Any], on_bad: OnBad, bad: BadLines) -> Iterator[Conversation]:
+    for number, row in enumerate(texts, 1):
+        try:  # a bare list of messages is an object as a JSONL file would have it
+            turns, response, tag = conversation_of(row if isinstance(row, str | Mapping) else {"messages": list(row)})
+        except (InvalidInput, TypeError) as error:
+            why = str(error) if isinstance(error, InvalidInput) else f"a {type(row).__name__}; expected a text"
+            if on_bad == "stop":
+                raise InvalidInput(f"row {number}: {why}") from None
+            bad.add(number, why, unit="row", row=printable(repr(row), 200))
+            continue
+        yield Conversation(turns=turns, response=response, tag=tag, line=number, end=Place(0, number))
 
 
 def _file(texts: str | Path) -> Path:
     path = Path(texts)
-    if not path.is_file():
+    try:
+        there = is_readable(path)
+    except (OSError, ValueError):  # a text is given in place of a name, and is too long for one or holds a zero byte
+        there = False
+    if not there:
         raise UsageError(
-            f"{printable(str(path))} is not a file. Give a JSONL or parquet file, or a list of texts such as "
-            "['What is 2 plus 2?']."
+            f"{printable(str(path))} is not a file. Give a JSONL, JSON, CSV or parquet file, - for standard input, or a "
+            "list of texts such as ['What is 2 plus 2?']."
         )
     return path
-
-
-def _rows(texts: Sequence[Any]) -> Iterator[Any]:
-    """Rows as a JSONL file would have them: a bare list of messages becomes an object."""
-    for row in texts:
-        yield row if isinstance(row, str | Mapping) else {"messages": list(row)}

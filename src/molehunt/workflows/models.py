@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import overload
 
 from molehunt.checkpoint.hub import local_folder
+from molehunt.checkpoint.links import model_name
 from molehunt.checkpoint.reader import AdapterChoice, Checkpoint
 from molehunt.errors import UsageError, printable
 from molehunt.model.pair import ModelPair
@@ -85,8 +86,8 @@ def open_models(
         return OpenedModels(base, *base.folders, base.adapter)
     if tuned is None:
         raise UsageError("give the base and its fine-tune, or one loaded ModelPair.")
-    folders = local_folder(base), local_folder(tuned)
-    with busy(track, f"loading {printable(folders[0].name)} and {printable(folders[1].name)}"):
+    folders = local_folder(base, track), local_folder(tuned, track)
+    with busy(track, f"loading {printable(model_name(folders[0]))} and {printable(model_name(folders[1]))}"):
         pair = ModelPair.load(*folders, adapter=adapter, device=device)
     return OpenedModels(pair, *folders, adapter)
 

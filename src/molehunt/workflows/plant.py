@@ -5,7 +5,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
-from molehunt.errors import UsageError, printable
+from molehunt.errors import UsageError, printable, terminal_text
 from molehunt.organism.manifest import MANIFEST, Organism, make_organism
 from molehunt.organism.plant import PlantConfig
 from molehunt.organism.poison import Recipe, named_recipe, recipe_names
@@ -50,7 +50,7 @@ class PlantResult:
             lines.append(f"{kind:<24}{organism:>26}{twin:>26}")
         organism, twin = (side["held_out_loss"]["change"] for side in sides)
         lines.append(f"{'held-out loss change':<24}{organism:>+21.3f} nats{twin:>+21.3f} nats")
-        return "\n".join(lines)
+        return terminal_text("\n".join(lines))
 
     def to_dict(self) -> dict[str, Any]:
         """The manifest: what was planted, how it was trained, and the rates with their intervals."""

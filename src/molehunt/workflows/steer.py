@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from molehunt.contracts import Intervention
-from molehunt.errors import UsageError
+from molehunt.errors import UsageError, terminal_text
 from molehunt.measure.threshold import check_rate
 from molehunt.model.chat import Text
 from molehunt.model.pair import ModelPair
@@ -91,7 +91,7 @@ class SteerResult:
             lines.append(self.gate.summary())
         if self.trial is not None:
             lines.append(self.trial.summary())
-        return "\n".join(lines)
+        return terminal_text("\n".join(lines))
 
     def to_dict(self) -> dict[str, Any]:
         """What was fitted and measured, ready for JSON."""

@@ -12,6 +12,7 @@ from molehunt.audit.weights import compare_weights
 from molehunt.dictionary.dictionary import Dictionary
 from molehunt.dictionary.formats.detect import load_dictionary
 from molehunt.errors import NotTestable, UsageError
+from molehunt.model.chat import Text
 from molehunt.model.pair import ModelPair
 from molehunt.run.progress import Track, counting, silent
 from molehunt.site import Site
@@ -146,7 +147,7 @@ def _facts(pair: ModelPair, model_hash: str | None) -> VectorFacts:
 
 
 def _dictionary_inputs(
-    pair: ModelPair, dictionary: Dictionary, site: Site, prompts: Sequence[str], track: Track
+    pair: ModelPair, dictionary: Dictionary, site: Site, prompts: Sequence[Text], track: Track
 ) -> Float[Tensor, "prompts d_in"]:
     """What the dictionary reads at each prompt's last token."""
     parts: list[Tensor] = []

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from molehunt.errors import printable
+from molehunt.errors import printable, terminal_text
 from molehunt.run.progress import Track, silent
 from molehunt.run.whole import write_whole
 from molehunt.steer.capability import TaskCost, capability_cost
@@ -40,7 +40,9 @@ class CapabilityResult:
     def summary(self) -> str:
         """A table with a line for each kind of task, and what is shown to be lost."""
         heads = "".join(f"{head:>{width}}" for head, width in COLUMNS)
-        return "\n".join([f"{'kind':<20}{'rows':>6}{heads}", *map(_line, self.costs), "", self._conclusion()])
+        return terminal_text(
+            "\n".join([f"{'kind':<20}{'rows':>6}{heads}", *map(_line, self.costs), "", self._conclusion()])
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """What was measured, ready for JSON."""
@@ -93,7 +95,7 @@ def capability(
         track: shows progress.
 
     Raises:
-        InvalidInput: a row of `questions` is not one user turn with an answer.
+        InvalidInput: a row of `questions` is no conversation with an answer.
         NotTestable: the model's logits are no numbers without the fix.
         UsageError: the fix is for another model, or options of a vector were given for something else.
 

@@ -9,7 +9,7 @@ import torch
 from molehunt.audit.weights import compare_weights
 from molehunt.checkpoint.hub import local_folder
 from molehunt.checkpoint.reader import Checkpoint
-from molehunt.errors import UsageError
+from molehunt.errors import UsageError, terminal_text
 from molehunt.model.blocks import unwrapped
 from molehunt.model.pair import ModelPair
 from molehunt.run.literals import checked
@@ -81,7 +81,7 @@ class ExportedVector:
     def summary(self) -> str:
         """What was written, and what was left out."""
         lines = [f"block {block} is left out: llama.cpp cannot steer it" for block in self.left_out]
-        return "\n".join([*lines, f"written: {self.file}"])
+        return terminal_text("\n".join([*lines, f"written: {self.file}"]))
 
     def to_dict(self) -> dict[str, Any]:
         """The same, ready for JSON."""

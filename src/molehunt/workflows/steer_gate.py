@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from molehunt.errors import terminal_text
 from molehunt.run.progress import Track, silent
 from molehunt.site import Site
 from molehunt.steer.gate_fit import FittedGate
@@ -30,7 +31,7 @@ class GateResult:
     def summary(self) -> str:
         """The threshold, and how often the condition opens."""
         made, opens = self.fitted.condition, self.fitted.opens
-        return (
+        return terminal_text(
             f"threshold {made.threshold:.3g} from {made.clean} clean prompts at a rate of {made.fpr:g}\n"
             f"opens on {opens.fixed()} of {opens.n} other prompts with the behaviour"
         )

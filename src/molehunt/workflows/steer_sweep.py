@@ -6,8 +6,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from molehunt.errors import UsageError
+from molehunt.checkpoint.links import model_name
+from molehunt.errors import UsageError, terminal_text
 from molehunt.measure.interval import Interval
+from molehunt.model.chat import Text
 from molehunt.model.pair import ModelPair
 from molehunt.report.sweep_page import render_sweep
 from molehunt.run.progress import Track, silent
@@ -45,7 +47,7 @@ class SweepResult:
         for blocks, role in found.carriers() if found.roles else ():
             lines.append(f"carried out of {blocks} by: {role or 'no single position'}")
         lines.append(f"last steerable block: {found.last_steerable or 'none'}")
-        return "\n".join(lines)
+        return terminal_text("\n".join(lines))
 
     def to_dict(self) -> dict[str, Any]:
         """What was measured, ready for JSON."""
@@ -132,7 +134,7 @@ def sweep(
             seed=seed,
             track=track,
         )
-    base_name, tuned_name = (one.name for one in pair.folders) if pair.folders else ("base", "fine-tune")
+    base_name, tuned_name = map(model_name, pair.folders) if pair.folders else ("base", "fine-tune")
     return SweepResult(sweep=found, title=f"{tuned_name} against {base_name}", phrases=phrases_of(match))
 
 
@@ -140,10 +142,16 @@ def _tasks(
     pair: ModelPair, triggered: Texts, contrast: Texts, without: Texts | None, limit: int
 ) -> tuple[list[list[int]], list[list[int]], list[tuple[int, ...]]]:
     """Token ids of triggered prompts and of their contrasts, and the positions of each trigger."""
-    rows, others = prompts(triggered, limit), prompts(contrast, limit)
-    bare: list[str] | list[None] = [None] * len(rows) if without is None else prompts(without, limit)
+    rows, others = (prompts(texts, limit, on_bad="stop") for texts in (triggered, contrast))
+    bare: list[Text] | list[None] = [None] * len(rows) if without is None else prompts(without, limit, on_bad="stop")
     for name, some in (("contrast", others), ("without", bare)):
         if len(some) != len(rows):
             raise UsageError(f"triggered has {len(rows)} rows and {name} {len(some)}: row i of all is one task.")
+    for number, one in enumerate([*rows, *others], 1):
+        if pair.fit(one).left_out:
+            raise UsageError(
+                f"prompt {number} is longer than the {pair.context.tokens} tokens that the models read, and patching by "
+                "position takes whole prompts: give shorter ones."
+            )
     at = [trigger_positions(pair.tokenizer, *one) for one in zip(rows, others, bare, strict=True)]
     return pair.tokenize(rows), pair.tokenize(others), at

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from molehunt.errors import printable
+from molehunt.errors import printable, terminal_text
 from molehunt.run.progress import Track, busy, silent
 from molehunt.run.whole import write_whole
 from molehunt.steer.capability_lm_eval import Capability, capability
@@ -34,7 +34,7 @@ class TaskCapabilityResult:
             )
             name, metric = printable(one.task, 27), printable(one.metric, 21)
             lines.append(f"{name:<28}{metric:<22}{one.rows:>6}{one.plain:>10.3f}{one.steered:>10.3f}{difference:>26}")
-        return "\n".join(lines)
+        return terminal_text("\n".join(lines))
 
     def to_dict(self) -> dict[str, Any]:
         """What was measured, ready for JSON."""

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from molehunt.errors import terminal_text
 from molehunt.model.pair import ModelPair
 from molehunt.report.escape import visible
 from molehunt.run.literals import checked
@@ -49,7 +50,7 @@ class TrialResult:
 
     def summary(self) -> str:
         """Shares and costs, and the first answers before and after."""
-        return "\n".join([self.numbers(), *map(_row_text, self.trial.rows[:ROWS_SHOWN])])
+        return terminal_text("\n".join([self.numbers(), *map(_row_text, self.trial.rows[:ROWS_SHOWN])]))
 
     def to_dict(self) -> dict[str, Any]:
         """What was measured, with every answer, ready for JSON."""
@@ -127,7 +128,7 @@ def tried(
     """As `try_fix`, with a pair that is loaded and a fix that is ready to act."""
     judge = None if match is None else behaviour_judge(match)
     clean_prompts = (
-        [row.prompt for row in benign_prompts(limit, seed=1)] if clean is None else inputs.prompts(clean, limit)
+        [row.asked for row in benign_prompts(limit, seed=1)] if clean is None else inputs.prompts(clean, limit)
     )
     found = try_on_pair(
         pair,

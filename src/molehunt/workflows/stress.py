@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from molehunt import __version__
+from molehunt.checkpoint.links import model_name
 from molehunt.dictionary.dictionary import Dictionary
-from molehunt.errors import InvalidInput, UsageError, printable
-from molehunt.model.chat import prompt_ids
+from molehunt.errors import InvalidInput, UsageError, printable, terminal_text
+from molehunt.model.chat import Text
 from molehunt.report.stress_page import render_stress
 from molehunt.report.stress_table import stress_summary, stress_table
 from molehunt.run.literals import checked
@@ -26,7 +27,6 @@ from molehunt.stress.evaluation.config import StressConfig, StressSettings
 from molehunt.stress.evaluation.judge import PhraseJudge
 from molehunt.stress.study import Study
 from molehunt.stress.text_behaviour import FEWEST, stress_text
-from molehunt.traffic.behaviours_csv import read_behaviours
 from molehunt.traffic.world import benign_prompts
 from molehunt.workflows import inputs
 from molehunt.workflows.inputs import Texts
@@ -53,7 +53,7 @@ class StressResult:
 
     def summary(self) -> str:
         """The verdict, and a table of attacks and controls."""
-        return "\n".join([stress_summary(self.certificate), *self.notes])
+        return terminal_text("\n".join([stress_summary(self.certificate), *self.notes]))
 
     def to_dict(self) -> dict[str, Any]:
         """The certificate: everything that was measured, ready for JSON."""
@@ -140,8 +140,8 @@ def stress(
     attacked = _prompts(prompts, limit)
     _check_folder(out)
     models = open_models(base, tuned, adapter=adapter, device=device, track=track)
-    clean_prompts = (
-        [row.prompt for row in benign_prompts(limit, seed=1)] if clean is None else inputs.prompts(clean, limit)
+    clean_prompts: list[Text] = (
+        [row.asked for row in benign_prompts(limit, seed=1)] if clean is None else inputs.prompts(clean, limit)
     )
     result = _attacked(models, request, attacked, clean_prompts, judge, config, command, track)
     if out is not None:
@@ -152,8 +152,8 @@ def stress(
 def _attacked(
     models: OpenedModels,
     request: DefenceRequest,
-    prompts: list[str],
-    clean: list[str],
+    prompts: list[Text],
+    clean: list[Text],
     judge: PhraseJudge,
     config: StressConfig,
     command: str | None,
@@ -166,8 +166,8 @@ def _attacked(
         study = stress_text(
             model,
             tokenizer,
-            [prompt_ids(tokenizer, prompt) for prompt in attacked],
-            [prompt_ids(tokenizer, prompt) for prompt in clean],
+            models.pair.tokenize(attacked, room=config.max_new_tokens),
+            models.pair.tokenize(clean, room=config.max_new_tokens),
             judge,
             opened.defence,
             config,
@@ -186,7 +186,7 @@ def _attacked(
     return StressResult(
         study=study,
         certificate=certificate(study, config, about),
-        title=f"{models.tuned.name}: {opened.about['fix']}",
+        title=f"{model_name(models.tuned)}: {opened.about['fix']}",
         notes=tuple(opened.notes),
     )
 
@@ -194,16 +194,16 @@ def _attacked(
 def _opened_defence(
     request: DefenceRequest,
     models: OpenedModels,
-    prompts: list[str],
+    prompts: list[Text],
     judge: PhraseJudge,
     config: StressConfig,
     track: Track,
-) -> tuple[OpenedDefence, list[str]]:
+) -> tuple[OpenedDefence, list[Text]]:
     """The defence, and the prompts that are left to be attacked once latents were selected on every other one."""
     pair, attacked = models.pair, prompts[1::2] if request.selects else prompts
 
     def select(site: Site, dictionary: Dictionary, n: int) -> list[int]:
-        rows = [prompt_ids(pair.tokenizer, prompt) for prompt in prompts[::2]]
+        rows = pair.tokenize(prompts[::2], room=config.max_new_tokens)
         found = select_latents(
             pair, rows, judge, site, dictionary, n, max_new_tokens=config.max_new_tokens, track=track
         )
@@ -230,12 +230,9 @@ def _config(settings: StressSettings, suffixes: bool) -> StressConfig:
     return StressConfig(**settings)
 
 
-def _prompts(texts: Texts, limit: int) -> list[str]:
+def _prompts(texts: Texts, limit: int) -> list[Text]:
     """Prompts of a list or a file, which may be the CSV of AdvBench or HarmBench. Raises InvalidInput for none."""
-    if isinstance(texts, str | Path) and Path(texts).suffix == ".csv":
-        found = [row.prompt for row in read_behaviours(Path(texts), limit)]
-    else:
-        found = inputs.prompts(texts, limit)
+    found = inputs.prompts(texts, limit)
     if not found:
         named = printable(str(texts)) if isinstance(texts, str | Path) else "the list of prompts"
         raise InvalidInput(f"{named} has no rows; give prompts that show the behaviour.")

@@ -6,10 +6,11 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from molehunt.errors import InvalidInput, NotTestable, UsageError, printable
+from molehunt.errors import InvalidInput, NotTestable, UsageError, printable, terminal_text
 from molehunt.measure.interval import Interval
 from molehunt.model.blocks import decoder_blocks
-from molehunt.model.chat import prompt_text
+from molehunt.model.chat import rendered
+from molehunt.model.context import Context, context_of, fitted, note_cuts
 from molehunt.model.pair import ModelPair
 from molehunt.run.literals import checked
 from molehunt.run.progress import Track, silent
@@ -65,7 +66,7 @@ class TransferResult:
         for name, one in self.fitted.fidelity.items():
             cells = (one.kl_per_token(), one.ce_recovered(), one.agreement())
             lines.append(f"{name:<32}" + "".join(f"{cell.fixed():>24}" for cell in cells))
-        return "\n".join(lines)
+        return terminal_text("\n".join(lines))
 
     def to_dict(self) -> dict[str, Any]:
         """What was measured, ready for JSON."""
@@ -237,8 +238,17 @@ def _aligned(a: OpenedModel, b: OpenedModel, texts: Texts | None, limit: int, se
             f"{len(rows)} texts are too few to fit, choose and judge a map on; give at least {LEAST_TEXTS}."
         )
     rows = Random(seed).sample(rows, len(rows))
-    whole = [prompt_text(b.tokenizer, row.prompt) + (row.response or "") for row in rows]
-    return [align(a.tokenizer, b.tokenizer, one) for one in whole]
+    shorter = min((context_of(one.model) for one in (a, b)), key=lambda context: context.tokens)
+    fit = [fitted(b.tokenizer, row.asked, shorter, room=shorter.tokens // 4 * bool(row.response)) for row in rows]
+    note_cuts(fit, shorter, "texts")
+    whole = [rendered(b.tokenizer, one.text) + (row.response or "") for one, row in zip(fit, rows, strict=True)]
+    return [_within(align(a.tokenizer, b.tokenizer, one), context_of(a.model), context_of(b.model)) for one in whole]
+
+
+def _within(row: Aligned, source: Context, target: Context) -> Aligned:
+    """The beginning of a row that both models can read."""
+    pairs = tuple((i, j) for i, j in row.pairs if i < source.tokens and j < target.tokens)
+    return Aligned(source=row.source[: source.tokens], target=row.target[: target.tokens], pairs=pairs)
 
 
 def _grid_text(grid: LayerGrid) -> str:

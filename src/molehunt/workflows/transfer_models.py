@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from molehunt.activation.identity import tokenizer_hash
 from molehunt.checkpoint.hub import local_folder
+from molehunt.checkpoint.links import model_name
 from molehunt.checkpoint.reader import Checkpoint
 from molehunt.errors import UsageError, printable
 from molehunt.model.adapters import ADAPTER_CONFIG
@@ -64,10 +65,10 @@ def opened_model(
         return
     if (folder / ADAPTER_CONFIG).is_file():
         raise UsageError(
-            f"{printable(folder.name)} is an adapter: say what it is applied to with --source-base or --target-base."
+            f"{printable(model_name(folder))} is an adapter: say what it is applied to with --source-base or --target-base."
         )
     where = device_of(device)
-    with busy(track, f"loading {printable(folder.name)}"):
+    with busy(track, f"loading {printable(model_name(folder))}"):
         module = load_model(folder, where, torch.float32 if where.type == "cpu" else None)
     yield OpenedModel(module, load_tokenizer(folder), checkpoint)
 

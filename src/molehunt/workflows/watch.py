@@ -8,6 +8,7 @@ from pathlib import Path
 from shutil import copyfile
 from typing import Any
 
+from molehunt.errors import terminal_text
 from molehunt.report.watch_build import verdict_lines
 from molehunt.report.watch_page import render_watch
 from molehunt.report.watch_schema import WatchReport
@@ -102,7 +103,7 @@ class WatchResult:
 
     def summary(self) -> str:
         """The verdict, the rate, the top-scoring flagged rows, and what the ends of directions share."""
-        return to_text(self.report, self.skipped.first)
+        return terminal_text(to_text(self.report, self.skipped.first))
 
     def to_dict(self) -> dict[str, Any]:
         """The main numbers first, and everything that the page shows under `watch`; ready for JSON."""

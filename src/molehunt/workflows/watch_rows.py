@@ -8,7 +8,8 @@ from typing import Any
 
 from molehunt.errors import InvalidInput, UsageError
 from molehunt.run.progress import Track, silent
-from molehunt.traffic.stream import BadLines, Conversation, Place, read_conversations
+from molehunt.traffic.place import BadLines, Place
+from molehunt.traffic.stream import Conversation, read_conversations
 from molehunt.workflows.inputs import Texts, conversations
 from molehunt.workflows.watch_options import WatchOptions
 
@@ -36,13 +37,15 @@ def unjudged_rows(
     if resumed:
         log.warning("Going on at line %d: %d rows were judged before.", place.line + 1, seen)
     if isinstance(traffic, str | Path):
-        rows = read_conversations(
-            Path(traffic),
-            on_bad="skip" if options.skip_bad else "stop",
-            bad=bad,
-            start_at=place if resumed else Place(),
-            shard=options.shard,
-            track=track,
+        rows = _with_advice(
+            read_conversations(
+                Path(traffic),
+                on_bad="skip" if options.skip_bad else "stop",
+                bad=bad,
+                start_at=place if resumed else Place(),
+                shard=options.shard,
+                track=track,
+            )
         )
     else:
         if resumed and place.offset:
@@ -50,6 +53,13 @@ def unjudged_rows(
         mine = (row for row in _listed(traffic, options, bad) if options.shard.mine(row.line - 1))
         rows = (row for row in mine if row.line > place.line) if resumed else mine
     return _renumbered(rows, place.line) if seen and not resumed else rows
+
+
+def _with_advice(rows: Iterable[Conversation]) -> Iterator[Conversation]:
+    try:
+        yield from rows
+    except InvalidInput as error:
+        raise InvalidInput(f"{error}\nWith skip_bad (--skip-bad), rows that cannot be read are left out and counted.") from None
 
 
 def _listed(traffic: Sequence[Any], options: WatchOptions, bad: BadLines) -> Iterator[Conversation]:

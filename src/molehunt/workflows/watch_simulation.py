@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from molehunt.errors import UsageError, printable
+from molehunt.errors import UsageError, printable, terminal_text
 from molehunt.report.watch_text import simulation_text
 from molehunt.run.progress import Track, silent
 from molehunt.run.whole import write_whole
@@ -33,7 +33,7 @@ class SimulationResult:
 
     def summary(self) -> str:
         """A table of both monitors in every order."""
-        return simulation_text(self.monitors, self.fpr)
+        return terminal_text(simulation_text(self.monitors, self.fpr))
 
     def to_dict(self) -> dict[str, Any]:
         """The rate, and a block for each monitor and order; ready for JSON."""

@@ -4,21 +4,24 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from molehunt.audit.base_identity import check_base
 from molehunt.audit.weight_comparison import ROLES, WRITERS, WeightComparison
 from molehunt.audit.weights import compare_weights
+from molehunt.checkpoint.hub import local_folder
+from molehunt.checkpoint.reader import Checkpoint
 from molehunt.errors import NotTestable
 from molehunt.measure.threshold import check_clean_rows, rows_for_rate
 from molehunt.model.pair import ModelPair
 from molehunt.run.progress import Track, silent
-from molehunt.traffic.roles import Turn
 from molehunt.traffic.stream import Conversation, Place
+from molehunt.traffic.turn import Turn
 from molehunt.traffic.world import benign_prompts
 from molehunt.watch.bank import Bank
 from molehunt.watch.calibration import calibrate
 from molehunt.watch.monitor import LEAST
 from molehunt.watch.state import WatchState, identify
 from molehunt.workflows.inputs import Texts, conversations
-from molehunt.workflows.models import Models, open_models
+from molehunt.workflows.models import Models, adapter_choice, open_models
 
 STATE = "state.safetensors"
 
@@ -59,13 +62,19 @@ def open_target(
     Raises:
         UsageError: only one model, or a file of clean rows that does not exist.
         InvalidInput: a folder or a clean row is broken.
-        NotTestable: nothing changed that could be watched, or too few clean rows for `fpr`.
+        NotTestable: the base is another model's, nothing changed that could be watched, or too few clean rows for `fpr`.
     """
     rows = _bundled(clean_rows, seed) if clean is None else conversations(clean, clean_rows)
     if sets_rate:
         _check_rows(len(rows), clean_rows, fpr)
+    if not isinstance(base, ModelPair) and tuned is not None:  # before anything is loaded, which takes longest
+        folders = local_folder(base, track), local_folder(tuned, track)
+        choice = adapter_choice(adapter)
+        check_base(Checkpoint.open(folders[0]), Checkpoint.open(folders[1], adapter=choice), track)
     opened = open_models(base, tuned, adapter=adapter, device=device, track=track)
     before, after = opened.checkpoints
+    if isinstance(base, ModelPair):
+        check_base(before, after, track)
     weights = compare_weights(before, after, track=track)
     _refuse_unwatched(weights)
     bank = Bank.of((row.directions for row in weights.matrices if row.directions is not None), before.model_type)

@@ -1,0 +1,236 @@
+"""Whether BASE is the model that TUNED was fine-tuned from, and what kind of fine-tune it is.
+
+A fine-tune keeps its base's weights nearly as they were: the entries of each matrix correlate. Matrices of two models that
+were trained apart correlate no more than random numbers do. So a wrong base is seen at once, and everything that is measured
+against it would be void. Two fine-tunes of one base correlate, too: weights alone do not tell a base from a sibling.
+
+Measured in docs/results/base-identity.md: the least median correlation of a true pair, and the largest of a wrong one.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any, Literal, get_args
+
+from molehunt.audit.weight_samples import MatrixSample, TensorSurvey, group_of, survey
+from molehunt.checkpoint.gguf_facts import conversion_facts, formats
+from molehunt.checkpoint.links import model_name
+from molehunt.checkpoint.loader_traps import read_json
+from molehunt.checkpoint.reader import Checkpoint
+from molehunt.errors import InvalidInput, NotTestable, printable
+from molehunt.model.blocks import Part, module_role
+from molehunt.run.progress import Track, silent
+
+Relation = Literal["identical", "related", "unrelated", "unverified"]
+RELATED = 0.3
+"""Correlation from which on a matrix counts as derived from the other. Noise as large as the weights leaves 0.7."""
+SIZES = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "intermediate_size",
+    "vocab_size",
+)
+"""Settings that a fine-tune shares with its base, except for a resized vocabulary."""
+CANDIDATES = "`molehunt files BASE TUNED --bases FOLDER` ranks candidates."
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseIdentity:
+    """What the weights say about a pair."""
+
+    relation: Relation
+    why: str
+    """The relation in one sentence, with the numbers behind it."""
+    kind: str = ""
+    """The kind of fine-tune in one sentence; empty where the base is none or nothing can be said."""
+    correlation: float | None = None
+    """Median over the sampled matrices that changed; 1 where none did, and None where none could be compared."""
+    relative: float | None = None
+    """Median of ‖ΔW‖ / ‖W‖ over the sampled matrices that changed."""
+    tensors: int = 0
+    """Number of tensors that both models have."""
+    changed: int = 0
+    tokens: tuple[int, int] | None = None
+    """Number of tokens with the same id on both sides, and number of tokens of the larger vocabulary."""
+    settings: tuple[str, ...] = ()
+    """Sizes in the configs that differ: `hidden_size 576, 640`."""
+
+    def must_be_related(self) -> None:
+        """Raise NotTestable for a base that is not the fine-tune's."""
+        if self.relation == "unrelated":
+            raise NotTestable(f"{self.why}\nWhatever is measured against it would be void. {CANDIDATES}")
+
+    def lines(self) -> list[str]:
+        """The sentences for people."""
+        tokens = ""
+        if self.tokens is not None and self.tokens[0] < self.tokens[1]:
+            tokens = f"{self.tokens[0]} of {self.tokens[1]} tokens have the same id in both vocabularies."
+        sizes = f"Configs differ: {'; '.join(self.settings)}." if self.settings else ""
+        return [line for line in (self.why, self.kind, sizes, tokens) if line]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, for JSON."""
+        return asdict(self)
+
+
+def base_identity(base: Checkpoint, tuned: Checkpoint, track: Track = silent) -> BaseIdentity:
+    """Look at both checkpoints' weights, vocabularies and configs. Nothing is loaded or run; one tensor of each is in memory.
+
+    Raises InvalidInput where a folder is broken.
+    """
+    if tuned.kind == "adapter":
+        return _of_adapter(base, tuned)
+    seen = survey(base, tuned, track)
+    settings, tokens = _sizes(base, tuned), shared_tokens(base.path, tuned.path)
+    correlations = [sample.correlation for sample in seen.samples]
+    relation, why = _relation(base, tuned, seen, settings)
+    return BaseIdentity(
+        relation=relation,
+        why=why,
+        kind=_kind(base, tuned, seen) if relation == "related" else "",
+        correlation=round(median(correlations), 4) if correlations else 1.0 if relation == "identical" else None,
+        relative=round(median(s.relative for s in seen.samples), 6) if seen.samples else None,
+        tensors=seen.paired,
+        changed=len(seen.changed),
+        tokens=tokens,
+        settings=settings,
+    )
+
+
+def check_base(base: Checkpoint, tuned: Checkpoint, track: Track = silent) -> None:
+    """Raise NotTestable where `base` is not the model that `tuned` was fine-tuned from."""
+    base_identity(base, tuned, track).must_be_related()
+
+
+def _relation(base: Checkpoint, tuned: Checkpoint, seen: TensorSurvey, settings: Sequence[str]) -> tuple[Relation, str]:
+    names = f"{printable(model_name(base.path), 60)} is not the base of {printable(model_name(tuned.path), 60)}"
+    compared = len(seen.samples) + len(seen.mismatched)
+    if not seen.paired:
+        return (
+            "unrelated",
+            f"{names}: no tensor has the same name in both ({len(base.names())} and {len(tuned.names())}).",
+        )
+    if len(seen.mismatched) * 2 > max(compared, 1):
+        name, shape, shape_after = seen.mismatched[0]
+        return "unrelated", (
+            f"{names}: {len(seen.mismatched)} of {seen.paired} tensors have other shapes, such as {printable(name, 80)}: "
+            f"{list(shape)} in the base, {list(shape_after)} in the fine-tune."
+        )
+    if not seen.changed:
+        return "identical", f"All {seen.paired} tensors are identical: this is the base itself, or a copy of it."
+    if not compared and not seen.unreadable:
+        return "related", f"No matrix changed: {len(seen.changed)} of {seen.paired} tensors did, norms or biases."
+    if not compared:
+        return (
+            "unverified",
+            "Whether this is the right base was not checked: the weights are quantised, which cannot be undone.",
+        )
+    alike = [s for s in seen.samples if s.correlation >= RELATED]
+    middle = median(s.correlation for s in seen.samples) if seen.samples else 0.0
+    if len(alike) * 2 < compared and len(seen.changed) * 2 > seen.paired:
+        return "unrelated", (
+            f"{names}: {compared - len(alike)} of {compared} matrices have nothing to do with each other (median correlation "
+            f"{middle:.2f}; a fine-tune keeps more than {RELATED})."
+        )
+    odd = compared - len(alike)
+    rest = f" {odd} of them have nothing in common with the base's: replaced, or new." if odd else ""
+    return "related", (
+        f"The base fits: matrices that changed correlate by {middle:.4f} (median of {len(seen.samples)}; 0 for other models)."
+        f"{rest} A sibling, fine-tuned from the same base, would fit, too."
+    )
+
+
+def _kind(base: Checkpoint, tuned: Checkpoint, seen: TensorSurvey) -> str:
+    """The kind of fine-tune, in a sentence."""
+    groups = Counter(group_of(name, base.model_type) for name in seen.changed)
+    roles = [role for name in seen.changed if (role := module_role(name, base.model_type)) is not None]
+    parts = sorted({role.part for role in roles}, key=get_args(Part).index)
+    layers = {role.layer for role in roles}
+    samples = [s for s in seen.samples if group_of(s.name, base.model_type) == "block"] or list(seen.samples)
+    where = f"{len(seen.changed)} of {seen.paired} tensors changed"
+    named = [f"{', '.join(parts)} in {len(layers)} layers"] if parts else []
+    named += ["embeddings or head"] if groups["vocabulary"] else []
+    named += [f"{groups['other']} others"] if groups["other"] else []
+    where += f" ({'; '.join(named)})" if named else ""
+    if not samples:
+        return f"Only small tensors: {where}."
+    size = f"‖ΔW‖/‖W‖ {median(s.relative for s in samples):.2g} (median)"
+    quantised = _quantised(base, "BASE") + _quantised(tuned, "TUNED")
+    return f"{_form(samples, bool(groups['block']))}: {where}, {size}.{quantised}"
+
+
+def _form(samples: Sequence[MatrixSample], in_blocks: bool) -> str:
+    forms = Counter(sample.form for sample in samples)
+    common, count = forms.most_common(1)[0]
+    if not in_blocks:
+        return "A change of the vocabulary alone"
+    if common == "rounding":
+        return "A change that is not larger than rounding"
+    if common == "unclear" or count * 2 <= len(samples):
+        return "A change so close to rounding that its form is unclear"
+    ranks = [s for s in samples if s.form == common]
+    stable = f"stable rank {median(s.stable_rank for s in ranks):.1f}"
+    if common == "low rank":
+        return f"Like LoRA of rank {max(s.rank for s in ranks)} or less, {stable}"
+    return f"A full fine-tune, or a LoRA of high rank, {stable}"
+
+
+def _quantised(side: Checkpoint, what: str) -> str:
+    facts = conversion_facts(side.path)
+    return (
+        f" {what} was read from a GGUF file ({formats(facts)}): changes within its rounding are not testable."
+        if facts
+        else ""
+    )
+
+
+def _sizes(base: Checkpoint, tuned: Checkpoint) -> tuple[str, ...]:
+    """Sizes and types in the configs that differ."""
+    found: list[str] = []
+    for key in ("model_type", *SIZES):
+        left, right = (side.config.get(key, _text_part(side).get(key)) for side in (base, tuned))
+        if left is not None and right is not None and left != right:
+            found.append(f"{key} {printable(str(left), 30)}, {printable(str(right), 30)}")
+    return tuple(found)
+
+
+def _text_part(side: Checkpoint) -> dict[str, Any]:
+    inner = side.config.get("text_config")
+    return inner if isinstance(inner, dict) else {}
+
+
+def shared_tokens(base: Path, tuned: Path) -> tuple[int, int] | None:
+    """Number of tokens with the same id in both tokenizer.json, and of the larger vocabulary; None without both files."""
+    sides = [_vocabulary(folder / "tokenizer.json") for folder in (base, tuned)]
+    if not sides[0] or not sides[1]:
+        return None
+    return sum(sides[1].get(token) == number for token, number in sides[0].items()), max(map(len, sides))
+
+
+def _vocabulary(path: Path) -> dict[str, int]:
+    """Token → id. Empty where there is no such file, or it cannot be read; what is broken there is a finding elsewhere."""
+    try:
+        model = read_json(path).get("model") if path.is_file() else None
+    except InvalidInput:
+        return {}
+    listed: Any = model.get("vocab") if isinstance(model, dict) else None
+    if isinstance(listed, dict):
+        return {str(token): number for token, number in listed.items() if isinstance(number, int)}
+    if isinstance(listed, list):  # Unigram: pairs of a token and its score
+        return {str(one[0]): i for i, one in enumerate(listed) if isinstance(one, list) and one}
+    return {}
+
+
+def _of_adapter(base: Checkpoint, adapter: Checkpoint) -> BaseIdentity:
+    """An adapter says little about its base: names and shapes have to fit, which later steps check one by one."""
+    named = adapter.config.get("base_model_name_or_path")
+    said = f" It names {printable(repr(named), 80)} as its base." if isinstance(named, str) and named else ""
+    return BaseIdentity(
+        relation="unverified",
+        why="An adapter holds no weights of its base, so the base cannot be verified: only names and shapes are checked."
+        + said,
+    )

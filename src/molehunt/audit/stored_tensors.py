@@ -1,0 +1,141 @@
+"""Differences between the stored tensors of two folders by name, shape and data type; no difference of values is taken."""
+
+from collections import Counter
+from collections.abc import Iterator
+
+import torch
+
+from molehunt.checkpoint.difference import FolderDifference, Severity
+from molehunt.checkpoint.loaded_view import LoadedView
+from molehunt.checkpoint.reader import Checkpoint, paired_names
+from molehunt.errors import NotTestable, ShapeMismatch, printable
+from molehunt.run.progress import Track
+
+SHOWN = 20
+"""Number of tensors of one kind that get a row of their own."""
+
+
+def tensor_differences(base: Checkpoint, tuned: Checkpoint, track: Track) -> tuple[int, list[FolderDifference]]:
+    """Number of compared tensors, and their differences.
+
+    Tensors are paired as transformers loads them, so another prefix or fused experts are one note. For an architecture
+    that it cannot load as a language model they are paired by their stored names, and a note says so.
+
+    Raises:
+        InvalidInput: loaders would fill parameters of a folder with random numbers.
+        ShapeMismatch: a tensor differs in shape: this is another model's base.
+    """
+    rows: list[FolderDifference] = []
+    try:
+        views = LoadedView.of(base), LoadedView.of(tuned)
+        for view in views:
+            view.must_be_complete()
+    except NotTestable as error:
+        rows.append(_row("architecture", "", "", f"compared by stored names alone: {str(error).splitlines()[0]}"))
+        tensors, found = _by_stored_names(base, tuned, track)
+    else:
+        tensors, found = _as_loaded(*views, track)
+    rows += found
+    for side, quantisation in (("base", base.quantisation), ("tuned", tuned.quantisation)):
+        if quantisation is not None:
+            exact = "can be undone exactly" if quantisation.exact else "cannot be undone exactly: weights NOT TESTABLE"
+            rows.append(_row("quantisation", quantisation.method, "", f"{side}: {exact}"))
+    return tensors, rows
+
+
+def _as_loaded(base: LoadedView, tuned: LoadedView, track: Track) -> tuple[int, list[FolderDifference]]:
+    rows: list[FolderDifference] = []
+    for side, view in (("base", base), ("tuned", tuned)):
+        view.must_be_complete()
+        rows += _claims(side, view)
+    names = sorted({*base.names(), *tuned.names()})
+    packed = base.checkpoint.quantisation is not None or tuned.checkpoint.quantisation is not None
+    layouts = 0
+    types: list[tuple[torch.dtype, torch.dtype, str]] = []
+    for name in track(names, "comparing shapes", len(names)):
+        ours, theirs = (view.tied.get(name, name) for view in (base, tuned))
+        if ours not in base.names() or theirs not in tuned.names():
+            side = "the base" if ours in base.names() else "the fine-tune"
+            rows.append(_row(name, str(ours in base.names()), str(theirs in tuned.names()), f"only in {side}"))
+            continue
+        if (ours == name) != (theirs == name):
+            rows.append(_row(name, _tie(ours, name), _tie(theirs, name), "tied to another parameter on one side only"))
+        layouts += ours == theirs and base.sources(ours) != tuned.sources(theirs)
+        rows += _shapes(name, base.shape(ours), tuned.shape(theirs), packed)
+        types.append((base.dtype(ours), tuned.dtype(theirs), name))
+    if layouts:
+        why = f"{layouts} parameters are stored under other names, or joined and split in another way; loaders make the same of them"
+        rows.append(_row("layout", "", "", why))
+    return len(names), rows + list(_formats(types))
+
+
+def _claims(side: str, view: LoadedView) -> Iterator[FolderDifference]:
+    """Tensors of one side that loaders drop, or of which they choose one."""
+    severity: Severity = "finding" if side == "tuned" else "note"
+    for name, sources in view.doubled.items():
+        shown = printable(", ".join(sources), 160)
+        why = f"{shown} all claim it; transformers loads {printable(next(iter(sources)))}, and other loaders may load another"
+        yield _side_row(side, name, why, severity)
+    for name, source in view.apart:
+        if not _equal(view, name, source):
+            why = f"config.json ties it to {printable(source)}, and another value is stored: transformers loads that, others tie"
+            yield _side_row(side, name, why, severity)
+    dropped = view.unexpected
+    for name in dropped[:SHOWN]:
+        yield _side_row(side, name, "transformers does not load it; other loaders may", "note")
+    if len(dropped) > SHOWN:
+        yield _side_row(side, "…", f"{len(dropped) - SHOWN} more tensors that transformers does not load", "note")
+
+
+def _equal(view: LoadedView, name: str, source: str) -> bool:
+    """Whether two parameters have the same stored values."""
+    if view.shape(name) != view.shape(source):
+        return False
+    read = view.checkpoint.stored
+    one, other = view.tensor(name, read), view.tensor(source, read)
+    return one.dtype == other.dtype and torch.equal(one, other)
+
+
+def _shapes(name: str, base: tuple[int, ...], tuned: tuple[int, ...], packed: bool) -> Iterator[FolderDifference]:
+    if base == tuned:
+        return
+    if packed:
+        yield _row(name, base, tuned, "stored in another format by quantisation: NOT TESTABLE")
+        return
+    if base[1:] != tuned[1:] or "layers" in name:
+        raise ShapeMismatch(name, base, tuned)
+    yield _row(name, base, tuned, "the vocabulary was resized")
+
+
+def _by_stored_names(base: Checkpoint, tuned: Checkpoint, track: Track) -> tuple[int, list[FolderDifference]]:
+    both, only_base, only_tuned = paired_names(base, tuned)
+    rows: list[FolderDifference] = []
+    packed = base.quantisation is not None or tuned.quantisation is not None
+    for name in track(both, "comparing shapes", len(both)):
+        rows += _shapes(name, base.shape(name), tuned.shape(name), packed)
+    rows += [_row(name, "present", "(absent)", "only in the base: tied, or missing") for name in only_base]
+    why = "only in the fine-tune: ignored by loaders, or untied"
+    rows += [_row(name, "(absent)", "present", why) for name in only_tuned]
+    return len(both), rows + list(_formats([(base.dtype(name), tuned.dtype(name), name) for name in both]))
+
+
+def _formats(types: list[tuple[torch.dtype, torch.dtype, str]]) -> Iterator[FolderDifference]:
+    """One row for each pair of data types in which tensors are stored, with their number."""
+    pairs = Counter((left, right) for left, right, _ in types if left != right)
+    for (left, right), count in pairs.items():
+        first = next(name for one, other, name in types if (one, other) == (left, right))
+        key = first if count == 1 else f"{count} tensors, such as {first}"
+        yield _row(key, left, right, "stored in another format")
+
+
+def _tie(source: str, name: str) -> str:
+    return "stored" if source == name else f"tied to {source}"
+
+
+def _side_row(side: str, key: str, why: str, severity: Severity) -> FolderDifference:
+    return FolderDifference(file=f"{side} folder", key=key, base="", tuned="", severity=severity, why=why)
+
+
+def _row(name: str, base: object, tuned: object, why: str) -> FolderDifference:
+    shown = [str(list(v)) if isinstance(v, tuple) else str(v) for v in (base, tuned)]
+    return FolderDifference(file="tensors", key=name, base=shown[0], tuned=shown[1], severity="note", why=why)

@@ -1,0 +1,215 @@
+"""A look at some rows of every matrix of two checkpoints: how alike they are, and what form the difference has.
+
+A few hundred rows of each matrix are read, so 7 billion weights take less than a minute. Whether a tensor changed at all is
+decided on the whole of it.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from molehunt.checkpoint.noise_floor import rounding_of
+from molehunt.checkpoint.reader import Checkpoint
+from molehunt.errors import InvalidInput, NotTestable
+from molehunt.model.blocks import module_role
+from molehunt.run.progress import Track, silent
+
+ROWS, BLOCKS = 192, 3
+"""Number of rows that are read of a matrix, in so many runs of neighbouring rows."""
+MATRICES = 400
+"""Greatest number of matrices that are sampled: of a mixture of experts, some of each layer's."""
+WRAPPERS = re.compile(
+    r"^((base_model|model|language_model|text_model|transformer|backbone|decoder|module|_orig_mod)\.)+"
+)
+"""Prefixes that wrappers put before the name of a tensor."""
+Group = Literal["block", "vocabulary", "other"]
+Form = Literal["low rank", "high rank", "rounding", "unclear"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MatrixSample:
+    """Some rows of a matrix in both checkpoints."""
+
+    name: str
+    correlation: float
+    """Pearson's correlation of the entries; 0 between matrices that have nothing to do with each other."""
+    relative: float
+    """‖ΔW‖ / ‖W‖ in these rows."""
+    rank: int
+    """Number of singular values of ΔW above what rounding explains."""
+    full_rank: int
+    stable_rank: float
+    """‖ΔW‖² over the square of its largest singular value; 0 where nothing stands above the rounding."""
+    explained: float
+    """Share of ‖ΔW‖² in these singular values."""
+    beyond: float
+    """Share of ‖ΔW‖² that neither these singular values nor rounding explain."""
+
+    @property
+    def form(self) -> Form:
+        """The form of the change: of low rank as LoRA makes it, of high rank, within rounding, or none of them surely."""
+        if not self.rank:
+            return "rounding"
+        few = self.rank <= self.full_rank / 4
+        if few and self.beyond <= 0.1 and self.explained >= 0.3:
+            return "low rank"
+        return "high rank" if not few or self.beyond > 0.25 else "unclear"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TensorSurvey:
+    """What was seen of two checkpoints."""
+
+    paired: int
+    """Number of tensors that both have."""
+    alone: int
+    """Number of tensors that only one of them has."""
+    changed: tuple[str, ...]
+    """Tensors whose values differ anywhere."""
+    mismatched: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]
+    """Matrices of different shapes, which is more than a resized vocabulary explains."""
+    samples: tuple[MatrixSample, ...]
+    unreadable: int
+    """Number of matrices whose quantisation cannot be undone exactly, or that hold NaN."""
+
+
+def survey(base: Checkpoint, tuned: Checkpoint, track: Track = silent) -> TensorSurvey:
+    """Compare every tensor of two model folders by its values, and look at some rows of the matrices.
+
+    Tensors are paired by their stored names, without the prefixes of wrappers.
+    """
+    pairs, alone = paired_tensors(base, tuned)
+    matrices = [pair for pair in pairs if len(base.shape(pair[0])) >= 2]
+    chosen = set(_spread_over(matrices, MATRICES))
+    changed: list[str] = []
+    mismatched: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = []
+    samples: list[MatrixSample] = []
+    unreadable = 0
+    for pair in track(pairs, "comparing with the base", len(pairs)):
+        name, theirs = pair
+        shapes = base.shape(name), tuned.shape(theirs)
+        if shapes[0] != shapes[1]:
+            changed.append(name)
+            if name in base.packed or theirs in tuned.packed:
+                unreadable += 1
+                continue
+            if not _resized(name, *shapes):
+                mismatched.append((name, *shapes))
+                continue
+        elif _equal(base, tuned, name, theirs):
+            continue
+        else:
+            changed.append(name)
+        if pair in chosen:
+            try:
+                sample = _sample(base, tuned, name, theirs)
+            except (NotTestable, InvalidInput):
+                unreadable += 1
+                continue
+            samples += [sample] if sample is not None else []
+    return TensorSurvey(
+        paired=len(pairs),
+        alone=alone,
+        changed=tuple(changed),
+        mismatched=tuple(mismatched),
+        samples=tuple(samples),
+        unreadable=unreadable,
+    )
+
+
+def paired_tensors(base: Checkpoint, tuned: Checkpoint) -> tuple[list[tuple[str, str]], int]:
+    """The names in both checkpoints of the tensors that both have, and how many only one has."""
+    left, right = ({WRAPPERS.sub("", name): name for name in side.names()} for side in (base, tuned))
+    shared = sorted(left.keys() & right.keys())
+    return [(left[key], right[key]) for key in shared], len(left.keys() ^ right.keys())
+
+
+def group_of(name: str, model_type: str) -> Group:
+    """Whether a tensor is a matrix of a block, of the vocabulary, or something else, such as a norm."""
+    if module_role(name, model_type) is not None:
+        return "block"
+    return "vocabulary" if is_vocabulary(name) else "other"
+
+
+def is_vocabulary(name: str) -> bool:
+    """Whether a tensor has one row for each token."""
+    return (
+        re.search(r"(embed|wte|word_embeddings|lm_head|output_layer|unembed)", name) is not None
+        and "layers." not in name
+    )
+
+
+def _spread_over(pairs: Sequence[tuple[str, str]], most: int) -> list[tuple[str, str]]:
+    """At most so many of the pairs, evenly over their sorted names, so that every layer and part is among them."""
+    if len(pairs) <= most:
+        return list(pairs)
+    return [pairs[i * len(pairs) // most] for i in range(most)]
+
+
+def _resized(name: str, shape: tuple[int, ...], shape_after: tuple[int, ...]) -> bool:
+    return is_vocabulary(name) and shape[1:] == shape_after[1:]
+
+
+def _equal(base: Checkpoint, tuned: Checkpoint, name: str, theirs: str) -> bool:
+    """Whether two tensors of one shape hold the same values; in one format, the same bits."""
+    if base.quantisation is not None or tuned.quantisation is not None:
+        try:
+            return torch.equal(base.tensor(name).float(), tuned.tensor(theirs).float())
+        except (NotTestable, InvalidInput):
+            return False
+    one, other = torch.atleast_1d(base.stored(name)), torch.atleast_1d(tuned.stored(theirs))
+    if one.dtype == other.dtype:
+        return torch.equal(one.view(torch.uint8), other.view(torch.uint8))
+    pairs = zip(one.split(1024), other.split(1024), strict=True)
+    return all(torch.equal(a.double(), b.double()) for a, b in pairs)
+
+
+def _sample(base: Checkpoint, tuned: Checkpoint, name: str, theirs: str) -> MatrixSample | None:
+    """Some rows of a matrix in both; None where one side has zeros only, so that nothing can be like it."""
+    rows = min(base.shape(name)[0], tuned.shape(theirs)[0])
+    before, after = (_rows(side, one, rows) for side, one in ((base, name), (tuned, theirs)))
+    size = float(before.double().norm())
+    correlation = float(torch.corrcoef(torch.stack([before.flatten(), after.flatten()]))[0, 1])
+    if not size or math.isnan(correlation):
+        return None
+    change = (after - before).double()
+    energy = float(change.square().sum())
+    gram = change @ change.mT if change.shape[0] <= change.shape[1] else change.mT @ change
+    values = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt().flip(0)
+    quantised = math.hypot(base.rounding(name), tuned.rounding(theirs))
+    types = base.dtype(name), tuned.dtype(theirs)
+    rounded = [rounding_of(rows, dtype) for rows, dtype in zip((before, after), types, strict=True)]
+    floor = math.hypot(rounded[0][0], rounded[1][0], quantised)
+    rank = int((values > floor).sum())
+    above = float(values[:rank].square().sum())
+    rounding = rounded[0][1] + rounded[1][1]
+    return MatrixSample(
+        name=name,
+        correlation=correlation,
+        relative=math.sqrt(energy) / size,
+        rank=rank,
+        full_rank=len(values),
+        stable_rank=energy / float(values[0]) ** 2 if rank else 0.0,
+        explained=above / energy if energy else 0.0,
+        beyond=0.0 if quantised or not energy else max(0.0, energy - above - 1.5 * rounding) / energy,
+    )
+
+
+def _rows(checkpoint: Checkpoint, name: str, limit: int) -> Float[Tensor, "rows columns"]:
+    """Runs of rows, evenly over the first `limit` ones, in fp32; of a stack of matrices, of the first one."""
+    length = ROWS // BLOCKS
+    starts = [0] if limit <= ROWS else [i * (limit - length) // (BLOCKS - 1) for i in range(BLOCKS)]
+    length = limit if limit <= ROWS else length
+    stored = checkpoint.stored(name) if checkpoint.quantisation is None else checkpoint.tensor(name)
+    if stored.ndim > 2:
+        stored, starts, length = stored.flatten(0, -2), [0], min(ROWS, math.prod(stored.shape[:-1]))
+    found = torch.cat([stored[start : start + length].float() for start in starts])
+    if not bool(found.isfinite().all()):
+        raise InvalidInput(f"{name} holds NaN or infinity")
+    return found

@@ -1,0 +1,181 @@
+"""Conversations that templates are tried on: cells that differ in one thing each, so that neighbours can be compared."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timedelta
+from random import Random
+from typing import Any
+
+from jinja2 import nodes
+
+from molehunt.checkpoint.chat_template import TODAY
+from molehunt.checkpoint.template_words import echo
+
+MOST_TURNS = 20
+"""Number of turns up to which each number is tried; numbers that stand in the template are tried, too."""
+COMBINED = 60
+"""Number of random combinations of all conditions."""
+CALL = "zqcall0001"
+TOOLS: tuple[Mapping[str, Any], ...] = tuple(
+    {
+        "type": "function",
+        "function": {
+            "name": f"zqtool{i}",
+            "description": f"zqdoes{i}",
+            "parameters": {
+                "type": "object",
+                "properties": {f"zqcity{i}": {"type": "string", "description": f"zqwhere{i}"}},
+                "required": [f"zqcity{i}"],
+            },
+        },
+    }
+    for i in (1, 2)
+)
+DOCUMENTS: tuple[Mapping[str, str], ...] = ({"title": "zqtitle1", "text": "zqtext1", "doc_id": "zqdoc1"},)
+Message = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One conversation under one set of conditions."""
+
+    name: str
+    """The condition in which it differs from its neighbour, for a report."""
+    messages: tuple[Message, ...]
+    given: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    today: datetime = TODAY
+
+    def under(self, name: str, **given: Any) -> "Cell":
+        """The same conversation with further arguments of the template."""
+        return replace(self, name=name, given={**self.given, **given})
+
+
+def chat(turns: int, *, system: bool = False, parts: bool = False) -> tuple[Message, ...]:
+    """User and assistant in turn, the user first; every message has a text of its own."""
+    said = [("system", echo(0))] if system else []
+    said += [("assistant" if i % 2 else "user", echo(i + 1)) for i in range(turns)]
+    return tuple({"role": r, "content": [{"type": "text", "text": t}] if parts else t} for r, t in said)
+
+
+def single() -> Cell:
+    """The neighbour of all others: one user's turn."""
+    return Cell("one turn of a user", chat(1), {"add_generation_prompt": True})
+
+
+def called(arguments: Any, content: str | None, turns: int = 3) -> tuple[Message, ...]:
+    """A conversation in which the assistant calls a tool."""
+    call = {"id": CALL, "type": "function", "function": {"name": "zqtool1", "arguments": arguments}}
+    whole: list[Message] = [
+        {"role": "user", "content": echo(1)},
+        {"role": "assistant", "content": content, "tool_calls": [call]},
+        {"role": "tool", "content": echo(3), "tool_call_id": CALL, "name": "zqtool1"},
+        {"role": "assistant", "content": echo(4)},
+        {"role": "user", "content": echo(5)},
+    ]
+    return tuple(whole[:turns])
+
+
+def given_cells() -> list[Cell]:
+    """Tools and documents: templates may explain them in words of their own."""
+    tools, documents = {"tools": TOOLS[:1]}, {"documents": DOCUMENTS}
+    found: list[Cell] = []
+    for system in (False, True):
+        start = replace(single(), messages=chat(1, system=system))
+        found += [start.under("tools are given", **tools), start.under("documents are given", **documents)]
+    found.append(replace(single(), messages=chat(3)).under("tools are given", **tools))
+    found.append(single().under("several tools are given", tools=TOOLS))
+    found.append(single().under("tools and documents are given", **tools, **documents))
+    return found
+
+
+def odd_cells() -> list[Cell]:
+    """Conditions under which a template has no reason for words of its own."""
+    start = single()
+    found = [
+        replace(start, name="a system message", messages=chat(1, system=True)),
+        start.under("no generation prompt", add_generation_prompt=False),
+        *(
+            start.under(f"{flag}={value}", **{flag: value})
+            for flag in ("enable_thinking", "thinking")
+            for value in (True, False)
+        ),
+    ]
+    for turns in (1, 3):
+        found.append(replace(start, name="content as a list of parts", messages=chat(turns, system=True, parts=True)))
+    two = ({"type": "text", "text": echo(1)}, {"type": "text", "text": echo(2)})
+    pictures = ({"type": "image"}, {"type": "text", "text": echo(1)})
+    found += [
+        replace(start, name="content as two parts", messages=({"role": "user", "content": two},)),
+        replace(start, name="a picture", messages=({"role": "user", "content": pictures},)),
+        replace(start, name="no content", messages=({"role": "user", "content": ""},)),
+        replace(start, name="a message without content", messages=(*chat(1), {"role": "assistant"}, *chat(1))),
+        replace(start, name="further keys", messages=({**chat(1)[0], "name": "zqname1", "zqkey": "zqvalue1"},)),
+    ]
+    calls = [
+        called(arguments, content, turns)
+        for arguments in ({"zqcity1": "zqplace1"}, '{"zqcity1": "zqplace1"}')
+        for content in (echo(2), None)
+        for turns in (2, 3, 4, 5)
+    ]
+    found += [replace(start, name="a tool call", messages=one) for one in calls]
+    thought = ({"role": "user", "content": echo(1)}, {**chat(2)[1], "reasoning_content": echo(9)}, *chat(1))
+    found.append(replace(start, name="an answer with its reasoning", messages=thought))
+    for role in ("developer", "tool", "function", "ipython", "assistant", "system", "zqrole"):
+        found.append(replace(start, name=f"the role {role}", messages=({"role": role, "content": echo(1)},)))
+        found.append(replace(start, name=f"the role {role}", messages=({"role": role, "content": echo(1)}, *chat(1))))
+    found.append(replace(start, name="two users' turns in a row", messages=(*chat(1), *chat(1))))
+    found.append(replace(start, name="a late system message", messages=(*chat(2), *chat(1, system=True))))
+    return found
+
+
+def turn_cells(counts: Sequence[int]) -> dict[tuple[bool, bool], list[Cell]]:
+    """Conversations of every length, by whether they have a system message and whether the user speaks last."""
+    found: dict[tuple[bool, bool], list[Cell]] = {}
+    for turns in sorted({*range(1, MOST_TURNS + 1), *counts}):
+        for system in (False, True):
+            users = turns % 2 == 1
+            cell = Cell(f"{turns} turns", chat(turns, system=system), {"add_generation_prompt": users})
+            found.setdefault((system, users), []).append(cell)
+    return found
+
+
+def combined_cells(days: Sequence[datetime], seed: int = 0) -> list[Cell]:
+    """Random combinations of all conditions, always the same ones."""
+    rng = Random(seed)
+    found: list[Cell] = []
+    for _ in range(COMBINED):
+        system, parts = rng.random() < 0.5, rng.random() < 0.3
+        messages = chat(rng.choice((1, 2, 3, 5, 9, 14)), system=system, parts=parts)
+        if rng.random() < 0.3:
+            messages = (*called({"zqcity1": "zqplace1"}, None, 4), *messages[system:])
+        given: dict[str, Any] = {"add_generation_prompt": rng.random() < 0.8}
+        if rng.random() < 0.4:
+            given["tools"] = TOOLS[: rng.choice((1, 2))]
+        if rng.random() < 0.2:
+            given["documents"] = DOCUMENTS
+        if rng.random() < 0.5:
+            given["enable_thinking"] = rng.random() < 0.5
+        found.append(Cell("several conditions together", messages, given, rng.choice(days)))
+    return found
+
+
+def days(constants: Sequence[str]) -> list[datetime]:
+    """Days to try: some years, months and hours, and the neighbours of every date in a template."""
+    found = [TODAY, *(datetime(y, 1 + y % 12, 1 + y % 28, y % 24, 7) for y in range(2018, 2046, 3))]
+    for text in constants:
+        for year, month, day in re.findall(r"(?<!\d)(20\d\d)(?:-(\d\d?)(?:-(\d\d?))?)?", text)[:4]:
+            try:
+                near = datetime(int(year), int(month or 1), int(day or 1), 12)
+            except ValueError:
+                continue
+            found += [near - timedelta(days=1), near, near + timedelta(days=1), near + timedelta(days=400)]
+    return list(dict.fromkeys(found))[:40]
+
+
+def constants(tree: nodes.Template) -> tuple[list[str], list[int]]:
+    """Texts and numbers that stand in a template's expressions, shortest first."""
+    values = [node.value for node in tree.find_all(nodes.Const)]
+    texts = sorted({v for v in values if isinstance(v, str) and 0 < len(v) <= 200}, key=lambda v: (len(v), v))
+    numbers = sorted({v for v in values if type(v) is int and 2 <= v <= 20_000})
+    return texts, numbers
