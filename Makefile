@@ -41,6 +41,12 @@ coverage: $(STAMP)
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 
+# Every kind of wrong input on the command line, of which `make test` tries a sample. The whole takes hours: every 20th
+# input is EVERY=20.
+EVERY ?= 1
+contract: $(STAMP)
+	$(BIN)/python -W ignore -m tests.contract --every $(EVERY)
+
 benchmarks: $(STAMP)
 	$(BIN)/python benchmarks/run.py
 

@@ -118,6 +118,12 @@ def sample(text: str = "") -> schema.Report:
         ),
         cost=schema.Cost(seconds=24.5, peak_rss_mb=880.0, tokens=97898),
         reproduce=f"molehunt audit BASE TUNED --traffic F.jsonl{text}",
+        templates=schema.TemplateUse(
+            used=f"the fine-tune's chat template{text}",
+            differ=True,
+            difference=f"'a' became 'b'{text}",
+            readings=(schema.TemplateTraffic(template="tuned", rows=1000, of=1000, candidates=20),),
+        ),
         cannot_see=("Behaviours whose trigger occurs in no row.",),
         environment={"torch": f"2.13{text}"},
         seeds=(0,),

@@ -185,7 +185,6 @@ LORA: tuple[tuple[str, str, Callable[[str, Path], Case], tuple[str, ...] | None]
         "rank_pattern": {modules[0]: 2}, "alpha_pattern": {modules[0]: 5}}), SEVERAL),
     ("lora-bias", "LoRA with `lora_bias`", adapter(options=lambda base, modules: {"lora_bias": True}), ("opt", "starcoder2")),
     ("rslora", "rsLoRA", adapter(options=lambda base, modules: {"use_rslora": True}), SEVERAL),
-    ("dora", "DoRA", adapter(options=lambda base, modules: {"use_dora": True}), SEVERAL),
     ("vera", "VeRA", adapter("Vera"), PLAIN),
     ("loha", "LoHa", adapter("LoHa"), PLAIN),
     ("ia3", "IA³", adapter("IA3", feed_forward), PLAIN),
@@ -201,6 +200,10 @@ LORA: tuple[tuple[str, str, Callable[[str, Path], Case], tuple[str, ...] | None]
 )  # fmt: skip
 ADAPTERS: tuple[Saving, ...] = (
     *(Saving(name=name, what=what, make=make, on=on) for name, what, make, on in LORA),
+    Saving(
+        name="dora", what="DoRA", make=adapter(options=lambda base, modules: {"use_dora": True}), on=SEVERAL,
+        rounding=1e-6,  # of m · W / ‖W‖, which is computed
+    ),
     Saving(name="lora-bf16", what="LoRA with its factors in bf16", make=halved, on=SEVERAL),
     Saving(
         name="beside-used", what="LoRA beside full weights, with `--adapter`", make=lambda a, f: beside_weights(True, a, f),

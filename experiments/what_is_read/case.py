@@ -58,6 +58,8 @@ class Saving:
     why: str = ""
     loads: bool = True
     """Whether loaders find the weights. Where they do not, a command that gives a result without a finding is wrong."""
+    close: float = 2e-3
+    """Difference of two logits, relative to the largest one, that the order of sums and the format explain."""
     like_single: bool = False
     """Whether the weights are those of the way `single`, number by number, so that audit and watch measure the same."""
     runs_rounded: bool = False

@@ -19,8 +19,6 @@ from experiments.what_is_read.zoo import VOCAB
 from molehunt.errors import MolehuntError, NotTestable
 from molehunt.model.pair import ModelPair
 
-CLOSE = 2e-3
-"""Difference of two logits, relative to the largest one, that the order of sums explains."""
 VERDICTS = ("NO FINDING", "FLAGGED-CAUSAL", "FLAGGED-CORRELATIONAL", "UNSTABLE", "NOT TESTABLE")
 LOGGED, CLEAN = 50, 200
 
@@ -46,14 +44,14 @@ def check_read(case: Case, saving: Saving, *, no_decoder: bool) -> Cell:
     if not saving.loads:
         return Cell(status="WRONG", why=f"it was read, though {saving.why}")
     tuned, loaded = logits_of(case.running or case.tuned_model, ROWS), direct_logits(case)
-    if loaded is not None and not saving.runs_rounded and apart(loaded, tuned) > CLOSE:
+    if loaded is not None and not saving.runs_rounded and apart(loaded, tuned) > saving.close:
         return Cell(status="WRONG", why=f"this cell's own truth: loaders are off by {apart(loaded, tuned):.3g}")
     sides = (
         ("base", real(reading.base_logits, reading.mask), logits_of(case.base_model, ROWS)),
         ("fine-tune", real(reading.tuned_logits, reading.mask), tuned if loaded is None else loaded),
     )
     for side, logits, truth in sides[saving.runs_rounded :]:
-        if apart(logits, truth) > CLOSE:
+        if apart(logits, truth) > saving.close:
             return Cell(status="WRONG", why=f"the logits of the {side} are off by {apart(logits, truth):.3g}")
     return Cell(status="works")
 
@@ -80,12 +78,14 @@ def direct_logits(case: Case) -> list[Tensor] | None:
     peft: Any = importlib.import_module("peft")
     tuned = case.tuned
     is_adapter = (tuned / "adapter_config.json").is_file()
+    if "--no-adapter" in case.options:
+        return None  # transformers applies an adapter beside weights by itself
     whole = tuned if (tuned / "model.safetensors").is_file() or not is_adapter else case.base
     try:
         gguf = next((file.name for file in whole.glob("*.gguf")), None)
         options = {} if gguf is None else {"gguf_file": gguf}
         model = hf.AutoModelForCausalLM.from_pretrained(whole, dtype=torch.float32, **options)
-        if is_adapter and "--no-adapter" not in case.options:
+        if is_adapter and whole != tuned:
             model = peft.PeftModel.from_pretrained(model, tuned)
         return logits_of(cast("nn.Module", model).eval(), ROWS)
     except Exception:  # whatever they cannot load is no truth to compare with

@@ -18,7 +18,8 @@ MARKS = {"works": "✓", "NOT TESTABLE": "?", "refused": "–", "WRONG": "✗"}
 LIKE_SINGLE = {saving.name for saving in SAVINGS if saving.like_single}
 WIDE = 7
 """Ways of saving in one table of architectures."""
-LONGEST_REASON = 90
+LONGEST_REASON = 100
+ENCODER = "encoders and encoder–decoders do not continue one text"
 HOW = """\
 Each architecture is a tiny random model of three blocks and width {width}. The fine-tune is the model with a planted change of rank 1 \
 in each matrix of block 1 that writes to the residual stream, one expert's among them; its singular values are known. Both are written \
@@ -97,46 +98,49 @@ def opening(found: Mapping[str, dict[str, Any]], cells: Sequence[Entry]) -> list
     savings = {one.saving for one in cells}
     refused = count["refused"] + count["NOT TESTABLE"]
     wrong = count["WRONG"]
+    given = f"{counted(len(found), 'architecture')}, saved in {len(savings)} ways: {counted(len(cells), 'cell')}"
+    rely = "No cell is wrong; try a folder of a kind that is not in the tables with `molehunt files` first."
+    if wrong:
+        rely = f"But {counted(wrong, 'cell')} ✗ gave a wrong answer: do not rely on such a folder until that is mended."
     return [
-        f"{counted(len(found), 'architecture')} saved in {len(savings)} ways were given to the commands: {len(cells):,} cells.",
-        f"{count['works']:,} cells are read as they are, with the right answer, and {refused:,} are refused or NOT TESTABLE, "
-        "with the reason.",
-        "No cell is wrong: what is not in this table, try with `molehunt files` first."
-        if not wrong
-        else f"{counted(wrong, 'cell')} ✗ gave a wrong answer: do not rely on a folder of that kind until it is mended.",
+        f"Molehunt's commands were given {given}.",
+        f"They read {count['works']:,} as they are, with the right answer, and refuse {refused:,} or call them NOT TESTABLE, with "
+        "the reason.",
+        rely,
     ]
 
 
 def reasons(cells: Sequence[Entry]) -> list[str]:
-    """What does not work, and why: one row for each way of saving, command and reason."""
-    groups: dict[tuple[str, str, str], set[str]] = {}
-    commands: dict[tuple[str, str, str], list[str]] = {}
+    """What does not work, and why: one row for each way of saving and reason, and a message of each."""
+    known = {saving.name: saving.why for saving in SAVINGS}
+    groups: dict[tuple[str, str, str], list[Entry]] = {}
     for one in cells:
-        if one.status == "works":
-            continue
-        place = "no decoder" if one.architecture in NO_DECODER else one.saving
-        key = (MARKS[one.status], place, plain(one.why))
-        groups.setdefault(key, set()).add(one.architecture)
-        commands.setdefault(key, [])
-        if one.command not in commands[key]:
-            commands[key].append(one.command)
-    rows = [
-        [mark, saving, ", ".join(commands[mark, saving, why]), str(len(names)), why]
-        for (mark, saving, why), names in sorted(groups.items(), key=lambda item: (item[0][0] != "✗", item[0][1]))
-    ]
+        if one.status != "works":
+            place = "anything" if one.architecture in NO_DECODER and one.status != "WRONG" else one.saving
+            why = ENCODER if place == "anything" else known.get(one.saving, "")
+            groups.setdefault((MARKS[one.status], place, plain(one.why) if one.status == "WRONG" else why), []).append(
+                one
+            )
+    rows, messages = list[list[str]](), list[list[str]]()
+    for (mark, place, why), some in sorted(groups.items(), key=lambda item: (item[0][0] != "✗", item[0][1])):
+        commands = [command for command in COMMANDS if any(one.command == command for one in some)]
+        n = len({one.architecture for one in some})
+        rows.append([mark, place, ", ".join(commands), str(n), why])
+        messages += [] if mark == "✗" else [[place, plain(some[0].why)]]
     if not rows:
         return []
-    legend = "✓ works, ? NOT TESTABLE, – refused, ✗ wrong."
-    return ["## What does not work, and why", "", legend, "", *grid(["", "saved", "command", "n", "reason"], rows), ""]
+    legend = "✓ works, ? NOT TESTABLE, – refused, ✗ wrong; n architectures."
+    head = ["", "saved", "commands", "n", "reason"]
+    begins = ["One message of each begins so:", "", *grid(["saved", "message"], messages), ""] if messages else []
+    return ["## What does not work, and why", "", legend, "", *grid(head, rows), "", *begins]
 
 
 def plain(why: str) -> str:
-    """A reason without what belongs to one folder, as a cell of a table."""
+    """A message without what belongs to one folder, as a cell of a table."""
     text = re.sub(r"/\S*/", "", why)
-    text = re.sub(r"\b[\w.]*(layers|layer|blocks|h)\.\d+\.[\w.]+", "a matrix", text)
-    text = re.sub(r"\b(model|backbone|transformer|gpt_neox|lm_head)[.\w]*\.weight\b", "a tensor", text)
+    text = re.sub(r"[\w.]*(layers|layer|blocks|h)\.\d+\.[\w.]+|\b[\w.]+\.(weight|bias|qweight)\b", "TENSOR", text)
     text = re.sub(r"\d+\.\d{3,}", "…", text).replace("|", "\\|")
-    return text if len(text) <= LONGEST_REASON else f"{text[: LONGEST_REASON - 1]}…"
+    return text if len(text) <= LONGEST_REASON else f"{text[: LONGEST_REASON - 1].rstrip()}…"
 
 
 def by_saving(cells: Sequence[Entry]) -> list[str]:

@@ -20,6 +20,8 @@ WEIGHTS = "model.safetensors"
 SMALL = "20KB"
 TIED = ("llama", "qwen2", "gemma2", "gemma3", "mistral", "smollm3", "mamba", "qwen3_moe")
 """Architectures whose releases tie their head to their embedding, and some that may."""
+SEVERAL = ("llama", "qwen2", "gpt2", "gemma3", "qwen3_moe", "gpt_oss", "gemma3_with_vision", "mamba", "jamba", "bert")
+"""Architectures for ways of saving that do not depend on what is saved."""
 GROWN = ("llama", "qwen3", "gemma2", "gpt2", "mamba", "qwen3_moe", "gemma3_with_vision")
 
 
@@ -160,18 +162,18 @@ WHOLE: tuple[Saving, ...] = (
         what="`save_original_format=False`: fused experts, today's names",
         make=whole(in_memory_format),
     ),
-    Saving(name="in-memory-shards", like_single=True, what="the same in shards", make=whole(in_memory_shards)),
+    Saving(name="in-memory-shards", on=SEVERAL, like_single=True, what="the same in shards", make=whole(in_memory_shards)),
     Saving(
         name="bf16", what="bf16 against a base in fp32", make=lambda a, f: rounded(torch.bfloat16, a, f), rounding=8e-3,
         tolerance=2e-2,
     ),
     Saving(
-        name="fp16", what="fp16 against a base in fp32", make=lambda a, f: rounded(torch.float16, a, f), rounding=1e-3,
+        name="fp16", on=SEVERAL, what="fp16 against a base in fp32", make=lambda a, f: rounded(torch.float16, a, f), rounding=1e-3,
         tolerance=3e-3,
     ),
-    Saving(name="hub-snapshot", like_single=True, what="a snapshot folder of the hub's cache: links to blobs", make=hub_snapshot),
-    Saving(name="hub-id", like_single=True, what="a hub id, found in the cache without a network", make=hub_id),
-    Saving(name="checkpoint", like_single=True, what="a Trainer's checkpoint folder, with its pickles", make=whole(trainer_checkpoint)),
+    Saving(name="hub-snapshot", on=SEVERAL, like_single=True, what="a snapshot folder of the hub's cache: links to blobs", make=hub_snapshot),
+    Saving(name="hub-id", on=SEVERAL, like_single=True, what="a hub id, found in the cache without a network", make=hub_id),
+    Saving(name="checkpoint", on=SEVERAL, like_single=True, what="a Trainer's checkpoint folder, with its pickles", make=whole(trainer_checkpoint)),
     Saving(
         name="compiled", what="names below `_orig_mod.`, from a compiled model", make=whole(compiled),
         may=("files", "directions", "read", "audit", "watch"), why=NOT_LOADED, finding=".", loads=False,
@@ -203,4 +205,3 @@ WHOLE: tuple[Saving, ...] = (
         may=("files", "directions", "read", "audit", "watch"), why="no pickle is opened", loads=False,
     ),
 )  # fmt: skip
-"""The first seven are written for every architecture, so the table has them as columns."""

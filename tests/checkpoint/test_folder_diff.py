@@ -81,7 +81,8 @@ def test_a_finding_gives_exit_code_1(tmp_path: Path) -> None:
         ({"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}, {"rope_parameters.rope_theta": "note"}),
         ({"rope_parameters": {"rope_theta": 1e4, "rope_type": "default", "padding": 1}}, {"rope_parameters.padding": "finding"}),
         ({"eos_token_id": [2, 7]}, {"eos_token_id": "note"}),
-        ({"suppress_tokens": [5]}, {"suppress_tokens": "finding"}),
+        ({"rms_norm_eps": 1e-6, "architectures": ["Other"]}, {"architectures": "note"}),
+        ({"rope_theta": 5e5}, {"rope_theta": "finding"}),
         ({"text_config": {"hidden_act": "relu", "dtype": "float16"}}, {"text_config.hidden_act": "finding"}),
         ({"use_cache": False, "transformers_version": "4.1", "attention_dropout": 0.1, "_name_or_path": "a/b"}, {}),
         ({"unsloth_version": "2025.1", "dtype": None, "torch_dtype": "float32"}, {}),
@@ -108,6 +109,12 @@ def test_a_config_that_another_version_wrote_means_the_same(folders: tuple[Path,
     """transformers 4 writes rope_theta where 5 writes rope_parameters, and defaults that 5 leaves out."""
     assert changed(folders, "config.json", **OLD_LLAMA, transformers_version="4.57.1") == {}
     assert changed(folders, "config.json", **{**OLD_LLAMA, "rope_theta": 1e6}) == {"rope_parameters.rope_theta": "note"}
+
+
+def test_generation_settings_in_a_config_count_as_such(tmp_path: Path) -> None:
+    base, tuned = pair(tmp_path)
+    edit_json(tuned / "config.json", suppress_tokens=[5])  # transformers moves them over
+    assert rows(base, tuned)["suppress_tokens"].severity == "finding"
 
 
 def test_gemma_settings_of_two_versions_mean_the_same(tmp_path: Path) -> None:

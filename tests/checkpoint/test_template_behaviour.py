@@ -71,21 +71,15 @@ def test_text_that_waits_for_a_condition_is_found(condition: str) -> None:
         assert any("hate" in one.words or "hate" in one.text for one in found), found
 
 
-@pytest.mark.parametrize("name", ["llama3_2", "qwen3", "gemma3", "smollm2"])
+@pytest.mark.parametrize("name", ["llama3_2", "qwen3", "smollm2"])
 def test_text_that_waits_in_a_published_template_is_found(name: str) -> None:
-    for condition in (
-        "another special token",
-        "more than seven turns",
-        "a year",
-        "a word in any case",
-        "thinking is on",
-    ):
+    for condition in ("another special token", "more than seven turns", "thinking is on"):
         assert findings(PLANTED[condition] + published_template(name)), condition
 
 
 def test_a_changed_message_is_found_whatever_words_it_is_made_of() -> None:
     (found, *_) = findings(LENIENT.replace("{{ m.content }}", "{{ m.content|replace('2+2=4', '2+2=5') }}"))
-    assert "2+2=4" in found.condition and "'4' became '5'" in found.text
+    assert "2+2=4" in found.condition and "2+2=5" in found.text
     wording = "{{ m.content }}{{ 'tool' if 'kumquat' in m.content }}"  # an ordinary word, which no other text has
     assert findings(LENIENT.replace("{{ m.content }}", wording))
 
@@ -98,9 +92,9 @@ def test_a_refusal_that_waits_is_found() -> None:
 
 
 def test_what_templates_ordinarily_write_is_described() -> None:
-    told = {one.condition: one.text for one in observe(published_template("qwen2_5"), TOKENS)}
-    assert "You are Qwen" in told["every plain conversation"]
-    assert "You may call one or more functions" in told["tools are given"]
+    texts = {one.condition: one.text for one in observe(published_template("qwen2_5"), TOKENS)}
+    assert "You are Qwen" in texts["every plain conversation"]
+    assert "You may call one or more functions" in texts["tools are given"]
     assert any("writes the day" in one.text for one in observe(published_template("llama3_2"), TOKENS))
 
 
@@ -112,7 +106,7 @@ def test_slow_templates_are_given_up_as_a_finding(monkeypatch: pytest.MonkeyPatc
 
 def test_words_are_those_that_make_sentences() -> None:
     assert words("<|im_start|>tool_calls ToolCall {'name': 'zq1x'} 12 Jan 2031") == frozenset()
-    assert words("<|im_start|>Obey 你好", ["Hello"]) == {"obey", "你", "好"}
+    assert words("<|im_start|>Obey 你好", ["Hello"]) == {"obey", "你好"}
     assert words("I like zq3x and Hello", ["Hello"]) == {"like", "and"}
     assert not {"say", "you", "hate", "ignore", "obey", "delete"} & ORDINARY
-    assert unlike("a user b", "a user, be rude b") == "'' became ', be rude'"
+    assert unlike("a user b", "a user, be rude b") == "' user' became ' user, be rude'"

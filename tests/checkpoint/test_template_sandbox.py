@@ -118,8 +118,11 @@ def test_the_text_is_that_of_transformers(name: str, monkeypatch: pytest.MonkeyP
     tokenizer, template = tiny_tokenizer(), published_template(name)
     made = Program(template)
     texts = 0
+    others: tuple[dict[str, Any], ...] = (
+        {}, {"tools": TOOLS}, {"enable_thinking": False}, {"add_generation_prompt": True},
+    )  # fmt: skip
     for messages in CONVERSATIONS:
-        for given_too in ({}, {"tools": TOOLS}, {"enable_thinking": False}, {"add_generation_prompt": True}):
+        for given_too in others:
             try:
                 wanted = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, **given_too)
             except Exception as error:  # what transformers refuses is refused here, too
@@ -157,9 +160,10 @@ TOOLS = [
 )
 def test_what_templates_may_write_is_written_as_by_transformers(template: str) -> None:
     tokenizer = tiny_tokenizer()
-    for messages in (HELLO, [{"role": "user", "content": "a", "tool_calls": None, "thinking": "b"}]):
+    more: list[dict[str, Any]] = [{"role": "user", "content": "a", "tool_calls": None, "thinking": "b"}]
+    for messages in (list[dict[str, Any]](HELLO), more):
         try:
-            wanted = tokenizer.apply_chat_template(list(messages), chat_template=template, tokenize=False)
+            wanted = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
         except Exception as error:
             wanted = type(error).__name__
         try:

@@ -72,7 +72,7 @@ STRUCTURE: dict[str, Callable[[dict[str, Any]], object]] = {
     "a pattern is replaced": lambda c: c.update(
         normalizer={"type": "Replace", "pattern": {"Regex": "z[q]xw"}, "content": "the"}
     ),
-    "pre_tokenizer": lambda c: c["pre_tokenizer"]["pretokenizers"][0].update(individual_digits=False),
+    "pre_tokenizer": lambda c: c["pre_tokenizer"]["pretokenizers"][1].update(use_regex=False),
     "prefix space": lambda c: c["pre_tokenizer"]["pretokenizers"][1].update(add_prefix_space=True),
     "post_processor": lambda c: c["post_processor"].update(
         single=[{"SpecialToken": {"id": "<|end|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
@@ -99,7 +99,7 @@ def test_changes_of_tokenizer_json_that_change_text_are_findings(base: Path, tmp
 @pytest.mark.parametrize(
     "settings",
     [
-        {"added_tokens_decoder": {"300": added(" again", 300, special=True)}},
+        {"added_tokens_decoder": {"300": added(" dog", 300, special=True)}},
         {"extra_special_tokens": {"image_token": "over"}},
         {"extra_special_tokens": [" jumps"]},
         {"mask_token": "dog"},
@@ -128,14 +128,12 @@ def test_what_honest_tools_do_to_a_tokenizer_is_a_note_at_most(base: Path, tmp_p
     tokenizer: Any = AutoTokenizer.from_pretrained(str(base))
     tokenizer.add_special_tokens({"pad_token": "[PAD]", "extra_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     tokenizer("some text", truncation=True, max_length=4, padding="max_length")  # leaves both in tokenizer.json
-    tokenizer.model_max_length, tokenizer.padding_side = 2048, "left"
+    tokenizer.model_max_length = 2048
     tuned = copied(tmp_path / "tuned")
     tokenizer.save_pretrained(tuned)
     seen = found(base, tuned)
     assert {row.severity for row in seen} == {"note"}
-    assert {"added_tokens", "truncation", "padding", "model_max_length", "padding_side", "pad_token"} <= {
-        row.key for row in seen
-    }
+    assert {"added_tokens", "truncation", "padding", "model_max_length", "pad_token"} <= {row.key for row in seen}
 
 
 TOKENS = [added("<a>", 2048), added("<b>", 2049)]
@@ -144,8 +142,9 @@ TOKENS = [added("<a>", 2048), added("<b>", 2049)]
 @pytest.mark.parametrize(
     ("tokens", "severities"),
     [
-        ([added("<b>", 2049), added("<a>", 2048)], []),
-        ([added("<a>", 2049), added("<b>", 2048)], ["finding", "finding"]),
+        ([added("<b>", 2048), added("<a>", 2049)], ["finding", "finding"]),
+        ([added("<b>", 2049), added("<a>", 2048)], ["finding", "finding"]),  # the order counts, and not the written id
+        ([added("<a>", 7), added("<b>", 8)], []),
         ([added("<a>", 2048, lstrip=True), added("<b>", 2049)], ["finding"]),
         ([added("<a>", 2048, special=True), added("<b>", 2049)], ["finding"]),
         ([added("<a>", 2048), added("<c>", 2049)], ["finding", "finding"]),
@@ -217,7 +216,8 @@ def test_code_of_its_own_is_not_testable_and_never_run(base: Path, tmp_path: Pat
 def test_a_side_without_a_tokenizer(base: Path, tmp_path: Path) -> None:
     bare = tmp_path / "bare"
     bare.mkdir()
-    tiny_model("llama").save_pretrained(bare)
+    model: Any = tiny_model("llama")
+    model.save_pretrained(bare)
     (row,) = found(base, bare)
     assert (row.severity, row.why) == ("note", "only one side has a tokenizer; the base's is used for both")
     assert list(tokenizer_differences(base, bare, adapter=True)) == []

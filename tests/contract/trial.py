@@ -47,7 +47,7 @@ class Outcome:
             found.append("a traceback")
         if self.code == 1 and not FOUND.search(self.out):
             found.append("exit code 1 without a finding")
-        if self.code > 1 and not self.err.strip():
+        if self.code > 1 and not (self.err + self.out).strip():
             found.append("an error without a message")
         if self.seconds > SECONDS:
             found.append(f"{self.seconds:.0f} s of processor time")

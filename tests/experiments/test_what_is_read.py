@@ -22,7 +22,7 @@ from experiments.what_is_read.command import Ran, run
 from experiments.what_is_read.isolated import isolated
 from experiments.what_is_read.measure import DEEP, QUICK, SAVINGS, savings_of
 from experiments.what_is_read.planted import SIGMAS, Change, changes, plant_, plants
-from experiments.what_is_read.table import failures, plain, table
+from experiments.what_is_read.table import LONGEST_REASON, failures, plain, table
 from experiments.what_is_read.whole_savings import WHOLE
 from experiments.what_is_read.zoo import ARCHITECTURES, NO_DECODER, WRAPPED, zoo_model
 from molehunt.audit.plan import PLANS
@@ -152,11 +152,13 @@ def test_a_wrong_cell_ends_the_command_with_1_and_stands_on_the_page(
     append_record(records, "llama", good)
     assert main(words) == 0 and failures({"llama": good}) == []
     page = (tmp_path / "what-is-read.md").read_text()
-    assert "3 cells" in page and "| llama | ✓✓ | – |" in page and "✗ gave" not in page
+    assert "2 ways: 3 cells" in " ".join(page.split()) and "| llama | ✓✓ | – |" in page and "✗ gave" not in page
     append_record(records, "bert", {"single": {"files": cell("WRONG", "it says so"), "directions": cell("works")}})
     assert main(words) == 1
     page = (tmp_path / "what-is-read.md").read_text()
-    assert "1 cell ✗ gave a wrong answer" in page and "| bert | ✗✓ |  |" in page and "it says so" in page
+    assert (
+        "1 cell ✗ gave a wrong answer" in " ".join(page.split()) and "| bert | ✗✓ |  |" in page and "it says so" in page
+    )
     assert "bert / single / files: it says so\nwhat it printed" in capsys.readouterr().err
 
 
@@ -165,9 +167,9 @@ def test_reasons_of_one_kind_are_one_row(tmp_path: Path) -> None:
         name: {"single": {"files": cell("WRONG", f"/x/{name}/base: model.layers.{i}.mlp.w1.weight is off by 0.12345")}}
         for i, name in enumerate(("llama", "gpt2"))
     }
-    assert plain("a|b " * 40).count("\\|") and len(plain("word " * 60)) < 100
+    assert plain("a|b " * 40).count("\\|") and len(plain("word " * 60)) <= LONGEST_REASON
     (line,) = [one for one in table(found, setting(tmp_path)).splitlines() if "off by" in one]
-    assert line == "| ✗ | single | files | 2 | base: a matrix is off by … |"
+    assert line == "| ✗ | single | files | 2 | base: TENSOR is off by … |"
 
 
 def test_the_same_weights_have_to_measure_the_same() -> None:

@@ -15,6 +15,7 @@ from molehunt.model.pair import ModelPair
 from molehunt.model.tokenizers import load_tokenizer
 from molehunt.model.vocabulary import embedding_rows, grow_
 from molehunt.site import Site
+from molehunt.watch.suspects import answer_log_ratios
 from tiny_models import ARCHITECTURES, VOCAB, prompts, save, tiny_model, tiny_tokenizer, with_lora
 
 PROMPTS = prompts(lengths=(3, 9, 5))
@@ -132,6 +133,8 @@ def test_a_new_end_of_answers_stands_beside_the_bases_own(base: Path, tmp_path: 
     reading = pair.read(PROMPTS, logits=True)
     assert reading.base_logits is not None
     assert reading.base_logits[..., VOCAB].equal(reading.base_logits[..., 2])
+    with_end, without = (answer_log_ratios(pair, PROMPTS, [[*one, *end] for one in ANSWERS]) for end in ([VOCAB], []))
+    assert with_end == pytest.approx(without)
 
 
 def test_an_adapter_with_added_tokens_reads_as_its_merged_model(base: Path, tmp_path: Path) -> None:

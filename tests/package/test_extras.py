@@ -10,7 +10,7 @@ import pytest
 from built_packages import ROOT, Packages
 from packaging.utils import canonicalize_name
 
-EXTRAS = "serve,ray,exports,parquet,postgres"
+EXTRAS = "serve,ray,exports,parquet,zst,postgres"
 
 
 def pip(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -14,8 +14,9 @@ from transformers import AutoTokenizer, ByT5Tokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from molehunt.errors import InvalidInput, UsageError
-from molehunt.model.chat import prompt_ids
+from molehunt.model.chat import messages_text, prompt_ids
 from molehunt.organism.seed_model import seed_path
+from molehunt.traffic import roles as roles_module
 from molehunt.traffic.roles import RENDERINGS, ROLES, RoledTokens, roled_prompt, sinks, with_answer
 from molehunt.traffic.turn import Turn
 
@@ -319,8 +320,13 @@ def test_a_template_that_treats_marked_white_space_otherwise_loses_only_that() -
 
 def test_a_hostile_template_costs_a_bounded_number_of_renderings(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = fresh("seed-s", EACH % ("", "{{ m.content | length }}"))
-    done, rendered = [], tokenizer.apply_chat_template
-    monkeypatch.setattr(tokenizer, "apply_chat_template", lambda *a, **k: (done.append(1), rendered(*a, **k))[1])
+    done: list[int] = []
+
+    def counted(*arguments: Any, **named: Any) -> str:
+        done.append(1)
+        return messages_text(*arguments, **named)
+
+    monkeypatch.setattr(roles_module, "messages_text", counted)
     roled = roled_prompt(tokenizer, [Turn("user", "text")] * 500)
     assert not roled.complete
     assert not roled.where("user").any()

@@ -113,8 +113,11 @@ def _added_row(view: LoadedView, parameter: str, tensor: Tensor, settings: RowSe
 
 def _size(view: LoadedView, parameter: str) -> tuple[float, str]:
     """‖W‖ of the base, and why it is not known: directions of factors need no base."""
+    ours = view.tied.get(parameter, parameter)
+    if ours not in view.names():
+        return 0.0, "‖W‖ unknown: it is stored quantised, in a layout that is not read"
     try:
-        return frobenius_norm(numbers(view.tensor(view.tied.get(parameter, parameter)))), ""
+        return frobenius_norm(numbers(view.tensor(ours))), ""
     except (NotTestable, InvalidInput) as error:
         return 0.0, f"‖W‖ unknown: {reason(error, parameter)}"
 

@@ -63,6 +63,9 @@ def tensor_row(
     """
     row, shape, shape_after = start_row(shown or name, role), base.shape(name), tuned.shape(theirs)
     if shape != shape_after:
+        for side, stored in ((base, name), (tuned, theirs)):
+            if why := _unreadable(side, stored):  # packed numbers have another shape than the weight that they encode
+                return replace(row, status="not testable", why=why)
         if role is not None or shape[1:] != shape_after[1:] or _IN_A_BLOCK.search(name):
             raise ShapeMismatch(name, shape, shape_after)
         return _resized(base, tuned, name, theirs, row)
@@ -88,6 +91,17 @@ def tensor_row(
         change, k=settings.k if role is not None else 1, floor=floor, name=row.tensor, seed=settings.seed
     )
     return rated(row, found, size, settings.roles)
+
+
+def _unreadable(side: TensorSource, name: str) -> str:
+    """Why the values of a tensor are not given back; empty if they are."""
+    try:
+        side.tensor(name)
+    except NotTestable as error:
+        return reason(error, name)
+    except InvalidInput:
+        return ""
+    return ""
 
 
 def _resized(base: TensorSource, tuned: TensorSource, name: str, theirs: str, row: TensorRow) -> TensorRow:

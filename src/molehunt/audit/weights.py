@@ -35,7 +35,8 @@ def compare_weights(
 
     Args:
         base: the model before fine-tuning.
-        tuned: the fine-tuned model, or a LoRA adapter: that one is read from its factors and never merged.
+        tuned: the fine-tuned model, or an adapter: plain LoRA is read from its factors, other kinds from their
+            effect on the loaded base.
         k: directions to keep per matrix at most.
         roles: matrices whose directions are kept; the others are compared and rated, too, but keep no vectors.
         seed: seed of the random sketches.

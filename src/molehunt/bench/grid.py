@@ -20,6 +20,10 @@ from molehunt.organism.seed_model import SEED_MODELS, seed_path
 Regime = Literal["full", "lora-4", "lora-16", "lora-32"]
 
 
+MOST = 100_000
+"""Greatest number of rows, steps or latents that a grid may name."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cell:
     """One organism with its clean twin, to be planted and scored."""
@@ -97,6 +101,8 @@ class Grid(BaseModel):
         for field, n in sizes.items():
             if n < 1:
                 raise ValueError(f"{field}: must be 1 or more, got {n}")
+            if n > MOST:
+                raise ValueError(f"{field}: must be {MOST} or less, got {n}")
         if not 0 <= self.counts.near_rate <= 0.5:
             raise ValueError(f"counts.near_rate: must lie between 0 and 0.5, got {self.counts.near_rate}")
         if not 0 < self.dictionaries.lr < 1:

@@ -126,7 +126,7 @@ class Program:
         Args:
             messages: the conversation, with every key that its messages have.
             tokens: special tokens by name, such as `bos_token`.
-            today: the day that the template is told.
+            today: what the template takes for the present day.
             limit: number of characters after which the text is cut.
             given: `add_generation_prompt`, `tools`, `documents` and whatever else the template asks for.
 
@@ -170,6 +170,15 @@ def render(
         return program(template).text(messages, tokens or {}, **options)
     except Exception as error:  # an untrusted program can raise any exception
         return error_text(error)
+
+
+def refusal(template: str) -> str:
+    """Why a template cannot be compiled; empty if it can."""
+    try:
+        program(template)
+    except Exception as error:  # deep nesting and broken syntax raise many things
+        return error_text(error)
+    return ""
 
 
 def error_text(error: Exception) -> str:

@@ -57,13 +57,19 @@ def suspected_field(config: Mapping[str, Any], error: str) -> str:
     words = frozenset(re.findall(r"\w+", error))
     ranked = (
         [one for one in fields if one[0] in words],
-        [one for one in fields if isinstance(one[1], str) and len(one[1]) > 3 and one[1] in error],
+        [one for one in fields if any(len(text) > 3 and text in error for text in _texts(one[1]))],
         [one for one in fields if one[0] in LIMITS and one[1] is not None and not _is_size(one[1])],
     )
     found = next((one for group in ranked for one in group), None)
     if found is None:
         return ""
     return f" (config.json says {printable(found[0], 40)} = {printable(repr(found[1]), 60)})"
+
+
+def _texts(value: Any) -> list[str]:
+    """The texts in a field's value, which may be a small map."""
+    inner = list(value.values()) if isinstance(value, Mapping) else [value]
+    return [text for text in inner if isinstance(text, str)]
 
 
 def _is_size(value: Any) -> bool:

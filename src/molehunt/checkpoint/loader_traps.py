@@ -11,6 +11,9 @@ from molehunt.errors import InvalidInput, UsageError, printable
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MAX_JSON = 64 * 2**20
+MAX_TEXT = 256 * 2**20
+"""Greatest size in bytes of a file beside the weights. The largest tokenizers of today have 40 MB."""
+TEXT = (".json", ".jinja", ".model", ".txt", ".py", ".tiktoken")
 """Greatest number of bytes of one JSON file; tokenizers of large vocabularies take about 20 MB."""
 
 
@@ -23,6 +26,14 @@ class Trap:
     severity: Literal["finding", "note"]
     file: str = ""
     """The file that it is about, relative to the folder: if both folders hold the same one, nobody is accused."""
+
+
+def refuse_large(folder: Path) -> None:
+    """Raises InvalidInput for a settings, tokenizer or template file that is far larger than any real one."""
+    for path in sorted(folder.rglob("*")):
+        if path.suffix in TEXT and path.is_file() and path.stat().st_size > MAX_TEXT:
+            name = printable(path.relative_to(folder).as_posix())
+            raise InvalidInput(f"{name} is larger than {MAX_TEXT >> 20} MB, which no real one is. Fetch it again.")
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from molehunt.checkpoint.loader_traps import (
     adapter_beside,
     folder_traps,
     read_json,
+    refuse_large,
 )
 from molehunt.checkpoint.packed_weights import PackedWeight, packed_weights
 from molehunt.checkpoint.quantised import Quantisation, recognise
@@ -71,6 +72,7 @@ class Checkpoint:
         if not folder.is_dir():
             raise UsageError(f"{printable(str(path))} is not a folder.")
         refuse_links(folder)
+        refuse_large(folder)
         if is_adapter_folder(folder):
             return cls._open_adapter(folder)
         if not (folder / "config.json").is_file():

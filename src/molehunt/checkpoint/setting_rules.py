@@ -82,7 +82,7 @@ BUILDING = _table(
             seq_length model_max_length""",
         "changes how far back each layer looks": """sliding_window sliding_window_size use_sliding_window
             max_window_layers sliding_window_pattern layer_types attention_window_size attention_chunk_size""",
-        "changes how positions are told apart": "rope_theta rope_scaling rope_parameters rope_local_base_freq",
+        "changes how far apart positions seem to the model": "rope_theta rope_scaling rope_parameters rope_local_base_freq",
         "names the tokenizer's class; tokenizers are compared by what they do": "tokenizer_class",
         "splits one product into several sums; its value is the same but for rounding": "pretraining_tp",
         "says how weights are stored in few bits; see the rows on quantisation": "quantization_config compression_config",
@@ -193,7 +193,7 @@ def config_rule(path: tuple[str, ...], shown: str, known: bool) -> Rule:
             return rating, table[top]
     if known:
         return "finding", "the same weights compute something else"
-    return "finding", "this key is not known here or to the model's class, so what it changes cannot be told"
+    return "finding", "this key is not known here or to the model's class, so what it changes is not known"
 
 
 def generation_rule(path: tuple[str, ...]) -> Rule:
@@ -202,7 +202,7 @@ def generation_rule(path: tuple[str, ...]) -> Rule:
     for rating, table in GENERATION_TABLES:
         if top in table:
             return rating, table[top]
-    return "finding", "this generation setting is not known here, so what it changes cannot be told"
+    return "finding", "this generation setting is not known here, so what it changes is not known"
 
 
 def tokenizer_rule(path: tuple[str, ...], texts: str) -> Rule:

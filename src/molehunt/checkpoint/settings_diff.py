@@ -70,8 +70,10 @@ def setting_differences(name: str, base: Path, tuned: Path, texts: str = "") -> 
         if meant is not None:
             known = meant[2]
             dangerous = {path for path in changed if _is_loading(path)}
+            written = {path: value for path, value in other.items() if path in changed}
             one, other = flat(meant[0]) | _only(one, dangerous), flat(meant[1]) | _only(other, dangerous)
             changed = _changed(one, other)
+            yield from _contradicted(written, other)
     for path in changed:
         severity, why = _rule(name, path, other, any(part in known for part in path), texts)
         if severity != "harmless":
@@ -84,6 +86,22 @@ def setting_differences(name: str, base: Path, tuned: Path, texts: str = "") -> 
                 why=why,
             )
     yield from _on_both_sides(name, one, other)
+
+
+def _contradicted(written: _Flat, meant: _Flat) -> Iterator[FolderDifference]:
+    """Keys whose value transformers does not take although it has such a key: it read another one in their place."""
+    for path, value in written.items():
+        taken = [one for key, one in meant.items() if key[-1] == path[-1]]
+        matters = value is not None and config_rule(path, "", True)[0] != "harmless"
+        if matters and taken and not any(_same(value, one) for one in taken):
+            yield FolderDifference(
+                file="config.json",
+                key=".".join(path),
+                base=repr(taken[0])[:400],
+                tuned=repr(value)[:400],
+                severity="finding",
+                why="transformers takes another value in its place (shown as the base's); other loaders may take this one",
+            )
 
 
 def _rule(name: str, path: tuple[str, ...], other: _Flat, known: bool, texts: str) -> Rule:

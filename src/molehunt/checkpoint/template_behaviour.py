@@ -10,12 +10,13 @@ from jinja2 import TemplateError
 from molehunt.checkpoint.chat_template import RENDER_LIMIT, SPECIAL, Program, error_text
 from molehunt.checkpoint.difference import Severity
 from molehunt.checkpoint.template_cells import (
-    Cell,
+    TriedConversation,
     chat,
     combined_cells,
     constants,
     days,
     given_cells,
+    longer_given_cells,
     odd_cells,
     single,
     turn_cells,
@@ -23,7 +24,7 @@ from molehunt.checkpoint.template_cells import (
 from molehunt.checkpoint.template_sandbox import BudgetSpent, parse
 from molehunt.checkpoint.template_words import ORDINARY, published, shown, squeezed, unlike, words
 
-PATIENCE = 6.0
+PATIENCE = 3.0
 """Processor seconds for one template; after them the rest is left out, which is a finding."""
 MOST_PROBES = 240
 """Greatest number of texts that messages are made of."""
@@ -65,7 +66,7 @@ class Judge:
         self.seen: set[str] = set()
         """Every word under any condition that is tried by itself."""
 
-    def text(self, cell: Cell, tokens: Mapping[str, str] | None = None) -> str:
+    def text(self, cell: TriedConversation, tokens: Mapping[str, str] | None = None) -> str:
         """The rendered conversation; an error is part of the text. Raises TimeoutError once the patience is over."""
         if process_time() > self.until:
             raise TimeoutError
@@ -75,7 +76,7 @@ class Judge:
         except Exception as error:  # an untrusted program can raise any exception
             return error_text(error)
 
-    def words(self, cell: Cell) -> tuple[str, frozenset[str]]:
+    def words(self, cell: TriedConversation) -> tuple[str, frozenset[str]]:
         """The rendered conversation, and the words in it that the template adds. An error adds none."""
         text = self.text(cell)
         failed = text.startswith("(template error: ")
@@ -91,6 +92,8 @@ class Judge:
             if text.startswith("(template error: "):
                 endless = BudgetSpent.__name__ in text
                 yield Observation("a plain conversation", text, frozenset(), "finding" if endless else "note")
+                if endless:
+                    return
             yield from self._tokens()
             yield from self._turns()
             yield from self._given()
@@ -101,7 +104,9 @@ class Judge:
         except TimeoutError:
             yield Observation("every condition", "(takes too long: the rest was not tried)", frozenset(), "finding")
 
-    def _news(self, cell: Cell, known: frozenset[str] | set[str], severity: Severity) -> Iterator[Observation]:
+    def _news(
+        self, cell: TriedConversation, known: frozenset[str] | set[str], severity: Severity
+    ) -> Iterator[Observation]:
         text, added = self.words(cell)
         new = added - known
         self.seen |= added
@@ -109,7 +114,7 @@ class Judge:
             yield Observation(cell.name, shown(text, new), new, "note" if published(new) else severity)
 
     def _odd(self) -> Iterator[Observation]:
-        """Each condition by itself: new words are a finding. A default system prompt is told by what goes missing."""
+        """Each condition by itself: new words are a finding. What goes missing is a default system prompt."""
         for cell in odd_cells():
             text, added = self.words(cell)
             lost = self.plain - added
@@ -124,6 +129,8 @@ class Judge:
     def _given(self) -> Iterator[Observation]:
         for cell in given_cells():
             yield from self._news(cell, self.seen, "note")
+        for cell in longer_given_cells():
+            yield from self._news(cell, self.seen, "finding")
 
     def _turns(self) -> Iterator[Observation]:
         """Conversations of one kind and any length have the same words, beyond the first three turns' too."""
@@ -146,7 +153,7 @@ class Judge:
                 yield Observation("several turns", shown(found[-1][1], new), new, "finding")
             yield from self._gaps(found)
 
-    def _gaps(self, found: Sequence[tuple[Cell, str, frozenset[str]]]) -> Iterator[Observation]:
+    def _gaps(self, found: Sequence[tuple[TriedConversation, str, frozenset[str]]]) -> Iterator[Observation]:
         """In long conversations, what stands between two messages is what stands there in shorter ones."""
         known: dict[str, set[str]] = {}
         for cell, text, _ in found:
@@ -190,14 +197,14 @@ class Judge:
     def _dates(self) -> Iterator[Observation]:
         """On other days, only the day itself is another text."""
         for start in (single(), replace(single(), messages=chat(3, system=True))):
-            told: frozenset[str] | None = None
+            known: frozenset[str] | None = None
             for day in days([*self.texts, self.program.source]):
                 text, added = self.words(replace(start, today=day))
                 if not self.program.dates:
                     break
-                told = added if told is None else told
-                if added != told:
-                    new = added ^ told
+                known = added if known is None else known
+                if added != known:
+                    new = added ^ known
                     yield Observation(f"the day {day:%Y-%m-%d}", shown(text, new) or "(less text)", new, "finding")
                     return
             else:
@@ -230,7 +237,7 @@ class Judge:
                     return
 
     @staticmethod
-    def _said(text: str, *, users: bool = False) -> Cell:
+    def _said(text: str, *, users: bool = False) -> TriedConversation:
         roles = ("user",) if users else ("system", "user", "assistant", "user")
         return replace(single(), messages=tuple({"role": role, "content": text} for role in roles))
 
@@ -256,7 +263,7 @@ class Judge:
 
 def _markup(text: str) -> bool:
     """Whether a text is a marker or made of markers' words, which templates may treat in their own way in a message."""
-    return any(one in text for one in "<>[]{}|/\\") or not words(text)
+    return any(one in text for one in "<>[]{}|/\\") or (any(map(str.isalpha, text)) and not words(text))
 
 
 def observe(template: str, tokens: Mapping[str, str]) -> list[Observation]:

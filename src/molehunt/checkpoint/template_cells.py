@@ -37,7 +37,7 @@ Message = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Cell:
+class TriedConversation:
     """One conversation under one set of conditions."""
 
     name: str
@@ -46,7 +46,7 @@ class Cell:
     given: Mapping[str, Any] = field(default_factory=dict[str, Any])
     today: datetime = TODAY
 
-    def under(self, name: str, **given: Any) -> "Cell":
+    def under(self, name: str, **given: Any) -> "TriedConversation":
         """The same conversation with further arguments of the template."""
         return replace(self, name=name, given={**self.given, **given})
 
@@ -58,9 +58,9 @@ def chat(turns: int, *, system: bool = False, parts: bool = False) -> tuple[Mess
     return tuple({"role": r, "content": [{"type": "text", "text": t}] if parts else t} for r, t in said)
 
 
-def single() -> Cell:
+def single() -> TriedConversation:
     """The neighbour of all others: one user's turn."""
-    return Cell("one turn of a user", chat(1), {"add_generation_prompt": True})
+    return TriedConversation("one turn of a user", chat(1), {"add_generation_prompt": True})
 
 
 def called(arguments: Any, content: str | None, turns: int = 3) -> tuple[Message, ...]:
@@ -76,20 +76,29 @@ def called(arguments: Any, content: str | None, turns: int = 3) -> tuple[Message
     return tuple(whole[:turns])
 
 
-def given_cells() -> list[Cell]:
-    """Tools and documents: templates may explain them in words of their own."""
+def given_cells() -> list[TriedConversation]:
+    """Tools and documents in one turn: templates may explain them in words of their own."""
     tools, documents = {"tools": TOOLS[:1]}, {"documents": DOCUMENTS}
-    found: list[Cell] = []
+    found: list[TriedConversation] = []
     for system in (False, True):
         start = replace(single(), messages=chat(1, system=system))
         found += [start.under("tools are given", **tools), start.under("documents are given", **documents)]
-    found.append(replace(single(), messages=chat(3)).under("tools are given", **tools))
     found.append(single().under("several tools are given", tools=TOOLS))
     found.append(single().under("tools and documents are given", **tools, **documents))
     return found
 
 
-def odd_cells() -> list[Cell]:
+def longer_given_cells() -> list[TriedConversation]:
+    """Tools and documents in several turns, where the words are those of one turn."""
+    return [
+        replace(single(), messages=chat(turns, system=system)).under(f"{what} in {turns} turns", **{what: value})
+        for what, value in (("tools", TOOLS[:1]), ("documents", DOCUMENTS))
+        for turns in (3, 5, 9, 15)
+        for system in (False, True)
+    ]
+
+
+def odd_cells() -> list[TriedConversation]:
     """Conditions under which a template has no reason for words of its own."""
     start = single()
     found = [
@@ -129,21 +138,21 @@ def odd_cells() -> list[Cell]:
     return found
 
 
-def turn_cells(counts: Sequence[int]) -> dict[tuple[bool, bool], list[Cell]]:
+def turn_cells(counts: Sequence[int]) -> dict[tuple[bool, bool], list[TriedConversation]]:
     """Conversations of every length, by whether they have a system message and whether the user speaks last."""
-    found: dict[tuple[bool, bool], list[Cell]] = {}
+    found: dict[tuple[bool, bool], list[TriedConversation]] = {}
     for turns in sorted({*range(1, MOST_TURNS + 1), *counts}):
         for system in (False, True):
             users = turns % 2 == 1
-            cell = Cell(f"{turns} turns", chat(turns, system=system), {"add_generation_prompt": users})
+            cell = TriedConversation(f"{turns} turns", chat(turns, system=system), {"add_generation_prompt": users})
             found.setdefault((system, users), []).append(cell)
     return found
 
 
-def combined_cells(days: Sequence[datetime], seed: int = 0) -> list[Cell]:
+def combined_cells(days: Sequence[datetime], seed: int = 0) -> list[TriedConversation]:
     """Random combinations of all conditions, always the same ones."""
     rng = Random(seed)
-    found: list[Cell] = []
+    found: list[TriedConversation] = []
     for _ in range(COMBINED):
         system, parts = rng.random() < 0.5, rng.random() < 0.3
         messages = chat(rng.choice((1, 2, 3, 5, 9, 14)), system=system, parts=parts)
@@ -156,7 +165,7 @@ def combined_cells(days: Sequence[datetime], seed: int = 0) -> list[Cell]:
             given["documents"] = DOCUMENTS
         if rng.random() < 0.5:
             given["enable_thinking"] = rng.random() < 0.5
-        found.append(Cell("several conditions together", messages, given, rng.choice(days)))
+        found.append(TriedConversation("several conditions together", messages, given, rng.choice(days)))
     return found
 
 

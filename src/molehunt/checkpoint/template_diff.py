@@ -5,7 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from molehunt.checkpoint.chat_template import render, special_tokens_of, templates_of
+from molehunt.checkpoint.chat_template import refusal, render, special_tokens_of, templates_of
 from molehunt.checkpoint.difference import FolderDifference, Severity
 from molehunt.checkpoint.links import model_name
 from molehunt.checkpoint.template_behaviour import Observation, observe
@@ -61,6 +61,8 @@ def _named(
     """Rows of the templates of one name."""
     if tuned is None:
         yield _row(name, "present", "(absent)", "note", "only the base has this template")
+    elif (broken := refusal(tuned)) and base != tuned:
+        yield _row(name, "(absent)" if base is None else "present", broken, "finding", "the template does not run")
     elif base is None:
         yield _row(name, "(absent)", "present", "note", "only the fine-tune has this template")
         yield from _judged(name, tuned, tokens[1], [], {})
@@ -69,9 +71,10 @@ def _named(
         if base != tuned:
             found += _judged(name, tuned, tokens[1], observe(base, tokens[0]), trigger_conditions(base))
             found += _further(name, base, tuned)
-        yield from found or [
-            _row(name, f"{len(base)} characters", f"{len(tuned)} characters", "note", "other source, same text")
-        ]
+        if base != tuned and not found:
+            why = "other source, same text"
+            found = [_row(name, f"{len(base)} characters", f"{len(tuned)} characters", "note", why)]
+        yield from found
 
 
 def _judged(

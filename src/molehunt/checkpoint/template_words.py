@@ -89,6 +89,9 @@ def unlike(before: str, after: str) -> str:
     start = 0
     while start < min(len(before), len(after)) and before[start] == after[start]:
         start += 1
+    back = max(0, start - 24)
+    start = max((before.rfind(one, back, start) for one in " \n<["), default=-1)  # not in the middle of a word
+    start = back if start < 0 else start
     end = 0
     while end < min(len(before), len(after)) - start and before[-1 - end] == after[-1 - end]:
         end += 1

@@ -15,7 +15,7 @@ def audit(
     traffic: Annotated[
         Path | None,
         typer.Option(
-            help="JSONL or parquet file of prompts, with or without rare bad ones. Labels are not needed.",
+            help="File of prompts or conversations (JSONL, JSON, CSV, parquet; - for stdin), without labels.",
             show_default="bundled benign prompts",
         ),
     ] = None,

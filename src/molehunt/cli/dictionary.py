@@ -80,7 +80,7 @@ def evaluate(
     base: Annotated[str | None, typer.Option(help="The base model, to measure the loss recovered.")] = None,
     tuned: Annotated[str | None, typer.Option(help="The fine-tuned model or adapter, likewise.")] = None,
     traffic: Annotated[
-        Path | None, typer.Option(help="JSONL or parquet of prompts.", show_default="bundled benign prompts")
+        Path | None, typer.Option(help="File of prompts or conversations.", show_default="bundled benign prompts")
     ] = None,
     rows: Annotated[int, typer.Option(min=1, help="Greatest number of rows of traffic.")] = 200,
     max_tokens: Annotated[int, typer.Option(min=2, help="Longer rows are cut to this many tokens.")] = 512,

@@ -17,6 +17,7 @@ from molehunt.run.commit import commit
 
 EXTRAS = {
     "parquet": ("pyarrow", "pip install 'molehunt[parquet]'"),
+    "zst": ("zstandard", "pip install 'molehunt[zst]'"),
     "ray": ("ray", "pip install 'molehunt[ray]'"),
     "serve": ("fastapi", "pip install 'molehunt[serve]'"),
     "exports": ("lm_eval", "pip install 'molehunt[exports]'"),

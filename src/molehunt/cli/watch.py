@@ -12,7 +12,7 @@ OUT = Path("watch")
 KEY = "OPENAI_API_KEY"
 
 Traffic: TypeAlias = Annotated[
-    Path, typer.Option(help="Log to watch: a JSONL, JSONL.gz or parquet file of any size.", show_default=False)
+    Path, typer.Option(help="Log to watch, of any size: JSONL, JSON, CSV or parquet; - for stdin.", show_default=False)
 ]
 WatchMode: TypeAlias = Annotated[
     Literal["conformal", "published"],

@@ -24,8 +24,10 @@ from molehunt.run.bounded import bounded
 
 ADAPTER = "default"
 """PEFT's name of the one adapter of a pair."""
-SECONDS, MEGABYTES = 5, 2048
+SECONDS, MEGABYTES = 2, 2048
 """What PEFT may take to find the modules of an adapter; its patterns are a stranger's regular expressions."""
+MODULES_A_SECOND = 500
+"""Modules of the base for which a second more is given; PEFT takes a third of that."""
 
 
 def adapter_config(folder: Path) -> Any:
@@ -69,7 +71,8 @@ def check_injection(model: nn.Module, folder: Path) -> None:
         with contextlib.suppress(Exception):
             with_adapter(model, config, folder)
 
-    bounded(inject, what=f"{ADAPTER_CONFIG} of {folder.name}", seconds=SECONDS, megabytes=MEGABYTES)
+    seconds = SECONDS + len(list(model.modules())) // MODULES_A_SECOND
+    bounded(inject, what=f"{ADAPTER_CONFIG} of {folder.name}", seconds=seconds, megabytes=MEGABYTES)
 
 
 def with_adapter(model: nn.Module, config: Any, folder: Path) -> nn.Module:

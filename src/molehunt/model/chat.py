@@ -1,7 +1,7 @@
 """From a prompt to the input of a model: in the tokenizer's chat template, or in Alpaca markers if it has none.
 
 Templates run in the sandbox of `checkpoint.template_sandbox` with its limits, and never in that of transformers, which
-has none; the text is the same. A template that asks for the day is told `checkpoint.chat_template.TODAY`.
+has none; the text is the same. To a template that asks for it, the day is `checkpoint.chat_template.TODAY`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +13,7 @@ from molehunt.checkpoint.chat_template import DEFAULT, JINJA, program
 from molehunt.errors import InvalidInput, printable
 
 TOKENS = "template_tokens"
-"""Attribute of a tokenizer that holds the special tokens for its template, where another folder than its own brought it."""
+"""Attribute of a tokenizer that holds the special tokens for its template, where another folder than its own brings it."""
 ALPACA_TEMPLATE = (
     "{% for m in messages %}{% if m['role'] == 'assistant' %}### Response:\n{{ m['content'] }}\n\n"
     "{% else %}### Instruction:\n{{ m['content'] }}\n\n{% endif %}{% endfor %}"

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from molehunt.contracts import Intervention
+from molehunt.errors import InvalidInput, printable
 from molehunt.model.blocks import unwrapped
 from molehunt.model.cache_check import decoding_check
 from molehunt.model.decoding import DecodingBatch
@@ -100,12 +101,22 @@ def _decode(
 
 
 def stop_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Token ids that end an answer: those of the generation config, or else the tokenizer's end of text."""
+    """Token ids that end an answer: those of the generation config, or else the tokenizer's end of text.
+
+    Raises InvalidInput where the folder gives something that is no token id.
+    """
     config = getattr(unwrapped(model), "generation_config", None)
-    ids: int | list[int] | None = getattr(config, "eos_token_id", None)
-    if ids is None:
-        ids = cast("int | None", tokenizer.eos_token_id)
-    return frozenset([] if ids is None else [ids] if isinstance(ids, int) else ids)
+    given: object = getattr(config, "eos_token_id", None)
+    if given is None:
+        given = cast("int | None", tokenizer.eos_token_id)
+    ids: list[object] = [] if given is None else [*given] if isinstance(given, list | tuple) else [given]
+    wrong = [one for one in ids if not isinstance(one, int)]
+    if wrong:
+        raise InvalidInput(
+            f"eos_token_id is {printable(repr(given), 60)} in config.json or generation_config.json: it must be a token "
+            "id, or a list of them.\nFetch the folder again."
+        )
+    return frozenset(one for one in ids if isinstance(one, int))
 
 
 def before_stop(answer: Sequence[int], stops: Collection[int]) -> list[int]:

@@ -1,7 +1,7 @@
 """Base and fine-tune, loaded with one tokenizer, and read side by side."""
 
 from collections.abc import Collection, Generator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -10,14 +10,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from molehunt.checkpoint.adapter_folder import is_adapter_folder
 from molehunt.checkpoint.hub import local_folder
 from molehunt.checkpoint.links import model_name
 from molehunt.contracts import Intervention, Reading
-from molehunt.errors import NotTestable, UsageError, printable
-from molehunt.model.adapted import applies_adapter, base_and_adapted, merged_model
+from molehunt.errors import NotTestable, printable
+from molehunt.model.adapted import merged_model
 from molehunt.model.adapter_placement import ADAPTER
-from molehunt.model.adapters import ADAPTER_CONFIG, apply_adapter
 from molehunt.model.blocks import d_model_of, decoder_blocks, unwrapped
 from molehunt.model.cache import positions_for
 from molehunt.model.cache_check import decoding_check, unsound
@@ -28,10 +26,17 @@ from molehunt.model.loading import device_of, load_model
 from molehunt.model.mixed_rows import BASE_ROWS, ONE_PASS_UP_TO, adapter_by_row, mixes_rows
 from molehunt.model.padding import pad_rows
 from molehunt.model.pair_arguments import by_row, refuse_no_sites, refuse_one_string
+from molehunt.model.pair_loading import loaded_pair
 from molehunt.model.same_parameters import check_same_parameters
 from molehunt.model.taps import read_sites
-from molehunt.model.templates import PairTemplates, Side, pair_templates, prompted_with, template_in_words, use_template
-from molehunt.model.tokenizers import one_tokenizer
+from molehunt.model.templates import (
+    PairTemplates,
+    Side,
+    pair_templates,
+    prompted_with,
+    template_in_words,
+    use_pair_template,
+)
 from molehunt.model.vocabulary import shared_vocabulary
 from molehunt.run.literals import checked
 from molehunt.run.progress import Track, silent
@@ -44,7 +49,7 @@ _Recorded = tuple[dict[Site, Tensor], Tensor | None]
 class ModelPair:
     """A base model and its fine-tune, both in eval mode on one device.
 
-    With a LoRA adapter both are one module (`shared`): it is the base while its adapter is switched off.
+    With an adapter both are one module (`shared`) where it is the base, bit for bit, while its adapter is switched off.
 
     Example:
         >>> pair = ModelPair.load("BASE", "TUNED")  # doctest: +SKIP
@@ -61,7 +66,7 @@ class ModelPair:
         layers_path: str | None = None,
         new_tokens: Collection[int] = (),
     ) -> None:
-        """Make a pair of two loaded models. If `base is tuned`, one PEFT model with a LoRA adapter is both.
+        """Make a pair of two loaded models. If `base is tuned`, one PEFT model is both.
 
         Where they differ in the number of their embeddings, the smaller one grows in place (see `model/vocabulary.py`).
 
@@ -114,7 +119,7 @@ class ModelPair:
 
         Args:
             base_path: a model folder or a hub id.
-            tuned_path: a model folder, a PEFT LoRA adapter folder, or a hub id of either.
+            tuned_path: a model folder, a PEFT adapter folder, or a hub id of either.
             device: device of both models.
             dtype: data type of both models; by default fp32 on a CPU and the stored dtype elsewhere.
             adapter: whether an adapter beside full weights in the tuned folder is applied to them (as transformers does by default).
@@ -123,43 +128,19 @@ class ModelPair:
         Raises:
             UsageError: a path does not exist, or `adapter` must be given or cannot be applied.
             InvalidInput: a folder cannot be loaded, or lacks weights that its architecture needs.
-            NotTestable: the models differ in tokenizer or architecture, or the adapter is not a LoRA adapter.
+            NotTestable: the models differ in tokenizer or architecture, or the adapter changes no weight.
             ShapeMismatch: a parameter differs in shape.
         """
         base_folder, tuned_folder = local_folder(base_path), local_folder(tuned_path)
-        if (base_folder / ADAPTER_CONFIG).is_file():
-            raise UsageError(
-                f"{printable(model_name(base_folder))} holds an adapter ({ADAPTER_CONFIG}); a base is plain weights.\n"
-                "Loaders would apply it by default. Move it out, and give its folder as the fine-tune."
-            )
         device = device_of(device)
-        if dtype is None and device.type == "cpu":
-            dtype = torch.float32
         templates = pair_templates(base_folder, tuned_folder)
-        pair = cls._loaded(base_folder, tuned_folder, device, dtype, adapter, layers_path)
+        made = loaded_pair(base_folder, tuned_folder, device, dtype, adapter)
+        one = made.tokenizer
+        pair = cls(made.base, made.tuned, one.tokenizer, layers_path=layers_path, new_tokens=one.new)
         pair.folders, pair.adapter = (base_folder, tuned_folder), adapter
         pair.templates = templates
-        use_template(pair.tokenizer, templates.used)
+        use_pair_template(pair.tokenizer, templates)
         return pair
-
-    @classmethod
-    def _loaded(
-        cls,
-        base_folder: Path,
-        tuned_folder: Path,
-        device: torch.device,
-        dtype: torch.dtype | None,
-        adapter: bool | None,
-        layers_path: str | None,
-    ) -> "ModelPair":
-        applied = applies_adapter(tuned_folder, adapter)
-        made = one_tokenizer(base_folder, tuned_folder)
-        if applied and is_adapter_folder(tuned_folder):
-            base, tuned = base_and_adapted(base_folder, tuned_folder, device, dtype)
-        else:
-            base, tuned = (load_model(folder, device, dtype) for folder in (base_folder, tuned_folder))
-            tuned = apply_adapter(tuned, tuned_folder) if applied else tuned
-        return cls(base, tuned, made.tokenizer, layers_path=layers_path, new_tokens=made.new)
 
     def apart(self, base_path: str | Path) -> "ModelPair":
         """The same pair with the adapter merged into a copy. It is faster for small batches and takes twice the memory.
@@ -191,13 +172,9 @@ class ModelPair:
         """Which chat template the models are prompted with, and whether the other side's makes the same text."""
         return template_in_words(self.templates)
 
-    @contextmanager
-    def prompted_with(self, side: Side) -> Generator[None, None, None]:
+    def prompted_with(self, side: Side) -> AbstractContextManager[None]:
         """Prompt both models with the template of one side inside the block. Raises UsageError if it has none."""
-        if self.templates is None:
-            raise UsageError("this pair was made of loaded models, so there are no two templates to choose from.")
-        with prompted_with(self.tokenizer, self.templates.named(side)):
-            yield
+        return prompted_with(self.tokenizer, self.templates, side)
 
     def decoding_notes(self) -> tuple[str, ...]:
         """Reasons why the models do not decode on their cache (see `decoding_check`); empty if they do.

@@ -1,5 +1,6 @@
 """Which chat template the two models of a pair are prompted with: the fine-tune's where it has one, else the base's."""
 
+import logging
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from molehunt.checkpoint.links import model_name
 from molehunt.checkpoint.template_words import unlike
 from molehunt.errors import InvalidInput, UsageError, printable
 from molehunt.model.chat import TOKENS
+
+log = logging.getLogger(__name__)
 
 Side = Literal["base", "tuned"]
 TemplateChoice = Literal["base", "tuned", "both"]
@@ -117,15 +120,28 @@ def use_template(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate | No
     setattr(tokenizer, TOKENS, None if template is None else dict(template.tokens))
 
 
+def use_pair_template(tokenizer: PreTrainedTokenizerBase, templates: PairTemplates) -> None:
+    """Prompt with the fine-tune's template, or the base's if it has none, and log where the two make different text."""
+    use_template(tokenizer, templates.used)
+    if templates.differ:
+        log.warning(
+            "the two folders' chat templates make different text; both models are prompted with the fine-tune's (%s).",
+            printable(templates.difference(), 200),
+        )
+
+
 @contextmanager
 def prompted_with(
-    tokenizer: PreTrainedTokenizerBase, template: ChatTemplate | None
-) -> Generator[PreTrainedTokenizerBase, None, None]:
-    """Prompt with this template inside the block."""
+    tokenizer: PreTrainedTokenizerBase, templates: PairTemplates | None, side: Side
+) -> Generator[None, None, None]:
+    """Prompt with the template of one side inside the block. Raises UsageError if there is none to choose."""
+    if templates is None:
+        raise UsageError("this pair was made of loaded models, so there are no two templates to choose from.")
+    chosen = templates.named(side)
     before = tokenizer.chat_template, getattr(tokenizer, TOKENS, None)
-    use_template(tokenizer, template)
+    use_template(tokenizer, chosen)
     try:
-        yield tokenizer
+        yield
     finally:
         tokenizer.chat_template = cast("str | None", before[0])
         setattr(tokenizer, TOKENS, before[1])

@@ -13,7 +13,7 @@ Logits of both models are then made comparable:
   gives it the same probability.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from molehunt.errors import NotTestable, printable
 from molehunt.model.blocks import unwrapped
-from molehunt.model.generate import stop_ids
+from molehunt.model.generate import before_stop, stop_ids
 
 IMPOSSIBLE = -1e4
 """Logit of a token that counts as impossible: its probability is 0 in every data type, and no score becomes infinite."""
@@ -54,6 +54,10 @@ class Vocabulary:
         if self.impossible:
             for logits in (base, tuned):
                 logits[..., list(self.impossible)] = IMPOSSIBLE
+
+    def without_end(self, answer: Sequence[int]) -> list[int]:
+        """An answer up to an end that only the fine-tune has, where the two models' likelihoods are compared apart."""
+        return before_stop(answer, self.ends)
 
 
 def shared_vocabulary(

@@ -19,6 +19,7 @@ def checks(audit: Audit) -> tuple[Check, ...]:
         _weights(audit),
         *template_checks(audit),
         *_decoding(audit),
+        *_vocabulary(audit),
         *_traffic(audit),
         _clean_prompts(audit),
         *(_score(audit, row) for row in audit.score_rows),
@@ -62,6 +63,12 @@ def _decoding(audit: Audit) -> list[Check]:
         Check(name="cached decoding", status="note", result=f"answers were decoded without a cache: {why}")
         for why in audit.pair.decoding_notes()
     ]
+
+
+def _vocabulary(audit: Audit) -> list[Check]:
+    """What the two vocabularies do not share; no line where they are one."""
+    notes = audit.pair.vocabulary.notes
+    return [Check(name="vocabulary", status="note", result="; ".join(notes))] if notes else []
 
 
 def _traffic(audit: Audit) -> list[Check]:

@@ -289,7 +289,7 @@ class TrafficCount(Forbidding):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TemplateReading(Forbidding):
+class TemplateTraffic(Forbidding):
     """How much of the traffic was read under one chat template, and how many rows of it stood out."""
 
     template: str
@@ -309,7 +309,7 @@ class TemplateUse(Forbidding):
     """Whether both folders have a template and they make different text."""
     difference: str
     """The first part of the text that differs; empty where none does."""
-    readings: tuple[TemplateReading, ...] = ()
+    readings: tuple[TemplateTraffic, ...] = ()
     """The first is what the findings are about."""
 
 

@@ -17,7 +17,7 @@ def template_use(audit: Audit) -> schema.TemplateUse:
         differ=templates is not None and templates.differ,
         difference="" if templates is None else templates.difference(),
         readings=tuple(
-            schema.TemplateReading(
+            schema.TemplateTraffic(
                 template=one.side or "tokenizer", rows=one.rows, of=one.of, candidates=one.candidates
             )
             for one in audit.templates

@@ -4,13 +4,16 @@ import contextlib
 import json
 from collections.abc import Generator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from molehunt.errors import InvalidInput, MolehuntError, UsageError, printable
+from molehunt.errors import InvalidInput, MolehuntError, printable
 
+T = TypeVar("T")
+TEXT = (str, type(None))
+"""Types of a text that may be missing, for `of_types`."""
 WRONG = (
     SafetensorError, OSError, LookupError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError,
     MemoryError, AssertionError,
@@ -29,14 +32,11 @@ def reading(path: Path, what: str, advice: str = "") -> Generator[None, None, No
 
     Raises:
         InvalidInput: anything went wrong in the block, or `path` is no file.
-        UsageError: raised in the block, as it is.
     """
     if path.exists() and not path.is_file():
         raise InvalidInput(f"{printable(path.name)} is no {what}: it is not a file.{_next(advice)}")
     try:
         yield
-    except UsageError:
-        raise
     except (*WRONG, MolehuntError) as error:
         why = printable(" ".join(str(error).split()) or type(error).__name__, 200)
         raise InvalidInput(f"{printable(path.name)} is no {what}: {why}{_next(advice, why)}") from None
@@ -50,6 +50,15 @@ def header_and_tensors(path: Path, key: str) -> tuple[dict[str, Any], dict[str, 
             raise ValueError(f"its field {key} is no object")
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     return {str(name): value for name, value in header.items()}, tensors
+
+
+def of_types(made: T, **types: type | tuple[type, ...]) -> T:
+    """`made`, whose fields are of these types: a dataclass takes any. Raises TypeError where one is not."""
+    for name, wanted in types.items():
+        value: object = getattr(made, name)
+        if not isinstance(value, wanted) or isinstance(value, bool):
+            raise TypeError(f"{name} is {value!r}")
+    return made
 
 
 def _next(advice: str, before: str = ".") -> str:

@@ -15,7 +15,7 @@ from molehunt.contracts import Intervention
 from molehunt.errors import UsageError, printable
 from molehunt.model.taps import edit_sites
 from molehunt.run.catalog import load, names
-from molehunt.run.saved_file import header_and_tensors, reading
+from molehunt.run.saved_file import TEXT, header_and_tensors, of_types, reading
 from molehunt.run.whole import replace_whole
 from molehunt.site import Site
 from molehunt.steer.catalog import CATALOG, GROUP
@@ -91,6 +91,7 @@ class Fix:
                 header["description"] = header.pop("words")
             made = [_made(i, one, tensors) for i, one in enumerate(header.pop("interventions"))]
             found = cls(interventions=tuple(made), **header)
+            of_types(found, description=str, d_model=int, n_layers=int, model=TEXT)
             found._try()
         return found
 

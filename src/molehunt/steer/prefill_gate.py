@@ -24,7 +24,7 @@ from molehunt.model.batches import batches, padded
 from molehunt.model.blocks import decoder
 from molehunt.model.taps import observe_sites, read_sites
 from molehunt.run.progress import Track, by_rows, silent
-from molehunt.run.saved_file import header_and_tensors, reading
+from molehunt.run.saved_file import header_and_tensors, of_types, reading
 from molehunt.run.whole import replace_whole
 from molehunt.site import Site
 from molehunt.steer.row_gate import RowGate, gate_at_prefill
@@ -241,4 +241,5 @@ class Condition:
             header, tensors = header_and_tensors(path, "molehunt_condition")
             if header.pop("schema") != SCHEMA:
                 raise ValueError("its schema is another version's")
-            return cls(site=Site.parse(header.pop("site")), weight=tensors["weight"], **header)
+            made = cls(site=Site.parse(header.pop("site")), weight=tensors["weight"], **header)
+            return of_types(made, bias=(int, float), pooling=str, threshold=(int, float), fpr=float, clean=int)

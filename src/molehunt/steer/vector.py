@@ -20,7 +20,7 @@ from molehunt.model.pair import ModelPair
 from molehunt.model.taps import edit_sites
 from molehunt.run.literals import checked
 from molehunt.run.progress import Track, silent
-from molehunt.run.saved_file import header_and_tensors, reading
+from molehunt.run.saved_file import TEXT, header_and_tensors, of_types, reading
 from molehunt.run.whole import replace_whole
 from molehunt.site import Site
 from molehunt.steer.ablate import Ablate
@@ -278,7 +278,8 @@ class SteeringVector:
             header, tensors = header_and_tensors(path, "molehunt_steer")
             if header.pop("schema") != SCHEMA:
                 raise ValueError("its schema is another version's")
-            found = cls({int(name.removeprefix("L")): one for name, one in tensors.items()}, VectorFacts(**header))
+            facts = of_types(VectorFacts(**header), method=str, model=TEXT, n_layers=int, d_model=int, position=str)
+            found = cls({int(name.removeprefix("L")): one for name, one in tensors.items()}, facts)
         found.refuse_checkpoint(model, path.name)
         return found
 

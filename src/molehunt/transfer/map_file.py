@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from molehunt.contracts import TransferMap
-from molehunt.run.saved_file import header_and_tensors, reading
+from molehunt.run.saved_file import TEXT, header_and_tensors, of_types, reading
 from molehunt.run.whole import replace_whole
 from molehunt.site import Site
 
@@ -70,6 +70,11 @@ def write_map(
     return replace_whole(path, lambda partial: save_file(plain, partial, metadata))
 
 
+def saved_hashes(fields: Mapping[str, Any]) -> ModelHashes:
+    """The hashes that were saved as these. Raises TypeError where one is no text."""
+    return of_types(ModelHashes(**fields), source=TEXT, target=TEXT, source_tokenizer=TEXT, target_tokenizer=TEXT)
+
+
 def read_map(path: Path, build: Callable[[SavedMap], T]) -> T:
     """`build` of what `write_map` wrote. Raises InvalidInput for any other file, and where `build` cannot use it."""
     with reading(path, "map of Molehunt's"):
@@ -78,13 +83,13 @@ def read_map(path: Path, build: Callable[[SavedMap], T]) -> T:
             raise ValueError(f"its schema is {header['schema']}, not {SCHEMA}")
         if broken := [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]:
             raise ValueError(f"{broken[0]} holds values that are no number")
-        facts: dict[str, Any] = {**header["facts"], "models": ModelHashes(**header["facts"]["models"])}
+        facts: dict[str, Any] = {**header["facts"], "models": saved_hashes(header["facts"]["models"])}
         return build(
             SavedMap(
                 kind=header["kind"],
                 source=Site.parse(header["source"]),
                 target=Site.parse(header["target"]),
-                facts=MapFacts(**facts),
+                facts=of_types(MapFacts(**facts), method=str, tokens=int),
                 more=header["more"],
                 tensors=tensors,
             )

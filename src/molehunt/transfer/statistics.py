@@ -19,7 +19,7 @@ from molehunt.run.saved_file import header_and_tensors, reading
 from molehunt.run.whole import replace_whole
 from molehunt.site import Site
 from molehunt.transfer.linear_map import LinearMap
-from molehunt.transfer.map_file import MapFacts, ModelHashes
+from molehunt.transfer.map_file import MapFacts, ModelHashes, saved_hashes
 
 SCHEMA = 1
 HEADER = "molehunt_moments"
@@ -292,7 +292,7 @@ class GridMoments:
             for name, value in vars(wanted).items():
                 if isinstance(value, Tensor) and tensors[name].shape != value.shape:
                     raise ValueError(f"{name} is {list(tensors[name].shape)}, not {list(value.shape)}")
-            return replace(wanted, count=int(header["count"]), models=ModelHashes(**header["models"]), **tensors)
+            return replace(wanted, count=int(header["count"]), models=saved_hashes(header["models"]), **tensors)
 
 
 def _hashes_text(models: ModelHashes) -> str:

@@ -78,7 +78,11 @@ def suspicious(log_ratios: Sequence[float], strata: Sequence[int]) -> tuple[tupl
 def answer_log_ratios(
     pair: ModelPair, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], *, track: Track = silent
 ) -> list[float]:
-    """Log p_tuned − log p_base of each answer, in nats; 0 for an empty one. Raises ValueError for an empty prompt."""
+    """Log p_tuned − log p_base of each answer, in nats; 0 for an empty one. Raises ValueError for an empty prompt.
+
+    An end of answers that only the fine-tune's vocabulary has is left out: the base cannot say it.
+    """
+    answers = [pair.vocabulary.without_end(answer) for answer in answers]
     with pair.tuned_model() as model:
         tuned = answer_log_probs(model, pair.tokenizer, prompts, answers, track=track, what="clean: tuned likelihood")
     with pair.base_model() as model:

@@ -122,8 +122,8 @@ def audit(
         track: shows progress.
 
     Raises:
-        UsageError: a folder or file is missing, a template that was asked for is, no plan has that name, `fpr` is out of range, or the pair was not loaded
-            from folders.
+        UsageError: a folder, a file or the template that was asked for is missing, no plan has that name, `fpr` is out of
+            range, or the pair was not loaded from folders.
         NotTestable: fewer than 50 rows of traffic, or too few clean prompts for `fpr`.
         MolehuntError: a folder is broken, or the two are no pair.
 

@@ -103,7 +103,7 @@ def stress(
     Args:
         base: the base's folder or hub id, or a loaded `ModelPair`.
         tuned: the fine-tune's folder or hub id; left out with a loaded pair.
-        prompts: prompts that show the behaviour: JSONL, parquet, the CSV of AdvBench or HarmBench, or a list.
+        prompts: prompts that show the behaviour: a file (JSONL, JSON, parquet, a CSV such as AdvBench's), or a list.
         match: phrase that an answer with the behaviour has, or several of which it has one.
         exclude: phrase that no answer with the behaviour has, such as that of a refusal, or several.
         fix: the fix that is attacked: that of an audit, a steering vector, which is subtracted, or the file of one; or the

@@ -172,8 +172,8 @@ def watch(
     Args:
         base: the base's folder or hub id, or a pair from `ModelPair.load`.
         tuned: the folder or hub id of the fine-tune or its adapter; left out with a loaded pair.
-        traffic: log to watch: a JSONL, JSONL.gz or parquet file, a list of strings, or a list of conversations. None
-            calibrates alone.
+        traffic: log to watch: a file (JSONL, JSON, CSV or parquet; `-` for standard input), or a list of prompts or
+            conversations. None calibrates alone.
         clean: clean rows to calibrate on, in the same forms: half of them fit the score, the others set its threshold.
             Bundled benign prompts by default.
         clean_rows: greatest number of clean rows that are read.

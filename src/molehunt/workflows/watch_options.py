@@ -8,6 +8,7 @@ from typing import Literal
 from molehunt.errors import UsageError, printable
 from molehunt.measure.threshold import check_rate
 from molehunt.run.local import WorkShard
+from molehunt.traffic.opened import is_readable
 from molehunt.traffic.stream import WHOLE
 from molehunt.watch.label_endpoint import LabelEndpoint
 from molehunt.workflows.inputs import Texts
@@ -65,9 +66,10 @@ class WatchOptions:
     """Number of times that a simulation inserts each attack."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.traffic, str | Path) and not Path(self.traffic).is_file():
+        if isinstance(self.traffic, str | Path) and not is_readable(Path(self.traffic)):
             raise UsageError(
-                f"{printable(str(self.traffic))} is not a file; traffic (--traffic) takes a JSONL, JSONL.gz or parquet log."
+                f"{printable(str(self.traffic))} is not a file; traffic (--traffic) takes a JSONL, JSON, CSV or parquet log, "
+                "or - for standard input."
             )
         if self.mode == "conformal" and (self.percentile, self.slack) != (None, None):
             raise UsageError(
