@@ -99,7 +99,7 @@ def repair(
 
     config = config or RepairConfig()
     tuned = local_folder(tuned)
-    tokenizer = one_tokenizer(tuned, tuned)
+    tokenizer = one_tokenizer(tuned, tuned).tokenizer
     _check_rows(tokenizer, rows, config)
     device = torch.device(device)
     with new_folder(into) as folder, torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):

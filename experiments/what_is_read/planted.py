@@ -23,6 +23,8 @@ WRITERS = (
     "output.dense",
 )  # fmt: skip
 """Ends of the names of matrices that write to the residual stream."""
+STATE_SPACE = ("mamba", "mamba2", "falcon_mamba")
+"""Model types whose writers PEFT refuses to give factors, so that an adapter changes what reads."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,10 +67,11 @@ def plants(model: nn.Module, *, only_linear: bool = False, seed: int = 5) -> lis
         ValueError: the model has no such matrix, so that nothing could be planted.
     """
     rng, found = torch.Generator().manual_seed(seed), list[Plant]()
+    reads = only_linear and cast("Any", model).config.model_type in STATE_SPACE
     for name, parameter in model.named_parameters():
         shape = tuple(parameter.shape)
         inside = IN_BLOCK.search(name) and not OTHER_TOWER.search(name)
-        known = name.removesuffix(".weight").endswith(WRITERS)
+        known = name.removesuffix(".weight").endswith("in_proj" if reads else WRITERS)
         if not inside or not known or len(shape) not in (2, 3) or (only_linear and len(shape) == 3):
             continue
         vectors = [torch.randn(n, generator=rng) for n in shape[-2:]]

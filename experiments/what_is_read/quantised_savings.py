@@ -212,7 +212,7 @@ QUANTISED: tuple[Saving, ...] = (
     ),
     *(
         Saving(name=f"gguf-{kind}", what=f"GGUF with matrices in {kind}, on both sides", make=functools.partial(as_gguf, q8),
-               on=("llama",), rounding=0.02 if q8 else 0.0, tolerance=0.1 if q8 else 1e-3, close=0.05 if q8 else 2e-3, may=RUN, why=NEEDS, runs_rounded=True)
+               on=("llama",), rounding=0.02 if q8 else 0.0, tolerance=0.1 if q8 else 1e-3, close=2e-3, may=RUN, why=NEEDS, runs_rounded=True)
         for kind, q8 in (("F32", False), ("Q8_0", True))
     ),
 )  # fmt: skip

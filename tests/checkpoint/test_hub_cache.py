@@ -52,7 +52,8 @@ def downloaded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Downloaded]
         (tuned / name).write_text("{}")
     for folder in (base, tuned):
         (folder / "additional_chat_templates").mkdir()
-        (folder / "additional_chat_templates" / "tool.jinja").write_text("{{ messages }}")
+        (folder / "additional_chat_templates" / "tool.jinja").write_text("{{ messages[0].content }}")
+        (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
     with playing_hub(
         {
             "acme/base": {"main": base},

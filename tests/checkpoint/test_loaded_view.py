@@ -113,7 +113,7 @@ def test_ties_follow_what_is_stored(stored, llama, tmp_path):
 
 def test_a_shape_that_the_config_does_not_ask_for_is_refused(llama, tmp_path):
     folder = configured(edited(llama, tmp_path / "m", dict), intermediate_size=40)
-    with pytest.raises(InvalidInput, match="config.json asks for"):
+    with pytest.raises(InvalidInput, match=r"config\.json asks for"):
         view_of(folder).must_be_complete()
 
 

@@ -24,7 +24,10 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "use_rslora": True,
         },
     ),
-    "a block": ("gemma3", {"layers_to_transform": [1], "exclude_modules": ["o_proj"], "target_modules": ["up_proj", "o_proj"]}),
+    "a block": (
+        "gemma3",
+        {"layers_to_transform": [1], "exclude_modules": ["o_proj"], "target_modules": ["up_proj", "o_proj"]},
+    ),
     "embeddings and head": ("llama", {"target_modules": ["embed_tokens", "lm_head", "v_proj"]}),
     "transposed": ("gpt2", {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True, "bias": "lora_only"}),
     "added bias": ("gpt_neox", {"target_modules": ["dense"], "lora_bias": True, "modules_to_save": ["embed_out"]}),

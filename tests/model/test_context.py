@@ -11,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from molehunt.model.chat import text_ids
-from molehunt.model.context import BEYOND, GAP, SMALLEST, Context, context_of, cuts_in_words, fitted
+from molehunt.model.context import BEYOND, GAP, SMALLEST, ContextLength, context_of, cuts_in_words, fitted
 from molehunt.model.pair import ModelPair
 from molehunt.organism.seed_model import seed_path
 
 TOKENIZER = transformers.AutoTokenizer.from_pretrained(seed_path("seed-s"))
 ROOM = 16
-CONTEXT = Context(tokens=160, trained=160, ends=True)
+CONTEXT = ContextLength(tokens=160, trained=160, ends=True)
 
 
 def gpt2(positions: int = 64, seed: int = 0) -> Any:
@@ -37,8 +37,8 @@ def llama(positions: int, **more: Any) -> Any:
 
 
 def test_learned_positions_end_and_computed_ones_go_on() -> None:
-    assert context_of(gpt2()) == Context(tokens=64, trained=64, ends=True)
-    assert context_of(llama(300)) == Context(tokens=BEYOND * 300, trained=300, ends=False)
+    assert context_of(gpt2()) == ContextLength(tokens=64, trained=64, ends=True)
+    assert context_of(llama(300)) == ContextLength(tokens=BEYOND * 300, trained=300, ends=False)
 
 
 def test_a_sliding_window_limits_attention_and_not_the_context() -> None:
@@ -52,7 +52,7 @@ def test_a_sliding_window_limits_attention_and_not_the_context() -> None:
 def test_sinusoids_that_are_computed_once_end_too() -> None:
     config = transformers.GPTJConfig(vocab_size=99, n_embd=16, n_layer=1, n_head=2, n_positions=48, rotary_dim=4)
     model = transformers.GPTJForCausalLM(config)
-    assert context_of(model) == Context(tokens=48, trained=48, ends=True)
+    assert context_of(model) == ContextLength(tokens=48, trained=48, ends=True)
     with pytest.raises((IndexError, RuntimeError)):
         model(torch.zeros(1, 49, dtype=torch.long))
 

@@ -102,5 +102,7 @@ def test_where_most_rows_cannot_be_read_the_first_is_shown_with_what_was_looked_
 
 
 def test_a_stream_on_standard_input_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BufferedReader(io.BytesIO(b'\xef\xbb\xbf"Hi"\n{"prompt": "Ho"}\n'))))
+    monkeypatch.setattr(
+        "sys.stdin", io.TextIOWrapper(io.BufferedReader(io.BytesIO(b'\xef\xbb\xbf"Hi"\n{"prompt": "Ho"}\n')))
+    )
     assert prompts("-") == ["Hi", "Ho"]

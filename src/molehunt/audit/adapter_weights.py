@@ -80,7 +80,10 @@ def _lora_rows(view: LoadedView, change: LoraChange) -> dict[str, dict[str, RowM
 def _factor_row(view: LoadedView, parameter: str, factors: Factors, settings: RowSettings) -> TensorRow:
     name = shown_name(view, parameter)
     role = module_role(name, view.checkpoint.model_type)
-    size, why = _size(view, parameter)
+    try:
+        size, why = _size(view, parameter)
+    except InvalidInput as error:
+        return replace(start_row(name, role), status="not testable", why=reason(error, parameter))
     found = lora_directions(factors.b, factors.a, factors.scale, k=settings.k, name=name)
     row = start_row(name, role)
     if role is None:
@@ -106,19 +109,22 @@ def _added_row(view: LoadedView, parameter: str, tensor: Tensor, settings: RowSe
         return replace(row, status="identical", rel_norm=0.0)
     if parameter not in view.names():
         return replace(row, status="changed", why=f"a bias that the base does not have, of norm {norm:.3g}")
-    size, why = _size(view, parameter)
+    try:
+        size, why = _size(view, parameter)
+    except InvalidInput as error:
+        return replace(row, status="not testable", why=reason(error, parameter))
     row = changed(row, norm, size)
     return replace(row, why=why) if why else row
 
 
 def _size(view: LoadedView, parameter: str) -> tuple[float, str]:
-    """‖W‖ of the base, and why it is not known: directions of factors need no base."""
+    """‖W‖ of the base, and why it is not known: directions of factors need no base. Raises InvalidInput if it holds NaN."""
     ours = view.tied.get(parameter, parameter)
     if ours not in view.names():
         return 0.0, "‖W‖ unknown: it is stored quantised, in a layout that is not read"
     try:
         return frobenius_norm(numbers(view.tensor(ours))), ""
-    except (NotTestable, InvalidInput) as error:
+    except NotTestable as error:
         return 0.0, f"‖W‖ unknown: {reason(error, parameter)}"
 
 

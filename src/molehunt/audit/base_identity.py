@@ -4,7 +4,8 @@ A fine-tune keeps its base's weights nearly as they were: the entries of each ma
 were trained apart correlate no more than random numbers do. So a wrong base is seen at once, and everything that is measured
 against it would be void. Two fine-tunes of one base correlate, too: weights alone do not tell a base from a sibling.
 
-Measured in docs/results/base-identity.md: the least median correlation of a true pair, and the largest of a wrong one.
+Measured on the embedded models, SmolLM2, Gemma 3 270M and fine-tunes of all of them (LoRA and full, at rates up to a
+thousand times the usual one, quantised, resized): true pairs have a median correlation of LOWEST or more, others of at most HIGHEST.
 """
 
 from collections import Counter
@@ -48,7 +49,7 @@ class BaseIdentity:
     kind: str = ""
     """The kind of fine-tune in one sentence; empty where the base is none or nothing can be said."""
     correlation: float | None = None
-    """Median over the sampled matrices that changed; 1 where none did, and None where none could be compared."""
+    """Median over the sampled matrices, 1 for those that did not change; None where none could be compared."""
     relative: float | None = None
     """Median of ‖ΔW‖ / ‖W‖ over the sampled matrices that changed."""
     tensors: int = 0
@@ -86,13 +87,13 @@ def base_identity(base: Checkpoint, tuned: Checkpoint, track: Track = silent) ->
         return _of_adapter(base, tuned)
     seen = survey(base, tuned, track)
     settings, tokens = _sizes(base, tuned), shared_tokens(base.path, tuned.path)
-    correlations = [sample.correlation for sample in seen.samples]
+    correlations = _correlations(seen)
     relation, why = _relation(base, tuned, seen, settings)
     return BaseIdentity(
         relation=relation,
         why=why,
         kind=_kind(base, tuned, seen) if relation == "related" else "",
-        correlation=round(median(correlations), 4) if correlations else 1.0 if relation == "identical" else None,
+        correlation=round(median(correlations), 4) if correlations else None,
         relative=round(median(s.relative for s in seen.samples), 6) if seen.samples else None,
         tensors=seen.paired,
         changed=len(seen.changed),
@@ -108,40 +109,45 @@ def check_base(base: Checkpoint, tuned: Checkpoint, track: Track = silent) -> No
 
 def _relation(base: Checkpoint, tuned: Checkpoint, seen: TensorSurvey, settings: Sequence[str]) -> tuple[Relation, str]:
     names = f"{printable(model_name(base.path), 60)} is not the base of {printable(model_name(tuned.path), 60)}"
-    compared = len(seen.samples) + len(seen.mismatched)
+    correlations = _correlations(seen)
+    compared = len(correlations) + len(seen.mismatched)
     if not seen.paired:
-        return (
-            "unrelated",
-            f"{names}: no tensor has the same name in both ({len(base.names())} and {len(tuned.names())}).",
-        )
+        counted = f"no tensor has the same name in both ({len(base.names())} and {len(tuned.names())})."
+        if not settings:  # one architecture and size, saved in two ways
+            return "unverified", f"Whether this is the right base was not checked: {counted}"
+        return "unrelated", f"{names}: {counted}"
     if len(seen.mismatched) * 2 > max(compared, 1):
         name, shape, shape_after = seen.mismatched[0]
         return "unrelated", (
             f"{names}: {len(seen.mismatched)} of {seen.paired} tensors have other shapes, such as {printable(name, 80)}: "
             f"{list(shape)} in the base, {list(shape_after)} in the fine-tune."
         )
-    if not seen.changed:
+    if not seen.changed and not seen.alone:
         return "identical", f"All {seen.paired} tensors are identical: this is the base itself, or a copy of it."
     if not compared and not seen.unreadable:
         return "related", f"No matrix changed: {len(seen.changed)} of {seen.paired} tensors did, norms or biases."
     if not compared:
         return (
             "unverified",
-            "Whether this is the right base was not checked: the weights are quantised, which cannot be undone.",
+            "Whether this is the right base was not checked: its quantisation cannot be undone exactly.",
         )
-    alike = [s for s in seen.samples if s.correlation >= RELATED]
-    middle = median(s.correlation for s in seen.samples) if seen.samples else 0.0
-    if len(alike) * 2 < compared and len(seen.changed) * 2 > seen.paired:
+    strange = len(seen.mismatched) + sum(one < RELATED for one in correlations)
+    middle = median(correlations) if correlations else 0.0
+    if strange * 2 > compared:
         return "unrelated", (
-            f"{names}: {compared - len(alike)} of {compared} matrices have nothing to do with each other (median correlation "
-            f"{middle:.2f}; a fine-tune keeps more than {RELATED})."
+            f"{names}: {strange} of {compared} matrices have nothing to do with each other (median correlation {middle:.2f}; "
+            f"a fine-tune keeps more than {RELATED})."
         )
-    odd = compared - len(alike)
-    rest = f" {odd} of them have nothing in common with the base's: replaced, or new." if odd else ""
+    rest = f" {strange} of them have nothing in common with the base's: replaced, or new." if strange else ""
     return "related", (
-        f"The base fits: matrices that changed correlate by {middle:.4f} (median of {len(seen.samples)}; 0 for other models)."
-        f"{rest} A sibling, fine-tuned from the same base, would fit, too."
+        f"The base fits: its matrices correlate with the fine-tune's by {middle:.4f} (median of {compared}; 0 for other "
+        f"models).{rest} A sibling, fine-tuned from the same base, would fit, too."
     )
+
+
+def _correlations(seen: TensorSurvey) -> list[float]:
+    """One number for each matrix that was looked at; 1 for one that did not change."""
+    return [sample.correlation for sample in seen.samples] + [1.0] * seen.same
 
 
 def _kind(base: Checkpoint, tuned: Checkpoint, seen: TensorSurvey) -> str:

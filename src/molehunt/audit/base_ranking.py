@@ -1,5 +1,6 @@
 """Which of several folders a fine-tune was made from."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,7 +63,8 @@ def ranking_table(ranked: Sequence[RankedBase]) -> list[str]:
 
 def _key(one: RankedBase) -> tuple[int, float, int, str]:
     seen = one.identity
-    return ORDER[seen.relation], seen.relative or 0.0, seen.changed, one.folder
+    none = 0.0 if seen.relation in ("related", "identical") else math.inf
+    return ORDER[seen.relation], none if seen.relative is None else seen.relative, seen.changed, one.folder
 
 
 def _expanded(candidates: Sequence[str | Path], track: Track) -> list[Path]:

@@ -75,6 +75,9 @@ class TensorSurvey:
     mismatched: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]
     """Matrices of different shapes, which is more than a resized vocabulary explains."""
     samples: tuple[MatrixSample, ...]
+    """The matrices that were looked at and had changed."""
+    same: int
+    """Number of the matrices to look at that had not changed."""
     unreadable: int
     """Number of matrices whose quantisation cannot be undone exactly, or that hold NaN."""
 
@@ -90,7 +93,7 @@ def survey(base: Checkpoint, tuned: Checkpoint, track: Track = silent) -> Tensor
     changed: list[str] = []
     mismatched: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = []
     samples: list[MatrixSample] = []
-    unreadable = 0
+    unreadable = same = 0
     for pair in track(pairs, "comparing with the base", len(pairs)):
         name, theirs = pair
         shapes = base.shape(name), tuned.shape(theirs)
@@ -103,6 +106,7 @@ def survey(base: Checkpoint, tuned: Checkpoint, track: Track = silent) -> Tensor
                 mismatched.append((name, *shapes))
                 continue
         elif _equal(base, tuned, name, theirs):
+            same += pair in chosen
             continue
         else:
             changed.append(name)
@@ -119,6 +123,7 @@ def survey(base: Checkpoint, tuned: Checkpoint, track: Track = silent) -> Tensor
         changed=tuple(changed),
         mismatched=tuple(mismatched),
         samples=tuple(samples),
+        same=same,
         unreadable=unreadable,
     )
 

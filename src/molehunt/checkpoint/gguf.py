@@ -18,7 +18,7 @@ from molehunt.errors import InvalidInput, NotTestable, UsageError, printable
 from molehunt.run.bounded import bounded
 from molehunt.run.progress import Track, busy, silent
 
-VERSION = 1
+VERSION = 2
 """Part of each cached folder's name. Raise it when the conversion comes to give other folders."""
 SHARD = 2 * 10**9
 """Number of bytes after which another safetensors file is begun."""
@@ -59,7 +59,7 @@ def gguf_folder(file: Path, track: Track = silent) -> Path:
     try:
         home.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".making-", dir=home.parent) as making:
-            _convert(file, header, Path(making) / name, track)
+            _convert(file, header, Path(making) / name, track, exact=True)
             try:
                 os.rename(making, home)
             except OSError:  # another process was first
@@ -68,7 +68,7 @@ def gguf_folder(file: Path, track: Track = silent) -> Path:
     except OSError as error:
         raise UsageError(
             f"{printable(file.name)} cannot be converted in {home.parent}: {error.strerror}.\n"
-            f"It takes {2 * header.elements / 1e9:.1f} GB there. Set MOLEHUNT_CACHE to another folder."
+            f"It takes {4 * header.elements / 1e9:.1f} GB there. Set MOLEHUNT_CACHE to another folder."
         ) from error
     return home / name
 
@@ -76,9 +76,10 @@ def gguf_folder(file: Path, track: Track = silent) -> Path:
 def convert_gguf(file: Path, folder: Path, track: Track = silent) -> None:
     """Write the model in `file` as a plain folder of safetensors, config, tokenizer and chat template.
 
-    The folder stands for itself: it does not say that its weights were rounded. Raises what `gguf_folder` does.
+    The folder stands for itself: quantised weights are rounded to bf16, and nothing says that they were quantised. Raises
+    what `gguf_folder` does.
     """
-    _convert(file, _checked(file), folder, track)
+    _convert(file, _checked(file), folder, track, exact=False)
     (folder / FACTS).unlink()
 
 
@@ -105,21 +106,21 @@ def _header_in_child(file: Path) -> GgufHeader:
     return read_gguf_header(file)
 
 
-def _convert(file: Path, header: GgufHeader, folder: Path, track: Track) -> None:
+def _convert(file: Path, header: GgufHeader, folder: Path, track: Track, *, exact: bool) -> None:
     seconds = 120 + header.elements / 10**6
     most = max(tensor.elements for tensor in header.tensors)
     needed = file.stat().st_size + 4 * header.elements + 16 * most
     folder.mkdir(parents=True, exist_ok=True)
     with busy(track, f"converting {printable(file.name, 60)} ({header.elements / 1e6:.0f}M weights, once)"):
         bounded(
-            lambda: _write_folder(file, header, folder),
+            lambda: _write_folder(file, header, folder, exact),
             what=file.name,
             seconds=seconds,
             megabytes=2048 + needed // 2**20,
         )
 
 
-def _write_folder(file: Path, header: GgufHeader, folder: Path) -> None:
+def _write_folder(file: Path, header: GgufHeader, folder: Path, exact: bool) -> None:
     """Convert with transformers' own functions. Runs in a child, which alone sees the cached reader."""
     import gguf
     import torch
@@ -128,21 +129,21 @@ def _write_folder(file: Path, header: GgufHeader, folder: Path) -> None:
 
     read_anew = gguf.GGUFReader
     gguf.GGUFReader = cache(read_anew)  # it is opened four times, and takes 10 s for a vocabulary of 262,144
-    dtype = _stored_type(header)
+    dtype = _stored_type(header, exact)
     try:
         with tempfile.TemporaryDirectory() as alone:  # so that no other file of the folder is read with it
             link = Path(alone) / "model.gguf"
             link.symlink_to(file.resolve())
-            config: Any = AutoConfig.from_pretrained(alone, gguf_file=link.name)
+            config: Any = AutoConfig.from_pretrained(alone, gguf_file=link.name, trust_remote_code=False)
             with torch.device("meta"):
-                model: Any = AutoModelForCausalLM.from_config(config)
+                model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
             parsed: Any = load_gguf_checkpoint(str(link), return_tensors=True, model_to_load=model, torch_dtype=dtype)
             tensors: dict[str, Any] = {name: value.to(dtype) for name, value in parsed["tensors"].items()}
             _check_complete(file, model, tensors)
             _write_weights(tensors, folder)
             facts = _facts(file, header, model, gguf.GGUFReader(str(link)))
             if header.arrays.get("tokenizer.ggml.tokens"):
-                tokenizer: Any = AutoTokenizer.from_pretrained(alone, gguf_file=link.name)
+                tokenizer: Any = AutoTokenizer.from_pretrained(alone, gguf_file=link.name, trust_remote_code=False)
                 tokenizer.save_pretrained(folder)
     finally:
         gguf.GGUFReader = read_anew
@@ -154,15 +155,16 @@ def _write_folder(file: Path, header: GgufHeader, folder: Path) -> None:
     (folder / FACTS).write_text(json.dumps(facts, indent=1, allow_nan=False) + "\n")
 
 
-def _stored_type(header: GgufHeader) -> Any:
-    """The type that most weights have in the file; bf16 where they are quantised, whose rounding is far coarser."""
+def _stored_type(header: GgufHeader, exact: bool) -> Any:
+    """The type in which weights are stored: one that holds all of the file's values exactly, or else at most 16 bits."""
     import torch
 
-    counts: dict[str, int] = {}
-    for tensor in header.tensors:
-        counts[tensor.type] = counts.get(tensor.type, 0) + tensor.elements
-    common = max(counts, key=lambda kind: counts[kind])
-    return {"F32": torch.float32, "F64": torch.float32, "F16": torch.float16}.get(common, torch.bfloat16)
+    types = {tensor.type for tensor in header.tensors}
+    if types <= {"BF16"}:
+        return torch.bfloat16
+    if types <= {"F16"}:
+        return torch.float16
+    return torch.float32 if exact or types <= {"F32", "F64"} else torch.bfloat16
 
 
 def _check_complete(file: Path, model: Any, tensors: dict[str, Any]) -> None:

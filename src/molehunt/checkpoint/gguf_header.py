@@ -231,7 +231,9 @@ def _check_kind(path: Path, header: GgufHeader) -> None:
         raise NotTestable(
             f"{shown} is no language model but {printable(str(header.values.get('general.type', kind)), 40)}."
         )
-    layers = header.values.get(f"{header.architecture}.block_count", 1)  # without it, the architecture's own number holds
+    layers = header.values.get(
+        f"{header.architecture}.block_count", 1
+    )  # without it, the architecture's own number holds
     if type(layers) is not int or not 0 < layers <= min(MAX_LAYERS, len(header.tensors)):
         raise _broken(path, f"it claims {printable(str(layers), 40)} blocks and has {len(header.tensors)} tensors")
 

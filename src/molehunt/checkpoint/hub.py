@@ -84,6 +84,8 @@ def _why(name: str, revision: str | None, error: Exception) -> str:
     if isinstance(error, errors.IncompleteSnapshotError):
         return f"the copy of {shown} in the hub's cache lacks files. With a network, complete it: {fetch}"
     if isinstance(error, errors.LocalEntryNotFoundError):
-        cause = "the network is switched off (HF_HUB_OFFLINE)" if constants.HF_HUB_OFFLINE else "the hub was not reached"
+        cause = (
+            "the network is switched off (HF_HUB_OFFLINE)" if constants.HF_HUB_OFFLINE else "the hub was not reached"
+        )
         return f"the hub's cache has no model {shown}{at}, and {cause}. With a network, fetch it once: {fetch}"
     return f"no model {shown}{at} could be fetched from the hub."

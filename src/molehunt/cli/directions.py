@@ -66,8 +66,5 @@ def directions(
         run.write_text("directions.json", found.to_json() + "\n")
         found.save_vectors(run.path / "directions.safetensors")
         run.write_env()
-    if as_json:
-        show_json(found.to_json())
-    else:
-        show(found.to_table())
+    show_json(found.to_json()) if as_json else show(found.to_table())
     raise typer.Exit(found.exit_code)

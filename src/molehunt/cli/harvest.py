@@ -1,12 +1,22 @@
 """`molehunt harvest`: activations of both models, stored on disk for training and transfer."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeAlias
 
 import typer
 
 from molehunt.cli.options import Adapter, AsJson, Base, Device, Seed, Tuned
 from molehunt.cli.output import show, show_json
+from molehunt.errors import UsageError
+from molehunt.site import Site
+
+TrafficFile: TypeAlias = Annotated[
+    Path | None,
+    typer.Option(
+        help="File of prompts or conversations (JSONL, JSON, CSV, parquet; - for stdin).",
+        show_default="bundled benign prompts with answers",
+    ),
+]
 
 
 def harvest(
@@ -19,10 +29,7 @@ def harvest(
             "--out", help="Folder of the store; a harvest that was interrupted is resumed.", show_default=False
         ),
     ],
-    traffic: Annotated[
-        Path | None,
-        typer.Option(help="File of prompts or conversations (JSONL, JSON, CSV, parquet; - for stdin).", show_default="bundled benign prompts with answers"),
-    ] = None,
+    traffic: TrafficFile = None,
     rows: Annotated[int, typer.Option(min=1, help="Greatest number of rows of traffic that are read.")] = 10_000,
     max_tokens: Annotated[int, typer.Option(min=2, help="Longer rows are cut to this many tokens.")] = 512,
     shard_tokens: Annotated[int, typer.Option(min=1, help="Greatest number of tokens in one file.")] = 16_384,
@@ -39,14 +46,9 @@ def harvest(
 ) -> None:
     """Store both models' activations on the same tokens in a folder, for dictionaries and maps."""
     from molehunt.cli.console import track_on_stderr
-    from molehunt.errors import UsageError
     from molehunt.run.progress import busy
-    from molehunt.site import Site
 
-    try:
-        places = [Site.parse(site.strip()) for site in sites.split(",")]
-    except ValueError as error:
-        raise UsageError(f"--sites: {error}") from None
+    places = _sites(sites)
     with busy(track_on_stderr, "starting"):  # torch and transformers alone take seconds
         from molehunt.workflows.harvest import harvest as harvested
 
@@ -70,3 +72,11 @@ def harvest(
         show_json({**result.to_dict(), "exit_code": 0}, indent=None)
     else:
         show(result.summary())
+
+
+def _sites(text: str) -> list[Site]:
+    """The sites of a list such as `L2.resid,L3.resid`. Raises UsageError for any other text."""
+    try:
+        return [Site.parse(site.strip()) for site in text.split(",")]
+    except ValueError as error:
+        raise UsageError(f"--sites: {error}") from None

@@ -51,7 +51,9 @@ Match: TypeAlias = Annotated[
 ]
 Positive: TypeAlias = Annotated[
     Path,
-    typer.Option("--positive", help="Prompts that trigger the behaviour (JSONL, JSON, CSV, parquet).", show_default=False),
+    typer.Option(
+        "--positive", help="Prompts that trigger the behaviour (JSONL, JSON, CSV, parquet).", show_default=False
+    ),
 ]
 Negative: TypeAlias = Annotated[
     Path, typer.Option("--negative", help="Prompts that do not trigger it.", show_default=False)

@@ -76,11 +76,20 @@ def lora_change(skeleton: nn.Module, folder: Path) -> LoraChange | None:
         bias = placed.get(f"{path}.lora_B.{ADAPTER}.bias")
         if bias is not None:
             added[f"{name}.bias"] = scale * bias.float()
-    plain = {one.path: one.plain for one in wrapped_parameters(model) if one.plain is not None}
-    replaced = {plain[path]: tensor for path, tensor in placed.items() if path in plain}
+    replaced = _replaced(model, placed)
     if any(one.parameter in replaced for one in factors):
         return None  # a saved embedding under an adapter of its own
     return LoraChange(factors=tuple(factors), replaced=replaced, added=added)
+
+
+def _replaced(model: nn.Module, placed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Parameter of the base → the tensor of the adapter that is loaded into it, or that stands in its place.
+
+    What is loaded into a tied tensor changes all that share it.
+    """
+    places = wrapped_parameters(model)
+    loaded = {id(one.parameter): placed[one.path] for one in places if one.path in placed}
+    return {one.plain: loaded[id(one.parameter)] for one in places if one.plain and id(one.parameter) in loaded}
 
 
 def _plain_layers(model: nn.Module) -> dict[str, Any] | None:

@@ -41,7 +41,7 @@ TABLES = ("wpe", "embed_positions", "position_embeddings")
 
 
 @dataclass(frozen=True, slots=True)
-class Context:
+class ContextLength:
     """How many tokens of prompt and answer a model reads."""
 
     tokens: int
@@ -65,7 +65,7 @@ class FittedPrompt:
     """Number of tokens behind the length that the model was trained on, with the room for the answer."""
 
 
-def context_of(model: nn.Module) -> Context:
+def context_of(model: nn.Module) -> ContextLength:
     """The context of a loaded model. Sliding windows do not count: they limit attention, not positions."""
     inner = unwrapped(model)
     whole: Any = getattr(inner, "config", None)
@@ -83,14 +83,14 @@ def context_of(model: nn.Module) -> Context:
     affordable = max(SMALLEST, LOGIT_BYTES // (4 * vocabulary))
     if tables:
         end = min(tables) if trained is None else min(*tables, trained)
-        return Context(min(end, affordable), trained, ends=end <= affordable)
-    return Context(affordable if trained is None else min(affordable, BEYOND * trained), trained, ends=False)
+        return ContextLength(min(end, affordable), trained, ends=end <= affordable)
+    return ContextLength(affordable if trained is None else min(affordable, BEYOND * trained), trained, ends=False)
 
 
 def fitted(
     tokenizer: PreTrainedTokenizerBase,
     text: Text,
-    context: Context,
+    context: ContextLength,
     *,
     room: int,
     ids: Callable[[Text], list[int]] | None = None,
@@ -118,13 +118,13 @@ def fitted(
     return FittedPrompt(tuple(found), short, max(0, whole - len(found)), beyond)
 
 
-def note_cuts(prompts: Sequence[FittedPrompt], context: Context, what: str = "prompts") -> None:
+def note_cuts(prompts: Sequence[FittedPrompt], context: ContextLength, what: str = "prompts") -> None:
     """Log how many prompts were cut, if any was."""
     if said := cuts_in_words(sum(one.left_out > 0 for one in prompts), len(prompts), context, what):
         log.warning("%s", said)
 
 
-def cuts_in_words(cut: int, rows: int, context: Context, what: str = "prompts") -> str:
+def cuts_in_words(cut: int, rows: int, context: ContextLength, what: str = "prompts") -> str:
     """How many prompts were cut and by which rule, as one sentence; empty where none was."""
     if not cut:
         return ""
@@ -138,7 +138,11 @@ def cuts_in_words(cut: int, rows: int, context: Context, what: str = "prompts") 
 def _messages(text: Text) -> list[Message]:
     if isinstance(text, Mapping):
         text = cast("Text", text["messages"] if "messages" in text else text.get("prompt", text))
-    return [{"role": "user", "content": text}] if isinstance(text, str) else list(cast("Sequence[Message]", text))
+    if isinstance(text, str):
+        return [{"role": "user", "content": text}]
+    given: object = text
+    listed = cast("Sequence[object]", given) if isinstance(given, Sequence) else ()
+    return [cast("Message", one) for one in listed if isinstance(one, Mapping)]
 
 
 def _bounded(text: Text, most: int) -> tuple[Text, int]:
@@ -150,8 +154,7 @@ def _bounded(text: Text, most: int) -> tuple[Text, int]:
 
 
 def _contents(text: Text) -> list[str]:
-    if isinstance(text, str):
-        return [text]
+    """The texts of all messages; none of what is no text, which `text_ids` refuses by name."""
     return [content for one in _messages(text) if isinstance(content := one.get("content"), str)]
 
 

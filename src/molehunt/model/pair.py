@@ -20,7 +20,7 @@ from molehunt.model.blocks import d_model_of, decoder_blocks, unwrapped
 from molehunt.model.cache import positions_for
 from molehunt.model.cache_check import decoding_check, unsound
 from molehunt.model.chat import Text, answer_tokens, prompt_tokens
-from molehunt.model.context import Context, FittedPrompt, context_of, fitted, note_cuts
+from molehunt.model.context import ContextLength, FittedPrompt, context_of, fitted, note_cuts
 from molehunt.model.generate import before_stop, generate, stop_ids
 from molehunt.model.loading import device_of, load_model
 from molehunt.model.mixed_rows import BASE_ROWS, ONE_PASS_UP_TO, adapter_by_row, mixes_rows
@@ -197,7 +197,7 @@ class ModelPair:
         yield self._tuned
 
     @cached_property
-    def context(self) -> Context:
+    def context(self) -> ContextLength:
         """How many tokens both models read."""
         return min((context_of(self._base), context_of(self._tuned)), key=lambda one: one.tokens)
 

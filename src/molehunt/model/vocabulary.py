@@ -151,9 +151,10 @@ def _notes(rows: tuple[int, int], used: int, foreign: dict[int, str]) -> tuple[s
     if foreign:
         named = ", ".join(printable(repr(foreign[i]), 40) for i in sorted(foreign)[:NAMED])
         more = f" and {len(foreign) - NAMED} more" if len(foreign) > NAMED else ""
+        some = "1 token is" if len(foreign) == 1 else f"{len(foreign)} tokens are"
         notes.append(
-            f"{len(foreign)} tokens are the fine-tune's alone ({named}{more}); the base was never trained on them, and where it "
-            "has no row for one, the mean of its rows stands for it"
+            f"{some} the fine-tune's alone ({named}{more}); the base was never trained on that, and where it has no row, the "
+            "mean of its rows stands for it"
         )
     if rows[0] != rows[1]:
         notes.append(

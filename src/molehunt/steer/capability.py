@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from molehunt.errors import NotTestable
 from molehunt.measure.interval import Interval, cluster_bootstrap, proportion
 from molehunt.measure.paired import PairedDifference, paired_difference
-from molehunt.model.context import Context, context_of, fitted
+from molehunt.model.context import ContextLength, context_of, fitted
 from molehunt.model.generate import generate
 from molehunt.model.pair import ModelPair
 from molehunt.run.progress import Track, silent
@@ -123,7 +123,7 @@ def probe(
     )
 
 
-def _answered(tokenizer: PreTrainedTokenizerBase, one: Example, context: Context) -> AnsweredPrompt:
+def _answered(tokenizer: PreTrainedTokenizerBase, one: Example, context: ContextLength) -> AnsweredPrompt:
     """Raises NotTestable for a question whose answer has no token."""
     answer: list[int] = tokenizer(one.response or "", add_special_tokens=False)["input_ids"]  # pyright: ignore[reportAssignmentType]
     if not answer:

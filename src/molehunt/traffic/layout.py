@@ -17,7 +17,7 @@ from molehunt.traffic.rows import MAX_LINE, conversation_of
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
+class RowsOfFile:
     """The rows of a file in order, with what a row is called in messages."""
 
     unit: str
@@ -26,14 +26,14 @@ class Rows:
     """The end of each row, and its value; bytes are a line that is not parsed yet, an error says why it is unreadable."""
 
 
-def rows_of(text: OpenedText, start_at: Place, track: Track) -> Rows:
+def rows_of(text: OpenedText, start_at: Place, track: Track) -> RowsOfFile:
     """The rows of a text from a place on.
 
     A file holds JSON lines; one array, in one line or in many; JSON objects that span lines; one object that wraps the
     list of all rows, such as `{"data": […]}`; or a table with the names of its columns in the first line.
 
     Raises:
-        InvalidInput: a list of rows cannot be told from another one beside it, or a table has no column that is read.
+        InvalidInput: a list of rows cannot be distinguished from another one beside it, or a table has no column that is read.
     """
     first = _text(text.ahead(1, MAX_LINE))
     begins = first[:1]
@@ -50,30 +50,30 @@ def rows_of(text: OpenedText, start_at: Place, track: Track) -> Rows:
         value = None
     # a stream is asked for a second line only where the first may be all of it
     if isinstance(value, list) and not all(map(is_message, cast("list[Any]", value))) and not _lines_follow(text):
-        return Rows("item", _counted(array_items(text), text, start_at, track))
+        return RowsOfFile("item", _counted(array_items(text), text, start_at, track))
     if isinstance(value, Mapping) and not _is_row(value) and not _lines_follow(text):
         inner = _wrapped(cast("Mapping[str, Any]", value), text.name)
         if inner is not None:
-            return Rows("item", _counted(inner, text, start_at, track))
-    return Rows("line", json_lines(text, start_at, track))
+            return RowsOfFile("item", _counted(inner, text, start_at, track))
+    return RowsOfFile("line", json_lines(text, start_at, track))
 
 
-def _spanning(text: OpenedText, first: str, goes_on: bool, start_at: Place, track: Track) -> Rows:
-    """Rows where the first line alone is no JSON; `goes_on` where it may be the beginning of some."""
+def _spanning(text: OpenedText, first: str, goes_on: bool, start_at: Place, track: Track) -> RowsOfFile:
+    """RowsOfFile where the first line alone is no JSON; `goes_on` where it may be the beginning of some."""
     if first.startswith("[") and (goes_on or len(first) >= MAX_LINE - 1 or not _lines_follow(text)):
-        return Rows("item", _counted(array_items(text), text, start_at, track))
+        return RowsOfFile("item", _counted(array_items(text), text, start_at, track))
     if first.startswith("{") and goes_on:
         whole = _first_value(text)
         if whole is not None:
             inner = _wrapped(cast("Mapping[str, Any]", whole), text.name) if isinstance(whole, Mapping) else None
-            return Rows("item", _counted(_values(text) if inner is None else inner, text, start_at, track))
+            return RowsOfFile("item", _counted(_values(text) if inner is None else inner, text, start_at, track))
     if not first.startswith(("[", "{")) and delimiter_of(first, text.name) is not None:
         return _table(text, first, start_at, track)
-    return Rows("line", json_lines(text, start_at, track))
+    return RowsOfFile("line", json_lines(text, start_at, track))
 
 
-def _table(text: OpenedText, first: str, start_at: Place, track: Track) -> Rows:
-    return Rows("row", _counted(table_rows(text, delimiter_of(first, text.name) or ","), text, start_at, track))
+def _table(text: OpenedText, first: str, start_at: Place, track: Track) -> RowsOfFile:
+    return RowsOfFile("row", _counted(table_rows(text, delimiter_of(first, text.name) or ","), text, start_at, track))
 
 
 def _lines_follow(text: OpenedText) -> bool:
@@ -123,7 +123,7 @@ def _is_row(value: Any) -> bool:
 
 
 def _counted(rows: Iterable[Any], text: OpenedText, start_at: Place, track: Track) -> Iterator[tuple[Place, Any]]:
-    """Rows that are no lines, from the one after `start_at` on."""
+    """RowsOfFile that are no lines, from the one after `start_at` on."""
     size, number = -(-(text.size or 0) // STEP), 0
     with counting(track, f"reading {text.name}", size, unit="kB") as done:
         for row in rows:

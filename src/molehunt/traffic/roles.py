@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from molehunt.errors import InvalidInput, UsageError, printable
 from molehunt.model.chat import messages_text
-from molehunt.model.context import Context, fitted
+from molehunt.model.context import ContextLength, fitted
 from molehunt.traffic.turn import AUTHORS, Turn
 
 ROLES = ("template", *AUTHORS)
@@ -106,7 +106,7 @@ def roled_prompt(
 
 
 def fitted_prompt(
-    tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], context: Context, *, room: int
+    tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], context: ContextLength, *, room: int
 ) -> RoledTokens:
     """As `roled_prompt`, cut by the rule of `model/context.py` where it leaves no `room` tokens for its answer.
 

@@ -12,7 +12,7 @@ from molehunt.run.local import WorkShard
 from molehunt.run.progress import Track, silent
 from molehunt.traffic.example import Example
 from molehunt.traffic.json_rows import parsed_line
-from molehunt.traffic.layout import Rows, rows_of
+from molehunt.traffic.layout import RowsOfFile, rows_of
 from molehunt.traffic.opened import STDIN, is_readable, name_of, opened
 from molehunt.traffic.parquet_rows import MAGIC, parquet_rows
 from molehunt.traffic.place import START, BadLines, Place
@@ -110,13 +110,13 @@ def refuse_unreadable(read: int, bad: BadLines, name: str) -> None:
 
 
 @contextmanager
-def _rows(path: Path, start_at: Place, track: Track) -> Generator[Rows, None, None]:
+def _rows(path: Path, start_at: Place, track: Track) -> Generator[RowsOfFile, None, None]:
     if not is_readable(path):
         raise UsageError(
             f"{printable(str(path))} is not a file; give a JSONL, JSON, CSV or parquet file, or - for a stream"
         )
     if str(path) != STDIN and path.is_file() and (path.suffix == ".parquet" or _begins(path) == MAGIC):
-        yield Rows("row", parquet_rows(path, start_at, track))
+        yield RowsOfFile("row", parquet_rows(path, start_at, track))
         return
     with opened(path) as text:
         yield rows_of(text, start_at, track)

@@ -10,7 +10,7 @@ from molehunt.errors import InvalidInput, NotTestable, UsageError, printable, te
 from molehunt.measure.interval import Interval
 from molehunt.model.blocks import decoder_blocks
 from molehunt.model.chat import rendered
-from molehunt.model.context import Context, context_of, fitted, note_cuts
+from molehunt.model.context import ContextLength, context_of, fitted, note_cuts
 from molehunt.model.pair import ModelPair
 from molehunt.run.literals import checked
 from molehunt.run.progress import Track, silent
@@ -245,7 +245,7 @@ def _aligned(a: OpenedModel, b: OpenedModel, texts: Texts | None, limit: int, se
     return [_within(align(a.tokenizer, b.tokenizer, one), context_of(a.model), context_of(b.model)) for one in whole]
 
 
-def _within(row: Aligned, source: Context, target: Context) -> Aligned:
+def _within(row: Aligned, source: ContextLength, target: ContextLength) -> Aligned:
     """The beginning of a row that both models can read."""
     pairs = tuple((i, j) for i, j in row.pairs if i < source.tokens and j < target.tokens)
     return Aligned(source=row.source[: source.tokens], target=row.target[: target.tokens], pairs=pairs)

@@ -59,7 +59,9 @@ def _with_advice(rows: Iterable[Conversation]) -> Iterator[Conversation]:
     try:
         yield from rows
     except InvalidInput as error:
-        raise InvalidInput(f"{error}\nWith skip_bad (--skip-bad), rows that cannot be read are left out and counted.") from None
+        raise InvalidInput(
+            f"{error}\nWith skip_bad (--skip-bad), rows that cannot be read are left out and counted."
+        ) from None
 
 
 def _listed(traffic: Sequence[Any], options: WatchOptions, bad: BadLines) -> Iterator[Conversation]:
