@@ -105,3 +105,18 @@ def test_the_containers_memory_limit_is_shown(monkeypatch, tmp_path) -> None:
     assert "container limit" not in doctor.examine()["memory"]
     limit.write_text(f"{3 * 2**30}\n")
     assert doctor.examine()["memory"]["container limit"] == 3.0
+
+
+def test_real_models_are_shown_where_they_are_or_with_what_fetches_them(capsys, monkeypatch, tmp_path) -> None:
+    monkeypatch.setenv("MOLEHUNT_REAL_MODELS", str(tmp_path))
+    there = tmp_path / "gemma-3-270m"
+    there.mkdir()
+    (there / "config.json").write_text("{}")
+    assert "make real-models" in json.loads(ask(capsys, "--json"))["real models"]["gemma-3-270m"]  # half a conversion
+    (there / "model.safetensors").write_bytes(b"")
+
+    shown = json.loads(ask(capsys, "--json"))["real models"]
+
+    assert shown["gemma-3-270m"] == str(there)
+    assert shown["SmolLM2-135M-Instruct"] == f"not in {tmp_path}; `make real-models` in a clone fetches it"
+    assert str(there) in ask(capsys)

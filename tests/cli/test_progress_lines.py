@@ -19,7 +19,7 @@ PLAN = Plan(
 AUDIT = """
 import sys
 import time
-from molehunt.audit import plan, run, scan
+from molehunt.audit import plan, readings, scan
 from molehunt.audit.plan import Plan
 from molehunt.cli import console
 from molehunt.cli.main import main
@@ -27,7 +27,7 @@ from molehunt.model.pair import ModelPair
 plan.PLANS["quick"] = {plan}
 console.EVERY = 1.0
 scan.LOGIT_BYTES = 2**23  # a few rows at a time
-read, whole = ModelPair.read, run.scan
+read, whole = ModelPair.read, readings.scan
 def slowly(*arguments, **named):
     time.sleep(0.35)  # as if the models were large
     return read(*arguments, **named)
@@ -36,7 +36,7 @@ def marked(*arguments, what, **named):
     found = whole(*arguments, what=what, **named)
     console.say(f"ended: {{what}}")
     return found
-ModelPair.read, run.scan = slowly, marked
+ModelPair.read, readings.scan = slowly, marked
 main(["audit", *sys.argv[1:]])
 """
 LATE = 1.5

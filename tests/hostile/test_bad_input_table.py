@@ -86,7 +86,7 @@ def test_an_index_that_leads_out_of_the_folder_is_refused(tmp_path: Path, where:
     folder = sharded_folder(tmp_path / "m")
     target = where(folder)
     edit_index(folder, lambda weight_map: weight_map.update({"x": target}))
-    with pytest.raises(InvalidInput, match="outside the folder"):
+    with pytest.raises(InvalidInput, match="outside"):
         Checkpoint.open(folder)
 
 
@@ -109,7 +109,7 @@ def test_a_broken_index(tmp_path: Path, index: dict) -> None:
 
 
 def test_an_extra_tensor_is_reported(tmp_path: Path) -> None:
-    base, tuned = good_folder(tmp_path / "b"), good_folder(tmp_path / "t", seed=1)
+    base, tuned = good_folder(tmp_path / "b"), good_folder(tmp_path / "t")
     weights = tuned / "model.safetensors"
     save_file({**load_file(weights), "model.extra": torch.ones(2)}, weights, metadata={"format": "pt"})
     assert any(row.key == "model.extra" for row in compare_folders(base, tuned).rows)
@@ -176,10 +176,17 @@ def test_untied_without_an_output_matrix(tmp_path: Path) -> None:
     assert Checkpoint.open(folder).names()
 
 
-def test_tied_and_stored_is_a_note(tmp_path: Path) -> None:
-    folder = good_folder(tmp_path / "m")
-    edit_json(folder / "config.json", tie_word_embeddings=True)
-    assert kinds(folder)["tied and stored"].severity == "note"
+@pytest.mark.parametrize("equal", [True, False])
+def test_a_stored_head_that_the_config_ties_is_a_finding_where_it_differs(tmp_path: Path, equal: bool) -> None:
+    base, tuned = good_folder(tmp_path / "b"), good_folder(tmp_path / "t")
+    for folder in (base, tuned):
+        weights = load_file(folder / "model.safetensors")
+        head = weights["model.embed_tokens.weight"].clone()
+        head[0, 0] += 0.0 if equal or folder == base else 1.0
+        save_file({**weights, "lm_head.weight": head}, folder / "model.safetensors", metadata={"format": "pt"})
+        edit_json(folder / "config.json", tie_word_embeddings=True)
+    found = [row for row in compare_folders(base, tuned).rows if row.severity == "finding"]
+    assert [row.key for row in found] == ([] if equal else ["lm_head.weight"])
 
 
 @pytest.mark.parametrize("change", [{"num_hidden_layers": 10**7}, {"vocab_size": -1}, {"hidden_size": "big"}], ids=str)
@@ -208,9 +215,15 @@ def test_a_json_file_of_absurd_size(tmp_path: Path) -> None:
 
 def test_another_models_base_is_refused_with_the_first_differing_tensor(tmp_path: Path) -> None:
     base, tuned = good_folder(tmp_path / "b"), good_folder(tmp_path / "t")
-    weights = load_file(tuned / "model.safetensors")
-    name = "model.layers.0.mlp.down_proj.weight"
-    save_file({**weights, name: torch.ones(32, 50)}, tuned / "model.safetensors", metadata={"format": "pt"})
+    shape = {"up_proj": (50, 32), "gate_proj": (50, 32), "down_proj": (32, 50)}
+    weights = {
+        name: torch.ones(shape[part]) if (part := name.split(".")[-2]) in shape else value
+        for name, value in load_file(tuned / "model.safetensors").items()
+    }
+    save_file(weights, tuned / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InvalidInput, match=r"config\.json asks for"):
+        compare_folders(base, tuned)
+    edit_json(tuned / "config.json", intermediate_size=50)
     with pytest.raises(ShapeMismatch, match="down_proj"):
         compare_folders(base, tuned)
 
