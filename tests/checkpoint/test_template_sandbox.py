@@ -1,5 +1,6 @@
 """Templates are untrusted programs: they cannot do harm, work without end, or make another text than transformers does."""
 
+import copy
 import dataclasses
 from datetime import datetime
 from pathlib import Path
@@ -195,7 +196,7 @@ def test_long_messages_are_ordinary() -> None:
 def test_special_tokens_are_read_as_transformers_reads_them(tmp_path: Path) -> None:
     from molehunt.organism.seed_model import seed_path
 
-    tokenizer = tiny_tokenizer()
+    tokenizer = copy.deepcopy(tiny_tokenizer())
     tokenizer.add_special_tokens({"sep_token": "<sep>", "pad_token": "<p>"})
     tokenizer.save_pretrained(tmp_path)
     for folder in (tmp_path, seed_path("seed-s")):

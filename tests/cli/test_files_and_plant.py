@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from folders import edit_json, good_folder, lora_folder
 from molehunt.cli.main import main
@@ -17,7 +18,9 @@ def call(*arguments: str) -> int:
 
 
 def test_files_of_two_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    base, tuned = good_folder(tmp_path / "b"), good_folder(tmp_path / "t", seed=1)
+    base, tuned = good_folder(tmp_path / "b"), good_folder(tmp_path / "t")
+    weights = {name: value * 1.01 for name, value in load_file(tuned / "model.safetensors").items()}
+    save_file(weights, tuned / "model.safetensors", metadata={"format": "pt"})
     assert call("files", str(base), str(tuned)) == 0
     assert "NO FINDING" in capsys.readouterr().out
     edit_json(tuned / "generation_config.json", sequence_bias=[[[5], 100.0]])
