@@ -15,7 +15,10 @@ Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
 
 def write(folder: Path, **changed: torch.Tensor) -> Path:
     rng = torch.Generator().manual_seed(0)
-    tensors = {name: 0.1 * torch.randn(12, 12, generator=rng) for name in (O_PROJ, Q_PROJ)}
+    parts = [f"self_attn.{part}_proj" for part in "qkvo"] + [f"mlp.{part}_proj" for part in ("gate", "up", "down")]
+    tensors = {f"model.layers.0.{part}.weight": 0.1 * torch.randn(12, 12, generator=rng) for part in parts}
+    norms = ("layers.0.input_layernorm", "layers.0.post_attention_layernorm", "norm")
+    tensors |= {f"model.{norm}.weight": torch.ones(12) for norm in norms}
     tensors["model.embed_tokens.weight"] = torch.randn(20, 12, generator=rng)
     for key, change in changed.items():
         name = {"o": O_PROJ, "q": Q_PROJ}[key]
@@ -23,6 +26,7 @@ def write(folder: Path, **changed: torch.Tensor) -> Path:
     folder.mkdir()
     config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_hidden_layers": 1}
     config |= {"hidden_size": 12, "intermediate_size": 12, "num_attention_heads": 2, "vocab_size": 20}
+    config["tie_word_embeddings"] = True
     (folder / "config.json").write_text(json.dumps(config))
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
@@ -51,8 +55,8 @@ def tuned(tmp_path: Path) -> Path:
 def test_text_names_the_matrix_and_accuses_nobody(capsys: pytest.CaptureFixture[str], base: Path, tuned: Path) -> None:
     code, out, _ = run(capsys, base, tuned)
     assert code == 0
-    assert out.startswith("DIRECTIONS FOUND: 2 of 2 matrices")
-    assert O_PROJ in out and Q_PROJ not in out
+    assert out.startswith("DIRECTIONS FOUND: 2 of 7 matrices")
+    assert f"{O_PROJ} " in out and Q_PROJ not in out
     assert "accuse nobody" in out
 
 
@@ -78,7 +82,7 @@ def test_out_keeps_vectors_and_is_resumed(
     assert json.loads((out / "directions.json").read_text())["outcome"] == "DIRECTIONS FOUND"
     assert (out / "env.json").exists() and (out / "config.json").exists()
     finished = {unit: unit.stat().st_mtime_ns for unit in (out / "units").iterdir()}
-    assert len(finished) == 3
+    assert len(finished) == 11
     assert run(capsys, base, tuned, "--out", out) == (0, first, "")
     assert {unit: unit.stat().st_mtime_ns for unit in (out / "units").iterdir()} == finished
     assert run(capsys, base, tuned, "--out", out, "-k", 2)[0] == 2  # the folder holds another run

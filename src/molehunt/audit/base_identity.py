@@ -4,8 +4,10 @@ A fine-tune keeps its base's weights nearly as they were: the entries of each ma
 were trained apart correlate no more than random numbers do. So a wrong base is seen at once, and everything that is measured
 against it would be void. Two fine-tunes of one base correlate, too: weights alone do not tell a base from a sibling.
 
-Measured on the embedded models, SmolLM2, Gemma 3 270M and fine-tunes of all of them (LoRA and full, at rates up to a
-thousand times the usual one, quantised, resized): true pairs have a median correlation of LOWEST or more, others of at most HIGHEST.
+Measured on 456 pairs among the embedded models, SmolLM2, Gemma 3 270M, all of these trained or drawn anew, and their
+fine-tunes (LoRA and full, up to a rate that ruins the model; noisy, quantised, resized): the median
+correlation of pairs that belong together is 0.59 or more, 0.96 of those trained at usual rates; that of others is 0.002 or less.
+Two models that began from the same random weights and were trained apart keep 0.40: they pass for relatives.
 """
 
 from collections import Counter
