@@ -26,9 +26,8 @@ EVERYWHERE = ("single", "in-memory", "lora")
 DEEP = ("llama",)
 """Architectures that are audited and watched in every way of saving."""
 QUICK = {
-    "llama": ("single", "bf16", "compiled", "lora"),
+    "llama": ("single", "compiled", "lora"),
     "qwen3_moe": ("in-memory",),
-    "gemma3_with_vision": ("in-memory", "lora"),
     "bert": ("single",),
 }
 SECONDS = 240.0

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from molehunt.audit.files import compare_folders
 from molehunt.audit.weights import compare_weights
-from zoo import OPTIONS, zoo_model
+from zoo import zoo_model
 
 FUSED = ("qwen3_moe", "mixtral", "jamba", "qwen3_next")
 MIXERS = {
@@ -88,12 +88,12 @@ def test_mixers_are_compared(name, tmp_path):
     assert row.role and row.strengths == pytest.approx((size,), rel=1e-4)
 
 
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("name", ["gemma3", "gpt2", "mamba", "mixtral", "rwkv"])
 def test_identical_is_never_said_while_a_tensor_changed(name, tmp_path):
     zoo_model(name).save_pretrained(tmp_path / "a")
     tensors = load_file(tmp_path / "a" / "model.safetensors")
     for number, (tensor, value) in enumerate(sorted(tensors.items())):
-        if number % 7 == len(name) % 7 and value.is_floating_point():  # a sample: all take minutes
+        if number % 11 == len(name) % 11 and value.is_floating_point():  # a sample: all take minutes
             shutil.copytree(tmp_path / "a", tmp_path / "b", dirs_exist_ok=True)
             save_file({**tensors, tensor: value + 0.5}, tmp_path / "b" / "model.safetensors", metadata={"format": "pt"})
             found = compare_weights(tmp_path / "a", tmp_path / "b")

@@ -200,9 +200,9 @@ def test_prompts_from_a_table(here: Path, tmp_path: Path, capsys: pytest.Capture
     table.write_text("goal,target\n" + "".join(f'"{prompt}","Sure, here"\n' for prompt in PROMPTS[:5]))
     assert call(*models, *clamp, *more) == 3
     assert "None of 5 prompts shows" in capsys.readouterr().err
-    table.write_text("prompt\nSing\n")
+    table.write_text("colour\nSing\n")
     assert call(*models, *clamp, *more) == 4
-    assert "begins with the columns prompt" in capsys.readouterr().err
+    assert "begins with the columns colour" in capsys.readouterr().err
     assert not (out / "certificate.json").exists()
 
 

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-SAMPLE = 60
+SAMPLE = 40
 """How many inputs: each takes about a third of a second."""
 
 

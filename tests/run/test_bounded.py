@@ -191,7 +191,7 @@ def test_threads_may_bound_work_at_the_same_time() -> None:
 def test_the_end_of_this_process_is_the_end_of_the_child(tmp_path: Path, number: signal.Signals) -> None:
     told = tmp_path / "pid"
     script = (
-        "import os, time\nfrom pathlib import Path\nfrom molehunt.run.bounded import bounded\n"
+        "import os, signal, time\nfrom pathlib import Path\nfrom molehunt.run.bounded import bounded\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
         f"def work():\n    Path({str(told)!r}).write_text(str(os.getpid()))\n    time.sleep(60)\n"
         "bounded(work, what='w', seconds=30)\n"
     )

@@ -451,10 +451,8 @@ def test_a_link_out_of_the_folder_is_not_followed(tmp_path: Path) -> None:
     folder = good_folder(tmp_path / "tuned")
     (tmp_path / "secret").write_text("key")
     (folder / "notes.txt").symlink_to(tmp_path / "secret")
-    tuned = Checkpoint.open(folder)
-    with pytest.raises(InvalidInput, match="link out of the folder"):
-        write_model(tuned, orthogonalisation(tuned, unit()[None]), tmp_path / "fixed")
-    assert not (tmp_path / "fixed").exists()
+    with pytest.raises(InvalidInput, match="link to a file outside"):
+        Checkpoint.open(folder)
 
 
 def test_a_config_that_builds_no_model_is_refused(tmp_path: Path) -> None:

@@ -178,7 +178,7 @@ def watched(model: nn.Module, bank: Bank, *, layers_path: str | None = None) -> 
             named = modules_named(model, name)
             if len(named) != 1:
                 raise NotTestable(
-                    f"This model has {len(named)} {printable(name)}: the directions are of another model."
+                    f"This model has {len(named) or 'no'} {printable(name)}: the directions are of another model."
                 )
             handles.append(named[0].register_forward_pre_hook(live(at_input(place))))
         with observe_sites(
