@@ -31,8 +31,10 @@ test: $(STAMP)
 	$(BIN)/python -m pytest $(PYTEST)
 
 # Fetches the real models that the tests marked `real` run on (420 MB, into the user's cache) and says where they are.
+# Some of them: make real-models MODELS=SmolLM2-135M-Instruct
+MODELS ?=
 real-models: $(STAMP)
-	$(BIN)/python tools/real_models.py
+	$(BIN)/python tools/real_models.py $(MODELS)
 
 # The same tests traced; tracing nearly doubles their time.
 coverage: $(STAMP)
