@@ -87,6 +87,11 @@ CATALOG = {
         "what-is-read.md",
         "Is every common folder and adapter read as it is, or refused with the reason?",
     ),
+    "trigger-places": Topic(
+        "experiments.trigger_places",
+        "trigger-places.md",
+        "Is a trigger found in a system message, an earlier turn or 900 tokens as in a single prompt?",
+    ),
     "seed-models": Topic(
         "experiments.seed_models",
         "seed-models.md",

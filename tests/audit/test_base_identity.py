@@ -176,6 +176,20 @@ def test_the_kind_of_fine_tune_is_said(tmp_path: Path, make: Callable[[Path], Pa
     assert re.search(kind, found.kind), found.kind
 
 
+def test_an_encoders_matrices_are_not_called_vocabulary(tmp_path: Path) -> None:
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(0)
+    config = BertConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
+    model: Any = BertModel(config)
+    model.save_pretrained(tmp_path / "base")
+    model.encoder.layer[0].attention.self.query.weight.data += 0.02 * torch.randn(32, 32)
+    model.save_pretrained(tmp_path / "tuned")
+    found = seen(tmp_path / "base", tmp_path / "tuned")
+    assert found.relation == "related"
+    assert re.search(r"^A full fine-tune.*\(1 others\)", found.kind), found.kind
+
+
 def test_a_change_of_one_number_anywhere_is_counted(tmp_path: Path) -> None:
     def one_number(tensors: Tensors) -> Tensors:
         tensors["model.embed_tokens.weight"][1037, 5] += 1

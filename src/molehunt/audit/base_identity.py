@@ -168,13 +168,13 @@ def _kind(base: Checkpoint, tuned: Checkpoint, seen: TensorSurvey) -> str:
         return f"Only small tensors: {where}."
     size = f"‖ΔW‖/‖W‖ {median(s.relative for s in samples):.2g} (median)"
     quantised = _quantised(base, "BASE") + _quantised(tuned, "TUNED")
-    return f"{_form(samples, bool(groups['block']))}: {where}, {size}.{quantised}"
+    return f"{_form(samples, set(groups) == {'vocabulary'})}: {where}, {size}.{quantised}"
 
 
-def _form(samples: Sequence[MatrixSample], in_blocks: bool) -> str:
+def _form(samples: Sequence[MatrixSample], vocabulary_alone: bool) -> str:
     forms = Counter(sample.form for sample in samples)
     common, count = forms.most_common(1)[0]
-    if not in_blocks:
+    if vocabulary_alone:
         return "A change of the vocabulary alone"
     if common == "rounding":
         return "A change that is not larger than rounding"

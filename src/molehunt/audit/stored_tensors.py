@@ -1,7 +1,7 @@
 """Differences between the stored tensors of two folders by name, shape and data type; no difference of values is taken."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -11,6 +11,8 @@ from molehunt.checkpoint.reader import Checkpoint, paired_names
 from molehunt.errors import NotTestable, ShapeMismatch, printable
 from molehunt.run.progress import Track
 
+Shapes = tuple[str, tuple[int, ...], tuple[int, ...]]
+"""Name of a tensor, its shape in the base and that in the fine-tune."""
 SHOWN = 20
 """Number of tensors of one kind that get a row of their own."""
 
@@ -51,6 +53,7 @@ def _as_loaded(base: LoadedView, tuned: LoadedView, track: Track) -> tuple[int, 
     packed = base.checkpoint.quantisation is not None or tuned.checkpoint.quantisation is not None
     layouts = 0
     types: list[tuple[torch.dtype, torch.dtype, str]] = []
+    shapes: list[Shapes] = []
     for name in track(names, "comparing shapes", len(names)):
         ours, theirs = (view.tied.get(name, name) for view in (base, tuned))
         if ours not in base.names() or theirs not in tuned.names():
@@ -60,8 +63,9 @@ def _as_loaded(base: LoadedView, tuned: LoadedView, track: Track) -> tuple[int, 
         if (ours == name) != (theirs == name):
             rows.append(_row(name, _tie(ours, name), _tie(theirs, name), "tied to another parameter on one side only"))
         layouts += ours == theirs and base.sources(ours) != tuned.sources(theirs)
-        rows += _shapes(name, base.shape(ours), tuned.shape(theirs), packed)
+        shapes.append((name, base.shape(ours), tuned.shape(theirs)))
         types.append((base.dtype(ours), tuned.dtype(theirs), name))
+    rows += _shapes(shapes, packed=packed)
     if layouts:
         why = f"{layouts} parameters are stored under other names, or joined and split in another way; loaders make the same of them"
         rows.append(_row("layout", "", "", why))
@@ -95,23 +99,26 @@ def _equal(view: LoadedView, name: str, source: str) -> bool:
     return one.dtype == other.dtype and torch.equal(one, other)
 
 
-def _shapes(name: str, base: tuple[int, ...], tuned: tuple[int, ...], packed: bool) -> Iterator[FolderDifference]:
-    if base == tuned:
+def _shapes(shapes: Sequence[Shapes], *, packed: bool) -> Iterator[FolderDifference]:
+    """Rows on the tensors that differ in shape."""
+    differ = [one for one in shapes if one[1] != one[2]]
+    if packed and differ:
+        name, base, tuned = differ[0]
+        key = name if len(differ) == 1 else f"{len(differ)} tensors, such as {name}"
+        yield _row(key, base, tuned, "stored in another format by quantisation: NOT TESTABLE")
         return
-    if packed:
-        yield _row(name, base, tuned, "stored in another format by quantisation: NOT TESTABLE")
-        return
-    if base[1:] != tuned[1:] or "layers" in name:
-        raise ShapeMismatch(name, base, tuned)
-    yield _row(name, base, tuned, "the vocabulary was resized")
+    for name, base, tuned in differ:
+        if base[1:] != tuned[1:] or "layers" in name:
+            raise ShapeMismatch(name, base, tuned)
+        yield _row(name, base, tuned, "the vocabulary was resized")
 
 
 def _by_stored_names(base: Checkpoint, tuned: Checkpoint, track: Track) -> tuple[int, list[FolderDifference]]:
     both, only_base, only_tuned = paired_names(base, tuned)
     rows: list[FolderDifference] = []
     packed = base.quantisation is not None or tuned.quantisation is not None
-    for name in track(both, "comparing shapes", len(both)):
-        rows += _shapes(name, base.shape(name), tuned.shape(name), packed)
+    shapes = [(name, base.shape(name), tuned.shape(name)) for name in track(both, "comparing shapes", len(both))]
+    rows += _shapes(shapes, packed=packed)
     rows += [_row(name, "present", "(absent)", "only in the base: tied, or missing") for name in only_base]
     why = "only in the fine-tune: ignored by loaders, or untied"
     rows += [_row(name, "(absent)", "present", why) for name in only_tuned]

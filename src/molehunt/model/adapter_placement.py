@@ -88,8 +88,8 @@ def with_adapter(model: nn.Module, config: Any, folder: Path) -> nn.Module:
 def placed_tensors(model: nn.Module, folder: Path) -> dict[str, Tensor]:
     """Name in the PEFT model's state → the tensor that PEFT fills it with from the file in `folder`.
 
-    Raises InvalidInput, with names, when a tensor of the file goes nowhere, a part of the adapter gets none, or a shape
-    does not fit.
+    Raises InvalidInput, with names, when a tensor of the file goes nowhere or a shape does not fit, and NotTestable when a
+    part of the adapter gets no tensor: PEFT leaves such a part at the value it begins with.
     """
     from peft.utils import load_peft_weights, set_peft_model_state_dict
 
@@ -143,9 +143,10 @@ def _check_all_placed(model: nn.Module, folder: Path, stored: dict[str, Tensor],
     saved = {id(value) for value in held.values()}
     empty = [n for n, parameter in own.items() if id(parameter) not in filled and n in state and id(state[n]) in saved]
     if empty:
-        raise InvalidInput(
-            f"{printable(folder.name)} has no tensor for {len(empty)} parts of its adapter, such as {printable(empty[0])}: they "
-            f"would keep their first values.\nFetch it again; {ADAPTER_WEIGHTS} may be incomplete."
+        raise NotTestable(
+            f"{printable(folder.name)} has no tensor for {len(empty)} parts of its adapter, such as {printable(empty[0])}. PEFT "
+            f"would leave them at the values they begin with, which no file holds.\nFetch it again; {ADAPTER_WEIGHTS} may be "
+            "incomplete."
         )
     for name in taken.keys() & state.keys():
         shape, given = state[name].shape, taken[name].shape
