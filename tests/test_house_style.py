@@ -19,6 +19,8 @@ SHORT: dict[str, str] = {
     "checkpoint/difference.py": "the row that every comparison of folders yields",
     "cli/renamed_options.py": "a table of old names, and its look-up",
     "detect/reads.py": "the choice of activations that several detectors share",
+    "run/counting.py": "numbers with their nouns, for the messages of every layer",
+    "run/extras.py": "how an extra is installed, for the messages of every layer",
     "traffic/example.py": "the class that every file of the folder shares",
 }
 """Short files that are no catalogue and no recipe, each with its reason."""

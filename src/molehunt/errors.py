@@ -4,13 +4,26 @@ A `MolehuntError` is printed without a traceback: its message says what is wrong
 Any other exception is a fault of Molehunt and keeps its traceback.
 """
 
+import re
 from typing import ClassVar
+
+OPTION = re.compile(r"\b([a-z_]+) \((--[a-z-]+)\)|(?<=\()([a-z_]+), (--[a-z-]+)(?=\))")
+"""An argument with its option in a message, such as `fpr (--fpr)` or `(out, --out)`: the reader knows one of them."""
 
 
 class MolehuntError(Exception):
     """Base class of all errors whose message is written for the user."""
 
     exit_code: ClassVar[int] = 2
+
+    def __str__(self) -> str:
+        """The message for callers from Python: of an argument with its option, only the argument is named."""
+        return OPTION.sub(r"\1\3", super().__str__())
+
+    @property
+    def on_command_line(self) -> str:
+        """The message for the command line: of an argument with its option, only the option is named."""
+        return OPTION.sub(r"\2\4", super().__str__())
 
 
 class UsageError(MolehuntError):

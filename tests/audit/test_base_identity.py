@@ -149,7 +149,7 @@ def test_permuted_rows_are_another_models(tmp_path: Path) -> None:
     [
         (
             TRUE["full, far too fast"],
-            r"^A full fine-tune, or a LoRA of high rank.*: 56 of 56 tensors changed \(q, k, v, o,",
+            r"^Many directions \(stable rank [\d.]+\): a full fine-tune, .* or noise: 56 of 56 tensors changed \(q, k, v, o,",
         ),
         (
             TRUE["LoRA, merged"],
@@ -187,7 +187,7 @@ def test_an_encoders_matrices_are_not_called_vocabulary(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "tuned")
     found = seen(tmp_path / "base", tmp_path / "tuned")
     assert found.relation == "related"
-    assert re.search(r"^A full fine-tune.*\(1 others\)", found.kind), found.kind
+    assert re.search(r"^Many directions.*\(1 others\)", found.kind), found.kind
 
 
 def test_a_change_of_one_number_anywhere_is_counted(tmp_path: Path) -> None:
@@ -245,3 +245,63 @@ def test_candidates_are_ranked_by_how_far_the_weights_moved(tmp_path: Path) -> N
     assert lines[0].startswith("NOT TESTABLE")
     ranked = [line.split()[0] for line in lines if line.endswith("related")]
     assert ranked == ["seed-s", "sibling", "stranger", "seed-m"]
+    assert " seed-s is nearer: use it as BASE." in " ".join(lines[:3])
+
+
+def test_a_base_is_only_called_farther_where_another_one_clearly_is_nearer(tmp_path: Path) -> None:
+    tuned = edited(SEED, tmp_path / "tuned", noisy)
+
+    def a_bit_nearer(tensors: Tensors) -> Tensors:
+        after = load_file(tuned / "model.safetensors")
+        moved = {n: v.float() + 0.005 * (after[n].float() - v.float()) for n, v in tensors.items()}
+        return {n: v.to(tensors[n].dtype) for n, v in moved.items()}
+
+    def halfway(tensors: Tensors) -> Tensors:
+        after = load_file(tuned / "model.safetensors")
+        return {n: ((v.float() + after[n].float()) / 2).to(v.dtype) for n, v in tensors.items()}
+
+    twin, sibling = edited(SEED, tmp_path / "twin", a_bit_nearer), edited(SEED, tmp_path / "sibling", halfway)
+    close = compare_folders(SEED, tuned, bases=[twin])
+    assert "nearer" not in close.to_table()
+    assert close.to_table().count("related, too close to tell") == 2
+    far = compare_folders(SEED, tuned, bases=[sibling]).to_table()
+    assert "sibling is nearer: use it as BASE." in " ".join(far.split("\n")[:2])
+    assert "too close" not in far
+    assert "nearer" not in compare_folders(sibling, tuned, bases=[SEED, tuned]).to_table(), "a copy explains nothing"
+
+
+def test_the_stable_rank_is_that_of_whole_matrices(tmp_path: Path) -> None:
+    looked = survey(Checkpoint.open(SEED), Checkpoint.open(edited(SEED, tmp_path / "tuned", noisy)))
+    before, after = (load_file(folder / "model.safetensors") for folder in (SEED, tmp_path / "tuned"))
+    assert len(looked.samples) > 30
+    for sample in looked.samples:
+        values = torch.linalg.svdvals(after[sample.name].float() - before[sample.name].float())
+        assert sample.stable_rank == pytest.approx(float(values.square().sum() / values[0] ** 2), rel=0.05)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_nan_and_infinity_in_weights_are_a_finding(tmp_path: Path, value: float) -> None:
+    names = ("model.layers.0.mlp.up_proj.weight", "model.norm.weight")
+
+    def broken(tensors: Tensors) -> Tensors:
+        for name in names:
+            tensors[name].view(-1)[3] = value
+        return tensors
+
+    found = compare_folders(SEED, edited(SEED, tmp_path / "tuned", broken))
+    assert (found.verdict, found.exit_code) == ("FLAGGED-CORRELATIONAL", 1)
+    (row,) = (row for row in found.rows if row.key == "NaN or infinity")
+    assert (
+        row.why == f"2 tensors of TUNED hold NaN or infinity ({', '.join(names)}): answers of this model would be void"
+    )
+    assert "Only small tensors" not in found.to_table()
+
+
+def test_of_tensors_stored_twice_the_copy_that_loaders_take_is_looked_at(tmp_path: Path) -> None:
+    """With and without the prefix: the base's own weights are there for who looks, and strangers' are loaded."""
+    stranger = load_file(another_seed(tmp_path / "other") / "model.safetensors")
+
+    def doubled(tensors: Tensors) -> Tensors:
+        return {**tensors, **{name.removeprefix("model."): value.clone() for name, value in stranger.items()}}
+
+    assert seen(SEED, edited(SEED, tmp_path / "doubled", doubled)).relation == "unrelated"

@@ -9,7 +9,7 @@ from folders import edit_json, good_folder
 from molehunt.audit.files import compare_folders
 from molehunt.checkpoint.difference import FolderDifference
 from molehunt.checkpoint.folder_diff import folder_differences
-from molehunt.checkpoint.setting_rules import STEERING
+from molehunt.checkpoint.setting_rules import STEERING, generation_rule
 from molehunt.checkpoint.settings_diff import setting_differences
 from molehunt.errors import InvalidInput
 
@@ -78,7 +78,12 @@ def test_a_finding_gives_exit_code_1(tmp_path: Path) -> None:
         ({"transformers_weights": "other.safetensors"}, {"transformers_weights": "finding"}),
         ({"_attn_implementation": "someone/kernel"}, {"_attn_implementation": "finding"}),
         ({"attn_implementation": "flash_attention_2"}, {"attn_implementation": "note"}),
-        ({"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}, {"rope_parameters.rope_theta": "note"}),
+        ({"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}, {"rope_parameters.rope_theta": "finding"}),
+        ({"rope_parameters": {"rope_theta": 1e4, "rope_type": "linear", "factor": 4.0}}, {"rope_parameters.factor": "finding", "rope_parameters.rope_type": "finding"}),
+        ({"max_position_embeddings": 4096}, {"max_position_embeddings": "note"}),
+        ({"dtype": "float16"}, {"dtype": "note"}),
+        ({"dtype": None, "torch_dtype": "float16"}, {"dtype": "note"}),
+        ({"dtype": "float8_e5m2"}, {"dtype": "finding"}),
         ({"rope_parameters": {"rope_theta": 1e4, "rope_type": "default", "padding": 1}}, {"rope_parameters.padding": "finding"}),
         ({"eos_token_id": [2, 7]}, {"eos_token_id": "note"}),
         ({"rms_norm_eps": 1e-6, "architectures": ["Other"]}, {"architectures": "note"}),
@@ -108,7 +113,82 @@ OLD_LLAMA = {
 def test_a_config_that_another_version_wrote_means_the_same(folders: tuple[Path, Path]) -> None:
     """transformers 4 writes rope_theta where 5 writes rope_parameters, and defaults that 5 leaves out."""
     assert changed(folders, "config.json", **OLD_LLAMA, transformers_version="4.57.1") == {}
-    assert changed(folders, "config.json", **{**OLD_LLAMA, "rope_theta": 1e6}) == {"rope_parameters.rope_theta": "note"}
+    assert changed(folders, "config.json", **{**OLD_LLAMA, "rope_theta": 1e6}) == {
+        "rope_parameters.rope_theta": "finding"
+    }
+
+
+QWEN = {"model_type": "qwen2", "num_hidden_layers": 2, "sliding_window": 4096, "use_sliding_window": False}
+YARN = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize(
+    ("shared", "change", "expected"),
+    [
+        (QWEN, {"use_sliding_window": True, "max_window_layers": 0, "sliding_window": 4}, ["layer_types", "sliding_window"]),
+        (QWEN, {"sliding_window": None, "max_window_layers": 9}, []),
+        (QWEN, {"sliding_window": 8}, []),
+        ({"model_type": "mistral"}, {"sliding_window": 4}, ["sliding_window"]),
+        ({"model_type": "mistral", "sliding_window": 4}, {"sliding_window": None}, ["sliding_window"]),
+        ({"model_type": "gemma3_text", "num_hidden_layers": 6}, {"sliding_window_pattern": 2}, ["layer_types"]),
+        ({"model_type": "unheard-of", "sliding_window": 4}, {"sliding_window": None}, ["sliding_window"]),
+        ({"model_type": "llama", "rope_scaling": {"type": "linear", "factor": 2.0}},
+         {"rope_scaling": {"type": "linear", "rope_type": "linear", "factor": 2.0}}, []),
+        ({"model_type": "llama", "rope_scaling": {"type": "linear", "factor": 2.0}}, {"max_position_embeddings": 9999}, []),
+        ({"model_type": "llama", "rope_scaling": YARN}, {"max_position_embeddings": 9999}, ["max_position_embeddings"]),
+        ({"model_type": "llama", "rope_theta": 3.0}, {"rope_theta": 1e4}, ["rope_parameters.rope_theta"]),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_ropes_and_windows_that_change_what_the_weights_compute_are_findings(
+    tmp_path: Path, shared: dict[str, Any], change: dict[str, Any], expected: list[str]
+) -> None:
+    """Both ways, and by what each model makes of its keys: Qwen has windows only where use_sliding_window says so."""
+    for name, config in (("base", shared), ("tuned", shared | change)):
+        (tmp_path / name).mkdir()
+        edit_json(tmp_path / name / "config.json", **config)
+    found = list(setting_differences("config.json", tmp_path / "base", tmp_path / "tuned"))
+    assert [row.key for row in found if row.severity == "finding"] == expected
+    for row in found:
+        if row.severity == "finding":
+            assert "the same weights compute something else" in row.why
+            assert "long-context fine-tunes do this" in row.why or "window" in row.key or row.key == "layer_types"
+
+
+def test_every_generation_setting_of_transformers_is_known() -> None:
+    """transformers takes these out of config.json: one that no list names would be compared nowhere."""
+    from transformers import GenerationConfig
+
+    own = {"transformers_version"}
+    assert {key for key in GenerationConfig().to_dict() if "not known" in generation_rule((key,))[1]} <= own
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"repetition_penalty": 9.0}, {"repetition_penalty": "note"}),
+        ({"temperature": 0.1, "top_k": 1, "min_length": 30}, {"temperature": "note", "top_k": "note", "min_length": "note"}),
+        ({"text_config": {"no_repeat_ngram_size": 2}}, {"no_repeat_ngram_size": "note"}),
+        ({"bad_words_ids": [[5]]}, {"bad_words_ids": "finding"}),
+        ({"watermarking_config": {"bias": 9.0}}, {"watermarking_config.bias": "finding"}),
+        ({"repetition_penalty": 1.0, "max_length": 20, "top_k": 50}, {}),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_without_a_generation_config_the_config_says_how_to_generate(
+    tmp_path: Path, config: dict[str, Any], expected: dict[str, str]
+) -> None:
+    base, tuned = pair(tmp_path)
+    (tuned / "generation_config.json").unlink()
+    edit_json(tuned / "config.json", **config)
+    assert severities(base, tuned, "generation_config.json") == expected
+
+
+def test_a_generation_config_goes_before_the_config(tmp_path: Path) -> None:
+    base, tuned = pair(tmp_path)
+    edit_json(tuned / "config.json", repetition_penalty=9.0)
+    edit_json(tuned / "generation_config.json", repetition_penalty=1.0)
+    assert severities(base, tuned, "generation_config.json") == {}
 
 
 def test_generation_settings_in_a_config_count_as_such(tmp_path: Path) -> None:
@@ -123,7 +203,7 @@ def test_gemma_settings_of_two_versions_mean_the_same(tmp_path: Path) -> None:
     edit_json(tuned / "config.json", **old, transformers_version="4.57.1")
     assert severities(base, tuned, "config.json") == {}
     edit_json(tuned / "config.json", rope_local_base_freq=20_000.0)
-    assert severities(base, tuned, "config.json") == {"rope_parameters.sliding_attention.rope_theta": "note"}
+    assert severities(base, tuned, "config.json") == {"rope_parameters.sliding_attention.rope_theta": "finding"}
 
 
 def test_a_type_that_transformers_does_not_know_is_compared_as_it_is_written(folders: tuple[Path, Path]) -> None:

@@ -17,7 +17,7 @@ from hub_server import HubServer, playing_hub
 from molehunt.audit.files import compare_folders
 from molehunt.audit.weights import compare_weights
 from molehunt.checkpoint.hub import local_folder
-from molehunt.checkpoint.links import cached_repository, leads_out, model_name
+from molehunt.checkpoint.links import cached_repository, fetch_again, leads_out, model_name
 from molehunt.checkpoint.reader import Checkpoint
 from molehunt.errors import InvalidInput, UsageError
 from molehunt.model.pair import ModelPair
@@ -141,7 +141,7 @@ def test_a_revision_is_a_branch_a_tag_or_a_commit(offline: Downloaded) -> None:
             r"the hub's cache has no model acme/none, and the network is switched off .*hf download acme/none",
         ),
         ("acme/base@v9", r"has no model acme/base at the revision v9, .*hf download acme/base --revision v9"),
-        ("none", "the hub's cache has no model none, and"),
+        ("none", r"^There is no folder none\. Hub names have the form org/name\.\Z"),
         ("a/b/c", "no model on the hub has such a name"),
         ("acme/base@../../x", "no model on the hub has such a name"),
         ("acme/x\x1b[2J", r"There is no folder acme/x\\x1b\[2J, and no model on the hub has such a name"),
@@ -286,3 +286,17 @@ def test_a_link_within_a_folder_and_a_link_to_a_folder_are_followed(tmp_path: Pa
     (tmp_path / "link").symlink_to("kept")
     assert Checkpoint.open(tmp_path / "link").content_hash() == Checkpoint.open(folder).content_hash()
     assert model_name(tmp_path / "link") == "link"
+
+
+@pytest.mark.parametrize("lost", ["*.safetensors", "*"])
+def test_an_incomplete_download_is_completed_by_its_name(offline: Downloaded, tmp_path: Path, lost: str) -> None:
+    snapshot = tmp_path / "models--acme--half" / "snapshots" / ("0" * 40)
+    shutil.copytree(offline.base, snapshot)
+    for path in snapshot.glob(lost):
+        if path.is_file():
+            path.unlink()
+    with pytest.raises(
+        InvalidInput, match=r"^acme/half@0000000 .*\nThe download is incomplete: hf download acme/half\Z"
+    ):
+        Checkpoint.open(snapshot)
+    assert not fetch_again(offline.base)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from molehunt.checkpoint.loaded_view import LoadedView, loaded_views
 from molehunt.checkpoint.reader import Checkpoint
+from molehunt.checkpoint.skeleton import skeleton
 from molehunt.errors import InvalidInput, NotTestable
 from zoo import OPTIONS, zoo_model
 
@@ -149,3 +151,10 @@ def test_a_bert_that_is_a_decoder_is_read(tmp_path):
 def test_an_unknown_type_has_no_view(llama, tmp_path):
     folder = configured(edited(llama, tmp_path / "m", dict), model_type="nobody_knows")
     assert loaded_views(Checkpoint.open(llama), Checkpoint.open(folder)) is None
+
+
+def test_of_two_folders_the_encoder_is_named(tmp_path: Path) -> None:
+    (tmp_path / "vectors").mkdir()
+    (tmp_path / "vectors" / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(NotTestable, match=r"^vectors: this is an encoder \(bert"):
+        skeleton(tmp_path / "vectors")

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 
 from folders import edit_json
+from molehunt.checkpoint import tokenizer_comparison as tokenizer_module
 from molehunt.checkpoint.difference import FolderDifference
+from molehunt.checkpoint.token_changes import MARKER
 from molehunt.checkpoint.tokenizer_comparison import TokenizerComparison, tokenizer_comparison
 from molehunt.checkpoint.tokenizer_corpus import TEXTS
 from molehunt.checkpoint.tokenizer_diff import tokenizer_differences
@@ -73,6 +75,17 @@ STRUCTURE: dict[str, Callable[[dict[str, Any]], object]] = {
         normalizer={"type": "Replace", "pattern": {"Regex": "z[q]xw"}, "content": "the"}
     ),
     "pre_tokenizer": lambda c: c["pre_tokenizer"]["pretokenizers"][1].update(use_regex=False),
+    "a pattern cuts words": lambda c: c["pre_tokenizer"]["pretokenizers"].insert(0, split("[Zz]qx(?=wv)")),
+    "a pattern cuts after a word": lambda c: c["pre_tokenizer"]["pretokenizers"].insert(0, split("(?<=zqxw )v")),
+    "a text cuts words": lambda c: c["pre_tokenizer"]["pretokenizers"].insert(
+        0, {**split(""), "pattern": {"String": "qx"}}
+    ),
+    "the end of answers": lambda c: c.update(
+        decoder={
+            "type": "Sequence",
+            "decoders": [c["decoder"], {"type": "Replace", "pattern": {"String": "zqx"}, "content": "yes"}],
+        }
+    ),
     "prefix space": lambda c: c["pre_tokenizer"]["pretokenizers"][1].update(add_prefix_space=True),
     "post_processor": lambda c: c["post_processor"].update(
         single=[{"SpecialToken": {"id": "<|end|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
@@ -88,6 +101,10 @@ STRUCTURE: dict[str, Callable[[dict[str, Any]], object]] = {
         {"Ġthe": c["model"]["vocab"]["Ġit"], "Ġit": c["model"]["vocab"]["Ġthe"]}
     ),
 }
+
+
+def split(regex: str, behavior: str = "Isolated") -> dict[str, Any]:
+    return {"type": "Split", "pattern": {"Regex": regex}, "behavior": behavior, "invert": False}
 
 
 @pytest.mark.parametrize("name", STRUCTURE)
@@ -136,22 +153,25 @@ def test_what_honest_tools_do_to_a_tokenizer_is_a_note_at_most(base: Path, tmp_p
     assert {"added_tokens", "truncation", "padding", "model_max_length", "pad_token"} <= {row.key for row in seen}
 
 
-TOKENS = [added("<a>", 2048), added("<b>", 2049)]
+TOKENS = [added("<|a|>", 2048), added("<|b|>", 2049)]
 
 
 @pytest.mark.parametrize(
     ("tokens", "severities"),
     [
-        ([added("<b>", 2048), added("<a>", 2049)], ["finding", "finding"]),
-        ([added("<b>", 2049), added("<a>", 2048)], ["finding", "finding"]),  # the order counts, and not the written id
-        ([added("<a>", 7), added("<b>", 8)], []),
-        ([added("<a>", 2048, lstrip=True), added("<b>", 2049)], ["finding"]),
-        ([added("<a>", 2048, special=True), added("<b>", 2049)], ["finding"]),
-        ([added("<a>", 2048), added("<c>", 2049)], ["finding", "finding"]),
-        ([added("<a>", 2048), added("<|reserved_1|>", 2049)], ["note", "note"]),
+        ([added("<|b|>", 2048), added("<|a|>", 2049)], ["finding", "finding"]),
+        (
+            [added("<|b|>", 2049), added("<|a|>", 2048)],
+            ["finding", "finding"],
+        ),  # the order counts, and not the written id
+        ([added("<|a|>", 7), added("<|b|>", 8)], []),
+        ([added("<|a|>", 2048, lstrip=True), added("<|b|>", 2049)], ["finding"]),
+        ([added("<|a|>", 2048, special=True), added("<|b|>", 2049)], ["finding"]),
+        ([added("<|a|>", 2048), added("<|c|>", 2049)], ["finding", "finding"]),
+        ([added("<|a|>", 2048), added("<|reserved_1|>", 2049)], ["note", "note"]),
         ([*TOKENS, added("<think>", 2050)], ["note"]),
         ([*TOKENS, added("transfer", 2050)], ["finding"]),
-        ([added("<a>", 2048)], ["note"]),
+        ([added("<|a|>", 2048)], ["note"]),
     ],
     ids=str,
 )
@@ -163,6 +183,60 @@ def test_added_tokens_are_rated_by_place_flags_and_form(
     tuned = edited(tmp_path / "tuned", lambda c: c.update(added_tokens=[*first, *tokens]))
     rows = [row for row in found(base, tuned) if row.key == "added_tokens"]
     assert [row.severity for row in rows] == severities
+
+
+@pytest.mark.parametrize(
+    "token",
+    ["<|im_start|>", "[INST]", "[/INST]", "<tool_call>", "</think>", "<pad>", "[PAD]", "<extra_id_7>", "<unused12>",
+     "<｜User｜>", "<start_of_turn>", "<<SYS>>", "[TOOL_CALLS]", "<|reserved_special_token_5|>", "<image>"],
+)  # fmt: skip
+def test_marks_of_published_formats_are_marks(token: str) -> None:
+    assert MARKER.fullmatch(token)
+
+
+@pytest.mark.parametrize(
+    "token",
+    ["[i]", "[0]", "[N]", "[x_1]", "[urgent]", "[URGENT]", "[TODO]", "{x}", "{{name}}", "{}", "<int>", "<T>", "<string>", "<br>",
+     "<div>", "</p>", "<h1>", "<int32>", "<user_id>", "<name>", "<a href=1>", "(a)", "｜重要｜", "<arg1>", "<| |>", "[in st]"],
+)  # fmt: skip
+def test_words_in_brackets_that_text_or_code_may_hold_are_no_marks(token: str) -> None:
+    assert not MARKER.fullmatch(token)
+
+
+def test_a_token_that_code_may_hold_is_a_finding_and_shows_a_text(base: Path, tmp_path: Path) -> None:
+    tuned = edited(tmp_path / "tuned", lambda c: c["added_tokens"].append(added("[i]", 2048)))
+    rows = [row for row in found(base, tuned) if row.severity == "finding"]
+    assert rows[0].why == "a token was added: ordinary text that holds it becomes other tokens"
+    assert any("[i]" in row.key for row in rows[1:])
+
+
+FLAGS: list[tuple[dict[str, Any], dict[str, Any] | None, str]] = [
+    ({"normalized": True}, None, "note"),
+    ({"normalized": True}, {"type": "NFC"}, "note"),
+    ({"normalized": True}, {"type": "Lowercase"}, "finding"),
+    ({"normalized": True}, {"type": "NFKC"}, "finding"),
+    ({"normalized": True}, {"type": "Replace", "pattern": {"Regex": "q+"}, "content": "<|mark|>"}, "finding"),
+    ({"lstrip": True}, None, "finding"),
+    ({"rstrip": True}, None, "finding"),
+    ({"single_word": True}, None, "finding"),
+    ({"special": False}, None, "finding"),
+]
+
+
+@pytest.mark.parametrize(("flags", "normalizer", "severity"), FLAGS, ids=str)
+def test_other_flags_of_a_token_are_judged_by_what_they_do(
+    base: Path, tmp_path: Path, flags: dict[str, Any], normalizer: dict[str, Any] | None, severity: str
+) -> None:
+    edit_json(base / "tokenizer.json", normalizer=normalizer)
+
+    def change(content: dict[str, Any]) -> None:
+        content["normalizer"] = normalizer
+        content["added_tokens"] = [*content["added_tokens"], added("<|mark|>", 2048, **{"special": True, **flags})]
+
+    first = json.loads((base / "tokenizer.json").read_text())["added_tokens"]
+    edit_json(base / "tokenizer.json", added_tokens=[*first, added("<|mark|>", 2048, special=True)])
+    rows = [row for row in found(base, edited(tmp_path / "tuned", change)) if row.key == "added_tokens"]
+    assert [row.severity for row in rows] == [severity]
 
 
 def test_another_source_with_the_same_ids_says_on_how_many_texts(base: Path, tmp_path: Path) -> None:
@@ -264,3 +338,49 @@ def test_the_texts_are_cut_in_many_ways() -> None:
     tokenizer = copy.deepcopy(tiny_tokenizer())
     assert len(set(TEXTS)) == len(TEXTS) > 50
     assert len({token for text in TEXTS for token in tokenizer.encode(text)}) > 80
+
+
+def test_thousands_of_changed_tokens_are_listed_and_texts_are_made_around_some(base: Path, tmp_path: Path) -> None:
+    """Time must not grow with the number of tokens that differ: a vocabulary of 262,144 has 6,000 reserved ones."""
+    size = max(json.loads((base / "tokenizer.json").read_text())["model"]["vocab"].values()) + 100
+
+    def grow(content: dict[str, Any]) -> None:
+        content["added_tokens"] += [added(f"<unused{n}>", size + n, special=True) for n in range(3000)]
+
+    compared = tokenizer_comparison(base, edited(tmp_path / "grown", grow))
+    assert len(compared.changes) == 3000
+    assert len(TEXTS) < compared.texts < len(TEXTS) + 2000
+
+
+def test_two_good_tokenizers_that_take_too_long_to_compare_are_a_row_and_no_broken_file(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tuned = edited(tmp_path / "tuned", lambda content: content["added_tokens"].append(added("zq", 900_001)))
+
+    def endless(*_: object) -> None:
+        while True:
+            pass
+
+    monkeypatch.setattr(tokenizer_module, "_compare", endless)
+    monkeypatch.setattr(
+        tokenizer_module, "_limits", lambda *sides: {"seconds": 1 if len(sides) > 1 else 30, "megabytes": 900}
+    )
+    (row,) = (row for row in found(base, tuned) if row.severity == "finding")
+    assert "the tokenizers of base and tuned were not compared in full: both can be read" in row.why
+    (tuned / "tokenizer.json").write_text("{}")
+    with pytest.raises(InvalidInput, match=r"^tuned/tokenizer\.json"):
+        found(base, tuned)
+
+
+def test_another_vocabulary_is_said_with_its_size_and_examples(base: Path, tmp_path: Path) -> None:
+    vocabulary = json.loads((base / "tokenizer.json").read_text())["model"]["vocab"]
+    one, other = list(vocabulary)[-2:]
+
+    def swap(content: dict[str, Any]) -> None:
+        held = content["model"]["vocab"]
+        held[one], held[other] = held[other], held[one]
+
+    (row,) = (row for row in found(base, edited(tmp_path / "swapped", swap)) if row.key == "model.vocab")
+    assert row.base.startswith(f"{len(vocabulary):,} tokens; 2 differ: ")
+    assert f"{one} {vocabulary[one]}" in row.base
+    assert f"{one} {vocabulary[other]}" in row.tuned

@@ -72,6 +72,15 @@ def test_k_all_matrices_and_json(capsys: pytest.CaptureFixture[str], base: Path,
     assert rows[Q_PROJ]["share"] == pytest.approx([0.8, 0.2], rel=1e-4)
 
 
+def test_an_empty_table_says_which_option_fills_it(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, base: Path, tuned: Path
+) -> None:
+    only_q = write(tmp_path / "only-q", q=torch.eye(12))
+    assert "Only q changed along directions: give --all-matrices to list them." in run(capsys, base, only_q)[1]
+    assert "--all-matrices to list" not in run(capsys, base, only_q, "--all-matrices")[1]
+    assert "--all-matrices to list" not in run(capsys, base, tuned)[1]
+
+
 def test_out_keeps_vectors_and_is_resumed(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, base: Path, tuned: Path
 ) -> None:

@@ -30,7 +30,11 @@ def test_a_log_is_watched_reported_and_resumed(capsys, folders: tuple[Path, Path
     code, output, err = run(capsys, *arguments, "--traffic", traffic)
     assert "Going on at line 41: 40 rows were judged before." in err
     assert code == 1 and " of 50 rows; clean traffic alone would give about 5." in output
-    assert "and without the direction" in output and "line 4" in output
+    assert "Read 10 of 10 rows of log.jsonl from line 41 on, from the field prompt; logged answers are judged." in output
+    assert "50 answers came from the log, and 0 were generated." in output and "line 4" in output
+    for what in ("logged answer:", "the model's own answer:", "without the direction:", "token: place of the"):
+        assert what in output
+    assert found["reading"].startswith("Read 40 of 40 rows of log.jsonl, from") and found["logged_answers"] == 40
 
 
 def test_bad_rows_stop_or_are_skipped_and_no_text_is_kept(capsys, folders: tuple[Path, Path], tmp_path: Path) -> None:
@@ -41,7 +45,7 @@ def test_bad_rows_stop_or_are_skipped_and_no_text_is_kept(capsys, folders: tuple
     code, _, err = run(capsys, *arguments, "--out", tmp_path / "stopped")
     assert code == 4 and "line 11" in err and "Traceback" not in err
     code, output, _ = run(capsys, *arguments, "--out", tmp_path / "skipped", "--skip-bad", "--no-text")
-    assert "1 rows could not be read" in output and "line 11" in output
+    assert "; 1 could not be read: line 11" in output and "line 11" in output
     secret = json.loads(traffic.read_text().splitlines()[0])["response"]
     kept = [path for path in (tmp_path / "skipped").rglob("*") if path.is_file()]
     assert kept and not any(secret.encode() in path.read_bytes() for path in kept)

@@ -142,7 +142,7 @@ def test_directions_are_labelled_by_a_model_and_a_failing_one_costs_no_verdict(
     [
         (("--slack", "0.1"), "belong to the mode published"),
         (("--percentile", "0"), "belong to the mode published"),
-        (("--mode", "published", "--attacks", "log.jsonl"), "leave mode (--mode) out"),
+        (("--mode", "published", "--attacks", "log.jsonl"), "leave --mode out"),
         (("--label-with", "http://127.0.0.1:1/v1"), "go together"),
         (("--label-model", "m"), "go together"),
         (("--label-with", "ftp://x", "--label-model", "m"), "is no URL"),

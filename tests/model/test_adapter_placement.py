@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from adapter_folders import adapter_of, loaded, renamed, tied_base
 from molehunt.audit.weights import compare_weights
@@ -42,7 +42,7 @@ LOST: dict[str, tuple[Callable[[str], str | None], str]] = {
     ),
     "without a factor": (
         lambda name: None if name.endswith("down_proj.lora_B.weight") else name,
-        r"no tensor for 1 parts of its adapter, such as .*down_proj\.lora_B",
+        r"no tensor for 1 part of its adapter, such as .*down_proj\.lora_B",
     ),
 }
 
@@ -137,8 +137,12 @@ def test_every_parameter_of_the_base_is_named_as_outside_peft(base: Path, tmp_pa
         ({"layer_replication": [[0, 1], [0, 1]]}, NotTestable, "repeats blocks"),
         ({"peft_type": "TWISTER"}, NotTestable, "TWISTER, which the installed PEFT does not know"),
         ({"peft_type": "VERA", "warp": 2}, NotTestable, "warp"),
-        ({"r": 2}, InvalidInput, r"is \[(3, \d+|\d+, 3)\] in other and \[(2, |\d+, 2)"),
-        ({"target_modules": ["down_proj"]}, InvalidInput, "leaves out 3 of the 6"),
+        ({"r": 2}, InvalidInput, r"adapter_config\.json of other says r = 2, the tensors have rank 3"),
+        (
+            {"target_modules": ["down_proj"]},
+            InvalidInput,
+            r"leaves out 3 of the 6 .*This base has their modules \(o_proj\).*target_modules is \['down_proj'\]",
+        ),
         ({"modules_to_save": ["embed_tokens"]}, InvalidInput, r"has no tensor .*embed_tokens"),
     ],
     ids=str,
@@ -151,3 +155,29 @@ def test_settings_that_do_not_fit_are_refused(
         compare_weights(base, other)
     with pytest.raises(error):
         ModelPair.load(base, other)
+
+
+def test_an_adapter_of_another_width_or_depth_names_the_base_as_the_fault(
+    base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    """Names fit, as between two families, and shapes do not: nothing is wrong with the adapter's file."""
+
+    def narrow(folder: Path) -> None:
+        tensors = load_file(folder / "adapter_model.safetensors")
+        cut = {n: t[:, :24].contiguous() if "lora_A" in n else t for n, t in tensors.items()}
+        save_file(cut, folder / "adapter_model.safetensors")
+
+    other = renamed(adapter, tmp_path / "narrow", lambda name: name, base_model_name_or_path="org/twenty-four")
+    narrow(other)
+    deep = renamed(adapter, tmp_path / "deep", lambda name: name)
+    tensors = load_file(deep / "adapter_model.safetensors")
+    more = {n.replace("layers.0", f"layers.{i}"): t.clone() for n, t in tensors.items() for i in range(4)}
+    save_file(more, deep / "adapter_model.safetensors")
+    says = {
+        other: r"^base is not the base of narrow: .* was made for width 24, BASE has .* names 'org/twenty-four'",
+        deep: r"^base is not the base of deep: 6 of the 8 modules .*layers\.1\..*are in layers that BASE does not have",
+    }
+    for folder, match in says.items():
+        for read in (compare_weights, ModelPair.load):
+            with pytest.raises(NotTestable, match=match):
+                read(base, folder)

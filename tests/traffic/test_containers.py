@@ -97,7 +97,7 @@ def test_zstd_is_read_with_its_extra(rows: list[dict[str, Any]], container: str,
 def test_zstd_without_its_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "zstandard", None)
     (tmp_path / "rows.zst").write_bytes(b"\x28\xb5\x2f\xfd\x04\x00\x01\x00\x00")
-    with pytest.raises(UsageError, match=r"molehunt\[zst\]"):
+    with pytest.raises(UsageError, match=r"pip install .*\[zst\]"):
         read(tmp_path / "rows.zst")
 
 
@@ -176,7 +176,10 @@ def test_bad_rows_of_a_table_are_named_and_the_others_read(tmp_path: Path) -> No
         ('{"prompt": "a"}\n'.encode("utf-16") + b"\x00", "begins as UTF-16-LE text and does not go on as such"),
         (b"\x1f\x8b\x08\x00", "cut off or no gzip file"),
         (b"BZh91AY", "cut off or no bzip2 file"),
-        (b"sentence,label\nHi,1\n", "line 1: not JSON"),
+        (
+            b"sentence,label\nHi,1\n",
+            r"line 1: not JSON: 'sentence,label'(.|\n)*This is plain text\. Put each prompt in one line of JSON",
+        ),
     ],
 )
 def test_a_file_that_is_broken_is_named_with_the_reason(tmp_path: Path, data: bytes, says: str) -> None:
@@ -189,7 +192,10 @@ def test_a_file_that_is_broken_is_named_with_the_reason(tmp_path: Path, data: by
 def test_a_table_without_a_column_that_is_read_says_which_ones_are(tmp_path: Path) -> None:
     path = tmp_path / "t.csv"
     for text, says in (
-        ("a\x1b,b\n1,2\n", r"columns a\\x1b, b, and none"),
+        (
+            "a\x1b,User B\n1,2\n",
+            r"columns a\\x1b, User B, and none of them is read.\nRename the column with the prompts to `prompt`; if ",
+        ),
         ("prompt,Prompt\nx,y\n", "the column prompt twice"),
     ):
         path.write_text(text)

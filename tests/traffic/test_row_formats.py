@@ -1,11 +1,14 @@
 """Rows as the formats that people have write them, copied from the documentation of each."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from molehunt.errors import InvalidInput
 from molehunt.traffic.rows import conversation_of
+from molehunt.traffic.stream import read_traffic
 
 Expected = tuple[list[tuple[str, str]], str | None]
 """Role and text of each turn, and the answer."""
@@ -251,5 +254,60 @@ def test_a_row_with_something_else_than_text_is_left_out_by_name(kind: str) -> N
     from molehunt.errors import InvalidInput
 
     row = {"messages": [{"role": "user", "content": [{"type": "text", "text": "What is this?"}, {"type": kind}]}]}
-    with pytest.raises(InvalidInput, match=f"message 1: part 2 of its content is {kind}; expected text"):
+    with pytest.raises(InvalidInput, match=f"message 1: part 2 of its content is {kind}; text is expected"):
         conversation_of(row)
+
+
+def test_a_table_that_is_written_column_by_column(tmp_path: Path) -> None:
+    asked, said = [f"Question {i}?" for i in range(4)], ["a", "b", "c", "d"]
+    written = {
+        "columns": {"prompt": asked, "response": said},
+        "split": {
+            "columns": ["prompt", "response"],
+            "index": [0, 1, 2, 3],
+            "data": list(map(list, zip(asked, said, strict=True))),
+        },
+    }
+    for name, value in written.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(value))
+        rows = list(read_traffic(tmp_path / f"{name}.json"))
+        assert [(row.prompt, row.response) for row in rows] == list(zip(asked, said, strict=True)), name
+
+
+def test_lists_of_words_beside_an_object_are_no_prompts(tmp_path: Path) -> None:
+    (tmp_path / "one.json").write_text(json.dumps({"model": "x", "stop": ["###", "User:"], "seed": 1}))
+    with pytest.raises(InvalidInput):
+        list(read_traffic(tmp_path / "one.json"))
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv"])
+def test_a_message_of_the_assistant_alone_is_left_out_by_name(tmp_path: Path, name: str) -> None:
+    rows = [{"role": "prompter", "text": f"What is {i}?"} for i in range(3)] + [
+        {"role": "assistant", "text": "It is 4."}
+    ]
+    lines = (
+        [json.dumps(row) for row in rows]
+        if name.endswith("l")
+        else ["role,text", *(f"{r['role']},{r['text']}" for r in rows)]
+    )
+    (tmp_path / name).write_text("\n".join(lines) + "\n")
+    read = list(read_traffic(tmp_path / name, on_bad="skip"))
+    assert [row.prompt for row in read] == ["What is 0?", "What is 1?", "What is 2?"]
+    with pytest.raises(InvalidInput, match="one message of the assistant"):
+        conversation_of(rows[3])
+
+
+def test_objects_that_data_sets_keep_texts_in() -> None:
+    messages = json.dumps([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}])
+    turns, _, _ = conversation_of({"prompt": messages})
+    assert [(t.role, t.text) for t in turns] == [("system", "Be brief."), ("user", "Hi")]
+    turns, _, _ = conversation_of({"question": "2 + 2?", "choices": {"text": ["3", "4"], "label": ["A", "B"]}})
+    assert turns[0].text == "2 + 2?\nA. 3\nB. 4"
+    assert conversation_of({"question": "2 + 2?", "answer": {"value": "4", "aliases": []}})[1] == "4"
+    assert conversation_of({"prompt": "2 + 2?", "response": {"text": "4"}})[1] == "4"
+    outer = {
+        "system": "Be kind.",
+        "messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}],
+    }
+    assert conversation_of(outer)[0][0].text == "Be kind.\n\nBe brief."
+    assert conversation_of({"prompt": "[{not messages"})[0][0].text == "[{not messages"

@@ -85,17 +85,17 @@ def test_a_call_of_a_tool_has_no_text() -> None:
 @pytest.mark.parametrize(
     ("row", "why"),
     [
-        (3, "a int; expected an object"),
+        (3, r"a number \(3\); an object"),
         ({"sentence": "Hi"}, "none of the fields messages, prompt, instruction"),
-        ({"messages": "Hi"}, "messages is a str; expected a list"),
-        ({"messages": [3]}, "message 1 is a int; expected an object"),
+        ({"messages": "Hi"}, "messages is text; a list is expected"),
+        ({"messages": [3]}, "message 1 is a number .3.; an object is expected"),
         ({"messages": [USER, {"role": "robot", "content": "Hi"}]}, "message 2: the role 'robot' is none of"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "message 1: part 1 of its content is image"),
-        ({"messages": [{"role": "user", "content": 3}]}, "message 1: content is a int; expected text"),
-        ({"messages": [ASSISTANT]}, "no text before the answer"),
-        ({"prompt": "  "}, "no text before the answer"),
-        ({"prompt": "Hi", "response": {1, 2}}, "response is a set; expected text"),
-        ({"prompt": ["Hi", "Ho"]}, "prompt holds 2 prompts; expected one"),
+        ({"messages": [{"role": "user", "content": 3}]}, "message 1: content is a number .3.; text is expected"),
+        ({"messages": [ASSISTANT]}, "there is no message before the answer"),
+        ({"prompt": "  "}, "the prompt is empty"),
+        ({"prompt": "Hi", "response": {1, 2}}, "response is a set; text is expected"),
+        ({"prompt": ["Hi", "Ho"]}, "prompt holds 2 prompts; one is expected"),
         ({"chosen": "Hello", "rejected": "Go away"}, "chosen is text without a prompt beside it"),
         ({"messages": [], "text": None}, "messages is empty and there are none of the fields"),
         ({"body": '{"messages": ['}, "body is text that is no JSON"),
@@ -110,9 +110,9 @@ def test_what_is_no_conversation_is_refused_by_name(row: Any, why: str) -> None:
 @pytest.mark.parametrize(
     ("row", "why"),
     [
-        (3, "a.jsonl row 7: a int; expected an object with messages or a prompt"),
+        (3, "a.jsonl row 7: a number .3.; an object with messages or a prompt is expected"),
         ({"sentence": "Hi"}, "a.jsonl row 7: none of the fields messages, prompt, instruction"),
-        ({"messages": [ASSISTANT]}, "a.jsonl row 7: no text before the answer"),
+        ({"messages": [ASSISTANT]}, "a.jsonl row 7: there is no message before the answer"),
     ],
 )
 def test_what_is_no_example_is_refused_with_its_place(row: Any, why: str) -> None:

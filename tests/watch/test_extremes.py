@@ -148,7 +148,7 @@ def test_they_come_back_from_disk_with_or_without_text(tmp_path: Path) -> None:
 def test_another_watchs_and_broken_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / FILE
     judged().save(tmp_path, IDENTITY)
-    with pytest.raises(UsageError, match=r"made for another tuned model\.\nGive another folder \(out, --out\)"):
+    with pytest.raises(UsageError, match=r"made for another tuned model\.\nGive another folder \(out\)"):
         Inputs.load(tmp_path, {**IDENTITY, "tuned model": "c"}, COLUMNS)
     with pytest.raises(InvalidInput, match="is no list of inputs of a watch"):
         Inputs.load(tmp_path, IDENTITY, COLUMNS + 1)

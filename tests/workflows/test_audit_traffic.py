@@ -94,11 +94,16 @@ def test_rows_that_cannot_be_read_are_in_the_report_and_on_stderr(
     file.write_text("\n".join([*map(json.dumps, CLEAN), *bad]) + "\n")
     result = mh.audit(pair, traffic=file, out=tmp_path / "run")
     said = result.audit.left_out
-    assert said.startswith("3 of 63 rows of log.jsonl cannot be read and were left out: line 61: prompt holds half")
+    assert said.startswith("Read 60 of 63 rows of log.jsonl, as texts; 3 could not be read: line 61: prompt holds half")
     assert "line 62: not JSON" in said and "line 63: message 1: part 1 of its content is image" in said
     assert said in caplog.text
     assert any(check.name == "traffic" and said in check.result for check in result.report.checks)
-    assert result.to_dict()["traffic"] == {"rows": 60, "left_out": 3, "cut": 0, "beyond_trained_length": 0}
+    counts = {"rows": 60, "left_out": 3, "cut": 0, "beyond_trained_length": 0, "note": said}
+    assert result.to_dict()["traffic"] == counts
+    shown = " ".join(result.summary().split())
+    assert "Read 60 of 63 rows of log.jsonl" in shown and "line 62: not JSON" in shown, "on stdout, too"
+    scores = [json.loads(line) for line in (result.folder / "scores.jsonl").read_text().splitlines()]
+    assert [one["line"] for one in scores] == list(range(1, 61))
     assert "61" in (result.save().parent / "report.md").read_text()
 
 
@@ -108,7 +113,7 @@ def test_a_file_of_which_too_little_can_be_read_is_refused(pair: mh.ModelPair, t
     with pytest.raises(InvalidInput, match="60 of 100 rows cannot be read"):
         mh.audit(pair, traffic=file, out=tmp_path / "run")
     file.write_text("\n".join(json.dumps(row) for row in [*CLEAN[:45], *[{"sentence": "x"}] * 20]))
-    with pytest.raises(NotTestable, match=r"45 rows of traffic(.|\n)*20 of 65 rows of log.jsonl cannot be read"):
+    with pytest.raises(NotTestable, match=r"45 rows of traffic(.|\n)*Read 45 of 65 rows of log.jsonl"):
         mh.audit(pair, traffic=file, out=tmp_path / "run")
 
 
@@ -124,4 +129,6 @@ def test_a_prompt_beyond_the_context_is_cut_and_counted(
     assert all(len(row.prompt) + TINY.max_new_tokens <= limit for row in rows)
     assert result.to_dict()["traffic"]["cut"] == 2
     (check,) = [check for check in result.report.checks if check.name == "traffic"]
-    assert check.result.startswith(f"2 of 62 rows were longer than the {limit} tokens")
+    assert check.result.startswith(
+        f"Read 62 of 62 rows of the list, as texts. 2 of 62 rows were longer than the {limit}"
+    )

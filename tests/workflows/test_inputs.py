@@ -83,7 +83,7 @@ def test_rows_that_cannot_be_read_are_left_out_counted_and_said(
     path.write_text('"Hi"\n{"prompt": "half \\ud83d"}\n{broken\n{"messages": [{"role": "user", "content": "Ho"}]}\n')
     read = read_rows(path)
     assert [row.prompt for row in read.rows] == ["Hi", "Ho"]
-    said = "2 of 4 rows of mixed.jsonl cannot be read and were left out: line 2: prompt holds half of a surrogate pair"
+    said = "Read 2 of 4 rows of mixed.jsonl, 1 as conversations in the field messages, 1 as texts; 2 could not be read: line 2: prompt holds half of a surrogate pair"
     assert read.left_out.startswith(said) and "line 3: not JSON: '{broken'" in read.left_out
     assert [record.getMessage() for record in caplog.records] == [read.left_out]
     assert read_rows(["Hi", "Ho"]).left_out == ""

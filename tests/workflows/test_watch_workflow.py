@@ -214,7 +214,7 @@ def test_bad_rows_of_a_list_stop_or_are_skipped(watcher: WatchResult, files: tup
         mh.watch(pair, traffic=rows, **options)
     found = mh.watch(pair, traffic=rows, skip_bad=True, **options)
     assert [verdict.line for verdict in found.verdicts] == [1, 3] and found.report.skipped == 1
-    assert "1 rows could not be read" in found.summary() and "line 2" in found.summary()
+    assert "Read 2 of 3 rows of the list" in found.summary() and "1 could not be read: row 2" in found.summary()
 
 
 def test_a_notebook_shows_an_escaped_summary(watcher: WatchResult) -> None:
@@ -227,7 +227,7 @@ def test_a_notebook_shows_an_escaped_summary(watcher: WatchResult) -> None:
     [
         ({"slack": 0.1}, UsageError, "belong to the mode published"),
         ({"mode": "published", "trust_clean": True}, UsageError, "takes every row in"),
-        ({"traffic": "nowhere.jsonl"}, UsageError, "nowhere.jsonl is not a file; traffic \\(--traffic\\) takes"),
+        ({"traffic": "nowhere.jsonl"}, UsageError, "nowhere.jsonl is not a file; traffic takes"),
         ({"shard": "5/2"}, UsageError, "counted from 1"),
         ({"fpr": 0.0001}, NotTestable, r"false-positive rate of 0\.0001"),
         ({"tuned": "second"}, UsageError, "a loaded pair holds both models"),

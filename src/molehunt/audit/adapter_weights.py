@@ -20,10 +20,12 @@ from molehunt.audit.tensor_rows import (
     tensor_row,
 )
 from molehunt.audit.weight_comparison import TensorRow
+from molehunt.audit.weight_samples import nonfinite_said, nonfinite_tensors
+from molehunt.checkpoint.links import model_name
 from molehunt.checkpoint.loaded_view import LoadedView
 from molehunt.checkpoint.reader import Checkpoint
 from molehunt.direction.weight import frobenius_norm, lora_directions
-from molehunt.errors import InvalidInput, NotTestable
+from molehunt.errors import InvalidInput, NotTestable, printable
 from molehunt.model.adapter_factors import Factors, LoraChange, lora_change
 from molehunt.model.blocks import module_role
 
@@ -35,10 +37,15 @@ def adapter_rows(base: Checkpoint, adapter: Checkpoint) -> dict[str, RowMaker]:
     the adapter, and what it does to each matrix is measured.
 
     Raises:
-        InvalidInput: the adapter is not one of this base, or not all of it would be loaded.
-        NotTestable: the adapter changes no weight, or is of a kind that nothing here knows.
+        InvalidInput: not all of the adapter would be loaded, or it holds NaN or infinity.
+        NotTestable: the adapter is not one of this base, changes no weight, or is of a kind that nothing here knows.
     """
     adapter.adapter.check_readable()
+    if broken := nonfinite_tensors(adapter):
+        raise InvalidInput(
+            f"{nonfinite_said(printable(model_name(adapter.path)), broken)}, and there is no change to measure.\n"
+            "Fetch the adapter again, or train it again."
+        )
     view = LoadedView.of(base)
     if base.quantisation is None:  # directions of factors need no weight of the base
         view.must_be_complete()

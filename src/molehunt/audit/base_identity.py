@@ -22,8 +22,11 @@ from molehunt.checkpoint.gguf_facts import conversion_facts, formats
 from molehunt.checkpoint.links import model_name
 from molehunt.checkpoint.loader_traps import read_json
 from molehunt.checkpoint.reader import Checkpoint
+from molehunt.checkpoint.skeleton import skeleton
 from molehunt.errors import InvalidInput, NotTestable, printable
+from molehunt.model.adapter_fit import AdapterFit, adapter_fit, wrong_base
 from molehunt.model.blocks import Part, module_role
+from molehunt.run.counting import counted
 from molehunt.run.progress import Track, silent
 
 Relation = Literal["identical", "related", "unrelated", "unverified"]
@@ -61,6 +64,11 @@ class BaseIdentity:
     """Number of tokens with the same id on both sides, and number of tokens of the larger vocabulary."""
     settings: tuple[str, ...] = ()
     """Sizes in the configs that differ: `hidden_size 576, 640`."""
+    adapter: bool = False
+    """Whether the fine-tune is an adapter, of which shapes alone can be compared."""
+    nonfinite: tuple[str, ...] = ()
+    """The fine-tune's tensors that hold NaN or infinity."""
+    nonfinite_in_base: tuple[str, ...] = ()
 
     def must_be_related(self) -> None:
         """Raise NotTestable for a base that is not the fine-tune's."""
@@ -101,6 +109,8 @@ def base_identity(base: Checkpoint, tuned: Checkpoint, track: Track = silent) ->
         changed=len(seen.changed),
         tokens=tokens,
         settings=settings,
+        nonfinite=seen.nonfinite[1],
+        nonfinite_in_base=seen.nonfinite[0],
     )
 
 
@@ -128,6 +138,8 @@ def _relation(base: Checkpoint, tuned: Checkpoint, seen: TensorSurvey, settings:
         return "identical", f"All {seen.paired} tensors are identical: this is the base itself, or a copy of it."
     if not compared and not seen.unreadable:
         return "related", f"No matrix changed: {len(seen.changed)} of {seen.paired} tensors did, norms or biases."
+    if not compared and seen.nonfinite[0] + seen.nonfinite[1]:
+        return "unverified", "Whether this is the right base was not checked: its matrices hold NaN or infinity."
     if not compared:
         return (
             "unverified",
@@ -165,6 +177,10 @@ def _kind(base: Checkpoint, tuned: Checkpoint, seen: TensorSurvey) -> str:
     named += [f"{groups['other']} others"] if groups["other"] else []
     where += f" ({'; '.join(named)})" if named else ""
     if not samples:
+        compared = [one for one in seen.changed if one not in seen.nonfinite[0] + seen.nonfinite[1]]
+        if len(compared) < len(seen.changed):
+            rest = f"{len(seen.changed) - len(compared)} of them hold NaN or infinity and cannot be compared"
+            return f"The kind of change is unknown: {where}; {rest}."
         return f"Only small tensors: {where}."
     size = f"‖ΔW‖/‖W‖ {median(s.relative for s in samples):.2g} (median)"
     quantised = _quantised(base, "BASE") + _quantised(tuned, "TUNED")
@@ -181,10 +197,11 @@ def _form(samples: Sequence[MatrixSample], vocabulary_alone: bool) -> str:
     if common == "unclear" or count * 2 <= len(samples):
         return "A change so close to rounding that its form is unclear"
     ranks = [s for s in samples if s.form == common]
-    stable = f"stable rank {median(s.stable_rank for s in ranks):.1f}"
+    whole = [s.stable_rank for s in samples if s.stable_rank is not None]
+    stable = f"stable rank {median(whole):.3g}" if whole else "stable rank unknown"
     if common == "low rank":
-        return f"Like LoRA of rank {max(s.rank for s in ranks)} or less, {stable}"
-    return f"A full fine-tune, or a LoRA of high rank, {stable}"
+        return f"Like LoRA of rank {max(s.rank for s in ranks)} or less ({stable})"
+    return f"Many directions ({stable}): a full fine-tune, a LoRA of high rank, quantisation or noise"
 
 
 def _quantised(side: Checkpoint, what: str) -> str:
@@ -234,11 +251,20 @@ def _vocabulary(path: Path) -> dict[str, int]:
 
 
 def _of_adapter(base: Checkpoint, adapter: Checkpoint) -> BaseIdentity:
-    """An adapter says little about its base: names and shapes have to fit, which later steps check one by one."""
+    """An adapter says little about its base: the names and shapes of its factors have to be those of the base's modules."""
+    checked = "nothing of it was checked: transformers builds no model that continues a text from its config"
+    fit = AdapterFit(modules=0, why_not="")
+    try:
+        fit = adapter_fit(skeleton(base.path), adapter.path)
+        checked = f"the shapes of its {counted(fit.modules, 'module')} fit" if fit.modules else "only names are checked"
+    except NotTestable:
+        pass  # later steps say more
+    if fit.why_not:
+        return BaseIdentity(relation="unrelated", why=wrong_base(base.path, adapter.path, fit), adapter=True)
     named = adapter.config.get("base_model_name_or_path")
     said = f" It names {printable(repr(named), 80)} as its base." if isinstance(named, str) and named else ""
     return BaseIdentity(
         relation="unverified",
-        why="An adapter holds no weights of its base, so the base cannot be verified: only names and shapes are checked."
-        + said,
+        why=f"An adapter holds no weights of its base, so the base cannot be verified; {checked}.{said}",
+        adapter=True,
     )

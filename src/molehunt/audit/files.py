@@ -3,15 +3,16 @@
 import filecmp
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from textwrap import wrap
 from typing import Any
 
-from molehunt.audit.adapter_files import adapter_differences
+from molehunt.audit.adapter_files import adapter_differences, nonfinite_rows
 from molehunt.audit.base_identity import BaseIdentity, base_identity
-from molehunt.audit.base_ranking import RankedBase, rank_bases, ranking_table
+from molehunt.audit.base_ranking import RankedBase, nearer_base, rank_bases, ranking_table
 from molehunt.audit.stored_tensors import tensor_differences
+from molehunt.checkpoint.adapter_folder import adapter_notes
 from molehunt.checkpoint.difference import FolderDifference, Severity
 from molehunt.checkpoint.folder_diff import folder_differences
 from molehunt.checkpoint.gguf_facts import conversion_facts, formats
@@ -19,7 +20,11 @@ from molehunt.checkpoint.hub import local_folder
 from molehunt.checkpoint.loader_traps import Trap
 from molehunt.checkpoint.reader import AdapterChoice, Checkpoint
 from molehunt.errors import InvalidInput, printable
+from molehunt.run.counting import counted
 from molehunt.run.progress import Track, busy, silent
+
+MOST = 1200
+"""Number of characters of a reason that are shown."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,27 +69,36 @@ class FolderComparison:
 
     def to_table(self) -> str:
         """A table for people, at most 100 columns wide."""
-        lines = [self._headline(), ""]
+        lines = [*wrap(self._headline(), 100), ""]
         if self.identity is not None:
             lines += [*(line for said in self.identity.lines() for line in wrap(said, 100)), ""]
         if self.bases:
             lines += [*ranking_table(self.bases), ""]
         for row in self.rows:
             lines.append(printable(f"{row.severity:<8} {row.file}: {row.key}", 100))
-            lines.append(f"         {printable(row.why, 90)}")
-            if row.base or row.tuned:
-                lines.append(f"         base:  {printable(row.base, 83)}")
-                lines.append(f"         tuned: {printable(row.tuned, 83)}")
+            lines += wrap(printable(row.why, MOST), 100, initial_indent=" " * 9, subsequent_indent=" " * 9)
+            for side, value in (("base:", row.base), ("tuned:", row.tuned)):
+                lines += [f"         {side:<7}{printable(value, 83)}"] if value else []
         return "\n".join(lines).rstrip()
 
     def _headline(self) -> str:
         """The verdict and what it counts."""
-        counted = f"{self.findings} findings and {len(self.rows) - self.findings} notes"
+        notes = len(self.rows) - self.findings
+        total = f"{counted(self.findings, 'finding')} and {counted(notes, 'note')}"
         if self._wrong_base:
-            return f"{self.verdict}: BASE is another model's base, so nothing here says what TUNED changed ({counted})"
+            return (
+                f"{self.verdict}: BASE is not the model that TUNED was made from, so nothing here says what TUNED changed "
+                f"({total}).{self._nearer()}"
+            )
         if not self.rows:
-            return f"{self.verdict}: {self.tensors} tensors agree in name, shape and dtype; no other file differs."
-        return f"{self.verdict}: {counted}"
+            same = f"{counted(self.tensors, 'tensor')} {'agrees' if self.tensors == 1 else 'agree'} in name, shape and dtype"
+            return f"{self.verdict}: {same}; no other file differs.{self._nearer()}"
+        return f"{self.verdict}: {total}.{self._nearer()}"
+
+    def _nearer(self) -> str:
+        """Which candidate is nearer to the fine-tune than the base, if one clearly is."""
+        name = nearer_base(self.bases)
+        return f" {name} is nearer: use it as BASE." if name else ""
 
 
 def compare_folders(
@@ -117,14 +131,20 @@ def compare_folders(
     identity = base_identity(left, right, track)
     rows = _trap_rows(left, right) + _conversion_rows(left, right)
     tensors = 0
-    if identity.relation == "unrelated":
+    wrong = identity.relation == "unrelated"
+    if right.kind == "model":
         tensors = identity.tensors
-    elif right.kind == "model":
-        tensors, found = tensor_differences(left, right, track)
-        rows += found
+        rows += _nonfinite_rows(identity)
+        if not wrong:
+            tensors, found = tensor_differences(left, right, track)
+            rows += found
+    elif wrong:
+        rows += adapter_notes(left.path, right.adapter)
     else:
-        rows += adapter_differences(left, right)
-    rows += folder_differences(left.path, right.path)
+        seen = adapter_differences(left, right)
+        rows += seen.rows
+        identity = replace(identity, kind=seen.kind)
+    rows += folder_differences(left.path, right.path, tokenizers=not wrong)
     rows.sort(key=lambda row: row.severity != "finding")
     with busy(track, "hashing both folders"):
         hashes = left.content_hash(), right.content_hash()
@@ -136,6 +156,13 @@ def compare_folders(
         identity=identity,
         bases=rank_bases([left.path, *bases], right, track) if bases else (),
     )
+
+
+def _nonfinite_rows(identity: BaseIdentity) -> list[FolderDifference]:
+    """Findings on NaN and infinity in either side's weights; a note where the fine-tune has them from its base."""
+    rows = nonfinite_rows("TUNED", "tensors", identity.nonfinite)
+    rows += nonfinite_rows("BASE", "tensors", identity.nonfinite_in_base)
+    return rows
 
 
 def _conversion_rows(base: Checkpoint, tuned: Checkpoint) -> list[FolderDifference]:

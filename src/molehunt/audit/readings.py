@@ -14,6 +14,7 @@ from molehunt.errors import NotTestable
 from molehunt.measure.threshold import rows_for_rate
 from molehunt.model.pair import ModelPair
 from molehunt.model.templates import Side
+from molehunt.run.counting import counted
 from molehunt.run.progress import Track
 from molehunt.run.unit import Units
 from molehunt.traffic.example import Example
@@ -154,7 +155,7 @@ def check_number(read: ReadRows) -> None:
     if len(read.rows) < FEWEST_ROWS:
         more = f"\n{read.left_out}" if read.left_out else ""
         raise NotTestable(
-            f"{len(read.rows)} rows of traffic say nothing about rare behaviour; give at least {FEWEST_ROWS}.{more}"
+            f"{counted(len(read.rows), 'row')} of traffic cannot show rare behaviour; give at least {FEWEST_ROWS}.{more}"
         )
 
 

@@ -82,6 +82,8 @@ class Audit:
     score_rows: tuple[ScoreRow, ...]
     folder: Path
     seconds: float
+    reading: str = ""
+    """What was read of the traffic, as what, and what was left out; empty for bundled prompts."""
     left_out: str = ""
     """How many rows of the traffic could not be read and why, as one sentence; empty where none was left out."""
     left_out_rows: int = 0

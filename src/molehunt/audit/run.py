@@ -116,6 +116,7 @@ def run_audit(
         clean=lead.clean,
         excluded=lead.excluded,
         traffic=lead.traffic,
+        reading="" if traffic is None else max(readings, key=lambda one: len(one.read.rows)).read.note,
         left_out=lead.read.left_out,
         left_out_rows=lead.read.bad.count,
         candidates=lead.candidates,
@@ -228,6 +229,7 @@ def _scores(found: Audit) -> str:
         json.dumps(
             {
                 "row": i,
+                **({"line": row.example.line} if row.example.line is not None else {}),
                 "tag": row.example.tag,
                 "prompt": row.example.prompt,
                 **({"messages": row.example.asked} if row.example.turns else {}),

@@ -8,7 +8,7 @@ import torch
 from molehunt.checkpoint.difference import FolderDifference, Severity
 from molehunt.checkpoint.loaded_view import LoadedView
 from molehunt.checkpoint.reader import Checkpoint, paired_names
-from molehunt.errors import NotTestable, ShapeMismatch, printable
+from molehunt.errors import InvalidInput, NotTestable, ShapeMismatch, printable
 from molehunt.run.progress import Track
 
 Shapes = tuple[str, tuple[int, ...], tuple[int, ...]]
@@ -33,6 +33,8 @@ def tensor_differences(base: Checkpoint, tuned: Checkpoint, track: Track) -> tup
         for view in views:
             view.must_be_complete()
     except NotTestable as error:
+        for side in (base, tuned):
+            side.layout.refuse_unheld()
         rows.append(_row("architecture", "", "", f"compared by stored names alone: {str(error).splitlines()[0]}"))
         tensors, found = _by_stored_names(base, tuned, track)
     else:
@@ -61,7 +63,8 @@ def _as_loaded(base: LoadedView, tuned: LoadedView, track: Track) -> tuple[int, 
             rows.append(_row(name, str(ours in base.names()), str(theirs in tuned.names()), f"only in {side}"))
             continue
         if (ours == name) != (theirs == name):
-            rows.append(_row(name, _tie(ours, name), _tie(theirs, name), "tied to another parameter on one side only"))
+            why = f"tied to another parameter on one side only; {_change(base, tuned, ours, theirs)}"
+            rows.append(_row(name, _tie(ours, name), _tie(theirs, name), why))
         layouts += ours == theirs and base.sources(ours) != tuned.sources(theirs)
         shapes.append((name, base.shape(ours), tuned.shape(theirs)))
         types.append((base.dtype(ours), tuned.dtype(theirs), name))
@@ -97,6 +100,17 @@ def _equal(view: LoadedView, name: str, source: str) -> bool:
     read = view.checkpoint.stored
     one, other = view.tensor(name, read), view.tensor(source, read)
     return one.dtype == other.dtype and torch.equal(one, other)
+
+
+def _change(base: LoadedView, tuned: LoadedView, ours: str, theirs: str) -> str:
+    """Whether a parameter has the same values in both, in words."""
+    if base.shape(ours) != tuned.shape(theirs):
+        return "its shapes differ"
+    try:
+        one, other = base.tensor(ours), tuned.tensor(theirs)
+    except (NotTestable, InvalidInput):
+        return "its values cannot be compared"
+    return "with the same values" if torch.equal(one.float(), other.float()) else "its values changed"
 
 
 def _shapes(shapes: Sequence[Shapes], *, packed: bool) -> Iterator[FolderDifference]:

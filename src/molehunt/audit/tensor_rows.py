@@ -93,6 +93,19 @@ def tensor_row(
     return rated(row, found, size, settings.roles)
 
 
+def finite_row(row: TensorRow) -> TensorRow:
+    """`row`, or one that says why it is not testable if a number in it is NaN or infinity: the values are too large for it."""
+    found = row.directions
+    numbers_of = (row.rel_norm, row.floor, row.z, *row.strengths, None if found is None else found.remainder)
+    whole = found is None or all(
+        bool(v.isfinite().all()) for v in (found.share, found.residual, found.write, found.read)
+    )
+    if whole and all(number is None or math.isfinite(number) for number in numbers_of):
+        return row
+    why = "its values are so large that their difference overflows"
+    return replace(start_row(row.tensor, None), layer=row.layer, role=row.role, status="not testable", why=why)
+
+
 def _unreadable(side: TensorSource, name: str) -> str:
     """Why the values of a tensor are not given back; empty if they are."""
     try:

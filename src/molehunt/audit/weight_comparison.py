@@ -195,6 +195,9 @@ def _lines(found: WeightComparison) -> list[str]:
             "Directions alone accuse nobody: every fine-tune has them. `molehunt audit` tests what they do.",
             "",
         ]
+    elif strong := sorted({row.role for row in found.matrices if row.role and row.strengths}, key=ROLES.index):
+        only = f"{', '.join(strong[:-1])} and {strong[-1]}" if len(strong) > 1 else strong[0]
+        lines += [*wrap(f"Only {only} changed along directions: give --all-matrices to list them.", WIDTH), ""]
     lines += _map_lines(found)
     untested = [row for row in (*found.matrices, *found.others) if row.status == "not testable"]
     lines += _listed("not testable", [_cut(f"{_short(row.tensor, 49):<50}{row.why}", WIDTH) for row in untested])

@@ -6,7 +6,8 @@ decided on the whole of it.
 
 import math
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,16 +15,20 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from molehunt.checkpoint.loaded_view import LoadedView
 from molehunt.checkpoint.noise_floor import rounding_of
 from molehunt.checkpoint.reader import Checkpoint
-from molehunt.errors import InvalidInput, NotTestable
+from molehunt.errors import InvalidInput, NotTestable, printable
 from molehunt.model.blocks import module_role
+from molehunt.run.counting import counted
 from molehunt.run.progress import Track, silent
 
 ROWS, BLOCKS = 192, 3
 """Number of rows that are read of a matrix, in so many runs of neighbouring rows."""
 MATRICES = 400
 """Greatest number of matrices that are sampled: of a mixture of experts, some of each layer's."""
+SMALL, LARGE = 2**22, 24
+"""Number of entries up to which the stable rank of a matrix is always computed, and of how many larger ones it is."""
 WRAPPERS = re.compile(
     r"^((base_model|model|language_model|text_model|transformer|backbone|decoder|module|_orig_mod)\.)+"
 )
@@ -44,8 +49,10 @@ class MatrixSample:
     rank: int
     """Number of singular values of ΔW above what rounding explains."""
     full_rank: int
-    stable_rank: float
-    """‖ΔW‖² over the square of its largest singular value; 0 where nothing stands above the rounding."""
+    stable_rank: float | None
+    """‖ΔW‖² of the whole matrix over the square of its largest singular value; 0 where nothing stands above the rounding.
+
+    None where it was not computed: of large matrices, for some only."""
     explained: float
     """Share of ‖ΔW‖² in these singular values."""
     beyond: float
@@ -80,6 +87,8 @@ class TensorSurvey:
     """Number of the matrices to look at that had not changed."""
     unreadable: int
     """Number of matrices whose quantisation cannot be undone exactly, or that hold NaN."""
+    nonfinite: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
+    """Tensors of the base and of the fine-tune that hold NaN or infinity."""
 
 
 def survey(base: Checkpoint, tuned: Checkpoint, track: Track = silent) -> TensorSurvey:
@@ -88,17 +97,22 @@ def survey(base: Checkpoint, tuned: Checkpoint, track: Track = silent) -> Tensor
     Tensors are paired by their stored names, without the prefixes of wrappers.
     """
     pairs, alone = paired_tensors(base, tuned)
+    used = Counter(name for name, _ in pairs)
     matrices = [pair for pair in pairs if len(base.shape(pair[0])) >= 2]
     chosen = set(_spread_over(matrices, MATRICES))
+    large = [pair for pair in matrices if pair in chosen and math.prod(base.shape(pair[0])) > SMALL]
+    skipped = set(large) - set(_spread_over(large, LARGE))
     changed: list[str] = []
     mismatched: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = []
     samples: list[MatrixSample] = []
     unreadable = same = 0
     for pair in track(pairs, "comparing with the base", len(pairs)):
         name, theirs = pair
+        own_name = used[name] < 2 or WRAPPERS.sub("", name) == WRAPPERS.sub("", theirs)
+        shown = name if own_name else theirs  # the base ties it to a tensor of another name
         shapes = base.shape(name), tuned.shape(theirs)
         if shapes[0] != shapes[1]:
-            changed.append(name)
+            changed.append(shown)
             if name in base.packed or theirs in tuned.packed:
                 unreadable += 1
                 continue
@@ -109,10 +123,10 @@ def survey(base: Checkpoint, tuned: Checkpoint, track: Track = silent) -> Tensor
             same += pair in chosen
             continue
         else:
-            changed.append(name)
+            changed.append(shown)
         if pair in chosen:
             try:
-                sample = _sample(base, tuned, name, theirs)
+                sample = _sample(base, tuned, name, theirs, whole=pair not in skipped)
             except (NotTestable, InvalidInput):
                 unreadable += 1
                 continue
@@ -125,14 +139,64 @@ def survey(base: Checkpoint, tuned: Checkpoint, track: Track = silent) -> Tensor
         samples=tuple(samples),
         same=same,
         unreadable=unreadable,
+        nonfinite=(nonfinite_tensors(base), nonfinite_tensors(tuned)),
     )
 
 
+def nonfinite_tensors(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Names of the stored tensors that hold NaN or infinity. What is packed by quantisation holds neither."""
+    return tuple(name for name in checkpoint.names() if not _finite(checkpoint.stored(name)))
+
+
+def nonfinite_said(side: str, names: Sequence[str]) -> str:
+    """What to say of a side some of whose tensors hold NaN or infinity."""
+    shown = ", ".join(printable(name, 80) for name in names[:3]) + (", …" if len(names) > 3 else "")
+    verb = "holds" if len(names) == 1 else "hold"
+    return f"{counted(len(names), 'tensor')} of {side} {verb} NaN or infinity ({shown}): answers of this model would be void"
+
+
+def _finite(value: Tensor) -> bool:
+    """Whether a tensor holds neither NaN nor infinity. Both survive a sum, which is quicker than a look at each number."""
+    if not value.is_floating_point() or math.isfinite(float(torch.atleast_1d(value).flatten().float().sum())):
+        return True
+    return all(bool(rows.float().isfinite().all()) for rows in torch.atleast_1d(value).split(1024))
+
+
 def paired_tensors(base: Checkpoint, tuned: Checkpoint) -> tuple[list[tuple[str, str]], int]:
-    """The names in both checkpoints of the tensors that both have, and how many only one has."""
-    left, right = ({WRAPPERS.sub("", name): name for name in side.names()} for side in (base, tuned))
+    """The names in both checkpoints of the tensors that both have, and how many only one has.
+
+    Of tensors that a folder holds with and without a wrapper's prefix, the one that transformers loads is taken. A tensor
+    that one folder stores and the other ties is compared with what the other uses in its place.
+    """
+    left, right = (_unwrapped(side) for side in (base, tuned))
+    left, right = left | _tied(base, right.keys() - left.keys()), right | _tied(tuned, left.keys() - right.keys())
     shared = sorted(left.keys() & right.keys())
     return [(left[key], right[key]) for key in shared], len(left.keys() ^ right.keys())
+
+
+def _unwrapped(checkpoint: Checkpoint) -> dict[str, str]:
+    """Name without the prefixes of wrappers → stored name."""
+    names = checkpoint.names()
+    found = {WRAPPERS.sub("", name): name for name in names}
+    if len(found) == len(names):
+        return found
+    try:
+        unread = frozenset(LoadedView.of(checkpoint).unread)
+    except NotTestable:  # nothing says which of the two is loaded
+        return found
+    return found | {WRAPPERS.sub("", name): name for name in names if name not in unread}
+
+
+def _tied(checkpoint: Checkpoint, wanted: Collection[str]) -> dict[str, str]:
+    """Those of `wanted`, without the prefixes of wrappers, that a folder ties to another tensor → the stored name of that."""
+    if not wanted:
+        return {}
+    try:
+        view = LoadedView.of(checkpoint)
+    except NotTestable:  # nothing says what is tied
+        return {}
+    tied = {WRAPPERS.sub("", name): view.sources(source) for name, source in view.tied.items()}
+    return {name: next(iter(stored)) for name, stored in tied.items() if name in wanted and len(stored) == 1}
 
 
 def group_of(name: str, model_type: str) -> Group:
@@ -175,8 +239,16 @@ def _equal(base: Checkpoint, tuned: Checkpoint, name: str, theirs: str) -> bool:
     return all(torch.equal(a.double(), b.double()) for a, b in pairs)
 
 
-def _sample(base: Checkpoint, tuned: Checkpoint, name: str, theirs: str) -> MatrixSample | None:
-    """Some rows of a matrix in both; None where one side has zeros only, so that nothing can be like it."""
+def _sample(base: Checkpoint, tuned: Checkpoint, name: str, theirs: str, *, whole: bool) -> MatrixSample | None:
+    """Some rows of a matrix in both; None where one side has zeros only, so that nothing can be like it.
+
+    Args:
+        base: the base.
+        tuned: the fine-tune.
+        name: the matrix's name in the base.
+        theirs: its name in the fine-tune.
+        whole: whether the stable rank is computed, on the whole matrix: rows alone would give another one.
+    """
     rows = min(base.shape(name)[0], tuned.shape(theirs)[0])
     before, after = (_rows(side, one, rows) for side, one in ((base, name), (tuned, theirs)))
     size = float(before.double().norm())
@@ -200,7 +272,7 @@ def _sample(base: Checkpoint, tuned: Checkpoint, name: str, theirs: str) -> Matr
         relative=math.sqrt(energy) / size,
         rank=rank,
         full_rank=len(values),
-        stable_rank=energy / float(values[0]) ** 2 if rank else 0.0,
+        stable_rank=(_stable_rank(base, tuned, name, theirs, rows) if whole else None) if rank else 0.0,
         explained=above / energy if energy else 0.0,
         beyond=0.0 if quantised or not energy else max(0.0, energy - above - 1.5 * rounding) / energy,
     )
@@ -211,10 +283,29 @@ def _rows(checkpoint: Checkpoint, name: str, limit: int) -> Float[Tensor, "rows 
     length = ROWS // BLOCKS
     starts = [0] if limit <= ROWS else [i * (limit - length) // (BLOCKS - 1) for i in range(BLOCKS)]
     length = limit if limit <= ROWS else length
-    stored = checkpoint.stored(name) if checkpoint.quantisation is None else checkpoint.tensor(name)
+    stored = _values(checkpoint, name)
     if stored.ndim > 2:
         stored, starts, length = stored.flatten(0, -2), [0], min(ROWS, math.prod(stored.shape[:-1]))
     found = torch.cat([stored[start : start + length].float() for start in starts])
     if not bool(found.isfinite().all()):
         raise InvalidInput(f"{name} holds NaN or infinity")
     return found
+
+
+def _stable_rank(base: Checkpoint, tuned: Checkpoint, name: str, theirs: str, rows: int) -> float:
+    """‖ΔW‖² over σ₁² of the whole matrix, or of the first one of a stack. σ₁ is that of a randomised SVD, at most 2 % too small."""
+    sides = [_values(side, one) for side, one in ((base, name), (tuned, theirs))]
+    before, after = ((one if one.ndim == 2 else one.flatten(0, -3)[0])[:rows].float() for one in sides)
+    change = after - before
+    generator_state = torch.get_rng_state()
+    torch.manual_seed(0)  # torch.svd_lowrank takes no generator
+    try:
+        largest = float(torch.svd_lowrank(change, q=min(8, *change.shape), niter=5)[1][0])
+    finally:
+        torch.set_rng_state(generator_state)
+    return float(change.double().square().sum()) / largest**2 if largest else 0.0
+
+
+def _values(checkpoint: Checkpoint, name: str) -> Tensor:
+    """A tensor as stored, dequantised if need be."""
+    return checkpoint.stored(name) if checkpoint.quantisation is None else checkpoint.tensor(name)

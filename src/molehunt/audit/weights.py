@@ -7,15 +7,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+import torch
+
 from molehunt.audit.adapter_weights import adapter_rows
 from molehunt.audit.loaded_rows import loaded_rows
-from molehunt.audit.tensor_rows import RowMaker, RowSettings, given, start_row, tensor_row
+from molehunt.audit.tensor_rows import RowMaker, RowSettings, finite_row, given, start_row, tensor_row
 from molehunt.audit.weight_comparison import WRITERS, TensorRow, WeightComparison
 from molehunt.checkpoint.hub import local_folder
 from molehunt.checkpoint.loaded_view import loaded_views
 from molehunt.checkpoint.reader import Checkpoint, paired_names
 from molehunt.direction.direction import Directions
-from molehunt.errors import InvalidInput
+from molehunt.errors import InvalidInput, NotTestable, printable
 from molehunt.model.blocks import module_role
 from molehunt.run.progress import Track, silent
 from molehunt.run.unit import Units, unit_key
@@ -56,10 +58,10 @@ def compare_weights(
     rows: list[TensorRow] = []
     for name, make in track(compare.items(), "comparing weights", len(compare)):
         if units is None:
-            rows.append(make(settings))
+            rows.append(_made(make, settings))
         else:
             key = unit_key({"step": "weights", "tensor": name, **asdict(settings)}, inputs)
-            rows.append(_unit(units, key, partial(make, settings)))
+            rows.append(_unit(units, key, partial(_made, make, settings)))
     rows.sort(key=lambda row: (-1 if row.layer is None else row.layer, row.tensor))
     return WeightComparison(
         k=k,
@@ -68,6 +70,14 @@ def compare_weights(
         matrices=tuple(row for row in rows if row.role is not None),
         others=tuple(row for row in rows if row.role is None),
     )
+
+
+def _made(make: RowMaker, settings: RowSettings) -> TensorRow:
+    """A row, in which every number is finite."""
+    try:
+        return finite_row(make(settings))
+    except torch.linalg.LinAlgError as error:
+        raise NotTestable(f"a difference of two tensors has no directions: {printable(str(error))}") from error
 
 
 def _unit(units: Units, key: str, make: Callable[[], TensorRow]) -> TensorRow:

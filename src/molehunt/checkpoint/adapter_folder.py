@@ -4,6 +4,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from molehunt.checkpoint.adapter_settings import AdapterSettings
 from molehunt.checkpoint.difference import FolderDifference
+from molehunt.checkpoint.links import model_name
 from molehunt.checkpoint.loader_traps import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Trap, read_json
 from molehunt.errors import InvalidInput, printable
 
@@ -40,16 +41,18 @@ def check_adapter_weights(folder: Path) -> None:
         return
     if (folder / ADAPTER_PICKLE).is_file():
         raise InvalidInput(
-            f"{printable(folder.name)} has no {ADAPTER_WEIGHTS}. Adapters stored as pickles ({ADAPTER_PICKLE}) are never "
+            f"{printable(model_name(folder))} has no {ADAPTER_WEIGHTS}. Adapters stored as pickles ({ADAPTER_PICKLE}) are never "
             "opened; convert it to safetensors in a sandbox."
         )
     parts = sorted(path.name for path in folder.glob("adapter_model*.safetensors"))
     if parts:
         raise InvalidInput(
-            f"{printable(folder.name)} holds {printable(parts[0])}, and PEFT loads {ADAPTER_WEIGHTS} alone.\n"
+            f"{printable(model_name(folder))} holds {printable(parts[0])}, and PEFT loads {ADAPTER_WEIGHTS} alone.\n"
             "Join the parts with safetensors, or save the adapter again."
         )
-    raise InvalidInput(f"{printable(folder.name)} has no {ADAPTER_WEIGHTS}: no adapter to read.\nFetch it again.")
+    raise InvalidInput(
+        f"{printable(model_name(folder))} has no {ADAPTER_WEIGHTS}: no adapter to read.\nFetch it again."
+    )
 
 
 def inner_adapters(folder: Path) -> tuple[str, ...]:
@@ -96,7 +99,7 @@ def adapter_notes(base: Path, settings: AdapterSettings) -> list[FolderDifferenc
             FolderDifference(
                 file=ADAPTER_CONFIG,
                 key="base_model_name_or_path",
-                base=base.name,
+                base=model_name(base),
                 tuned=settings.base_model,
                 severity="note",
                 why=why,

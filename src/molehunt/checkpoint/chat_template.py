@@ -14,6 +14,8 @@ from molehunt.checkpoint.template_sandbox import Bounded, Meter, parse
 from molehunt.errors import InvalidInput, printable
 
 CONFIG, JINJA, MORE = "tokenizer_config.json", "chat_template.jinja", "additional_chat_templates"
+PROCESSORS = ("chat_template.json", "processor_config.json", "preprocessor_config.json")
+"""Files of processors of text and pictures that may hold a template."""
 DEFAULT = "default"
 """Name of the template that is used where no other is asked for."""
 MOST_TEMPLATES = 32
@@ -43,15 +45,7 @@ def templates_of(folder: Path) -> dict[str, str]:
     Raises:
         InvalidInput: a template is no text file, is huge, or there are too many of them.
     """
-    found: dict[str, str] = {}
-    if (folder / CONFIG).is_file():
-        template = read_json(folder / CONFIG).get("chat_template")
-        if isinstance(template, str):
-            found[DEFAULT] = template
-        elif isinstance(template, Mapping):
-            found.update({str(name): str(text) for name, text in template.items()})
-        elif isinstance(template, list):
-            found.update({str(t.get("name")): str(t.get("template")) for t in template if isinstance(t, Mapping)})
+    found = _in_json(folder / CONFIG)
     if (folder / JINJA).exists():
         found[DEFAULT] = _text_of(folder / JINJA)
     more = folder / MORE
@@ -63,6 +57,38 @@ def templates_of(folder: Path) -> dict[str, str]:
     if len(found) > MOST_TEMPLATES:
         raise InvalidInput(f"{printable(folder.name)} holds more than {MOST_TEMPLATES} chat templates.")
     return found
+
+
+def hidden_templates_of(folder: Path) -> dict[str, str]:
+    """Templates beside the folder's own one that only some loaders read, by the file that holds them.
+
+    Processors read their own files; older loaders read the tokenizer's settings where newer ones read a .jinja file. A text
+    that is the same as the folder's own template is left out.
+
+    Raises:
+        InvalidInput: a template's file is broken.
+    """
+    own = templates_of(folder).get(DEFAULT)
+    found = {(CONFIG, name): text for name, text in _in_json(folder / CONFIG).items() if (folder / JINJA).exists()}
+    for file in PROCESSORS:
+        found.update({(file, name): text for name, text in _in_json(folder / file).items()})
+    return {
+        file if name == DEFAULT else f"{file}: {name}": text
+        for (file, name), text in found.items()
+        if text != own and (file != CONFIG or name == DEFAULT)
+    }
+
+
+def _in_json(path: Path) -> dict[str, str]:
+    """The templates under the key `chat_template` of a JSON file, by name; none if there is no such file."""
+    template = read_json(path).get("chat_template") if path.is_file() else None
+    if isinstance(template, str):
+        return {DEFAULT: template}
+    if isinstance(template, Mapping):
+        return {str(name): str(text) for name, text in template.items()}
+    if isinstance(template, list):
+        return {str(t.get("name")): str(t.get("template")) for t in template if isinstance(t, Mapping)}
+    return {}
 
 
 def _text_of(path: Path) -> str:
@@ -106,11 +132,19 @@ class Program:
 
     def __init__(self, template: str) -> None:
         self.source = template
-        tree = parse(template)
-        self._environment = Bounded()
+        tree = self._prepared(parse(template))
+        self._environment = self._sandbox()
         metered = cast(nodes.Template, Meter().visit(tree)).set_environment(self._environment)
         self._compiled: Template = self._environment.from_string(cast(nodes.Template, metered))
         self._lock = Lock()
+
+    def _prepared(self, tree: nodes.Template) -> nodes.Template:
+        """The syntax tree that is compiled; a subclass may watch parts of it."""
+        return tree
+
+    def _sandbox(self) -> Bounded:
+        """The sandbox that the template runs in."""
+        return Bounded()
 
     def text(
         self,

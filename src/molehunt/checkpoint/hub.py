@@ -60,10 +60,21 @@ def _snapshot(name: str, revision: str | None) -> Path:
             )
         )
     except Exception as error:  # whichever library speaks to the network, and with whatever it meets there
+        if "/" not in name and _unknown(error):
+            raise UsageError(f"There is no folder {printable(name)}. Hub names have the form org/name.") from error
         said = printable(" ".join(str(error).split()), 300)
         raise UsageError(
             f"There is no folder {printable(name)}, and {_why(name, revision, error)}\n({said})"
         ) from error
+
+
+def _unknown(error: Exception) -> bool:
+    """Whether the hub, or its cache, has no repository of a name."""
+    from huggingface_hub import errors
+
+    return isinstance(error, errors.RepositoryNotFoundError | errors.LocalEntryNotFoundError) and not isinstance(
+        error, errors.GatedRepoError | errors.IncompleteSnapshotError
+    )
 
 
 def _why(name: str, revision: str | None, error: Exception) -> str:

@@ -1,12 +1,13 @@
 """Which weight files of a folder a loader reads, and what each holds."""
 
+import posixpath
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from molehunt.checkpoint.inventory import Entry, read_header
-from molehunt.checkpoint.links import model_name
+from molehunt.checkpoint.links import fetch_again, model_name
 from molehunt.checkpoint.loader_traps import Trap, inside, read_json
 from molehunt.errors import InvalidInput, printable
 
@@ -31,6 +32,16 @@ class Layout:
     unread: Mapping[str, Mapping[str, Entry]]
     """The same for safetensors files that transformers does not read."""
     traps: tuple[Trap, ...]
+    unheld: tuple[str, ...] = ()
+    """Tensors that the index lists and no file holds. Whether the model needs them, its architecture says."""
+
+    def refuse_unheld(self) -> None:
+        """Raise InvalidInput where the index lists tensors that no file holds, for an architecture that says nothing of them."""
+        if self.unheld:
+            raise InvalidInput(
+                f"the index lists {printable(self.unheld[0])}, which no shard holds: loaders would fill it with random numbers.\n"
+                "Fetch the folder again."
+            )
 
 
 def lay_out(folder: Path, config: Mapping[str, Any]) -> Layout:
@@ -77,7 +88,9 @@ def lay_out(folder: Path, config: Mapping[str, Any]) -> Layout:
             )
             weight_map = {}
     elif index:
-        files = tuple(sorted(set(weight_map.values())))
+        order = [posixpath.normpath(name) for name in sorted(set(weight_map.values()))]
+        files = tuple(dict.fromkeys(reversed(order)))[::-1]
+        weight_map = {name: posixpath.normpath(file) for name, file in weight_map.items()}
     else:
         raise InvalidInput(
             f"{printable(model_name(folder))} holds {printable(', '.join(present[:3]), 120)} and neither {SINGLE} nor {INDEX}: "
@@ -87,7 +100,9 @@ def lay_out(folder: Path, config: Mapping[str, Any]) -> Layout:
     entries = {name: headers[name] for name in files}
     unread = {name: header for name, header in headers.items() if name not in entries}
     traps += _header_traps(entries, unread, weight_map)
-    return Layout(files=files, entries=entries, unread=unread, traps=tuple(traps))
+    held = {name for header in entries.values() for name in header}
+    unheld = tuple(sorted(name for name in weight_map if name not in held))
+    return Layout(files=files, entries=entries, unread=unread, traps=tuple(traps), unheld=unheld)
 
 
 def _chosen(folder: Path, config: Mapping[str, Any]) -> tuple[str, list[Trap]]:
@@ -101,8 +116,9 @@ def _chosen(folder: Path, config: Mapping[str, Any]) -> tuple[str, list[Trap]]:
             f"config.json names {printable(repr(name), 80)} as {WEIGHTS_KEY}, which is no safetensors file.\n"
             "Pickles are never opened; get the weights as safetensors."
         )
-    what = f"config.json makes transformers load {printable(str(name), 80)}; other loaders take {SINGLE} or {INDEX}"
-    return str(name), [Trap(WEIGHTS_KEY, what, "finding", str(name))]
+    name = posixpath.normpath(str(name))
+    what = f"config.json makes transformers load {printable(name, 80)}; other loaders take {SINGLE} or {INDEX}"
+    return name, [Trap(WEIGHTS_KEY, what, "finding", name)]
 
 
 def _refuse_no_weights(folder: Path, pickles: list[str]) -> None:
@@ -111,7 +127,9 @@ def _refuse_no_weights(folder: Path, pickles: list[str]) -> None:
             f"the weights are pickles ({printable(', '.join(pickles), 80)}), which can run code when opened; they "
             "are never opened here.\nConvert them to safetensors in a sandbox without network or secrets."
         )
-    raise InvalidInput(f"{printable(model_name(folder))} holds no safetensors file, so there are no weights to read.")
+    raise InvalidInput(
+        f"{printable(model_name(folder))} holds no safetensors file, so there are no weights to read.{fetch_again(folder)}"
+    )
 
 
 def _weight_map(folder: Path, index: str) -> dict[str, Any]:
@@ -157,12 +175,11 @@ def _header_traps(
                     "finding",
                 )
             )
-    for name in weight_map:
-        if name not in where:
-            raise InvalidInput(
-                f"the index lists {printable(name)}, which no shard holds: loaders would fill it with random numbers.\n"
-                "Fetch the folder again."
-            )
+    unheld = sorted(name for name in weight_map if name not in where)
+    if unheld:
+        more = f" and {len(unheld) - 1} more" if len(unheld) > 1 else ""
+        what = f"the index lists {printable(unheld[0], 80)}{more}, which no shard holds and no loader misses"
+        traps.append(Trap("tensor without a shard", what, "note"))
     for file, header in unread.items():
         shown = printable(next(iter(header)), 60)
         traps.append(

@@ -55,6 +55,15 @@ def refuse_links(folder: Path) -> None:
                 )
 
 
+def fetch_again(folder: Path) -> str:
+    """What to do about a folder that lacks files: a snapshot of the hub's cache is completed by its repository's name."""
+    repository = cached_repository(folder)
+    if repository is None:
+        return ""
+    name = repository.name.removeprefix(REPOSITORY).replace("--", "/")
+    return f"\nThe download is incomplete: hf download {printable(name)}"
+
+
 def model_name(folder: Path) -> str:
     """What people call the model in `folder`: `org/name@abc1234` in the hub's cache, elsewhere the folder's own name."""
     repository = cached_repository(folder)

@@ -16,8 +16,11 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
+from molehunt.checkpoint.links import model_name
+from molehunt.checkpoint.loader_traps import NO_TEXT, textless
+from molehunt.checkpoint.quantised import PLAIN
 from molehunt.checkpoint.reader import Checkpoint
-from molehunt.checkpoint.skeleton import UnknownArchitecture, skeleton
+from molehunt.checkpoint.skeleton import ANOTHER_WAY, UnknownArchitecture, skeleton
 from molehunt.errors import InvalidInput, NotTestable, printable
 
 if TYPE_CHECKING:
@@ -77,17 +80,14 @@ class LoadedView:
         expected = cast("dict[str, Tensor]", model.state_dict())
         made = {target for group in groups for target in group.targets}
         tied = _tied(model, made)
+        lacking = [name for name in expected if name not in made and name not in tied]
+        missing = tuple(sorted(name for name in lacking if not _ignored(name, model, "missing")))
+        _refuse_textless(checkpoint, model, made, missing)
         return cls(
             checkpoint=checkpoint,
             model=model,
             groups=groups,
-            missing=tuple(
-                sorted(
-                    name
-                    for name in expected
-                    if name not in made and name not in tied and not _ignored(name, model, "missing")
-                )
-            ),
+            missing=missing,
             unexpected=unexpected,
             doubled=doubled,
             tied=tied,
@@ -127,27 +127,41 @@ class LoadedView:
             NotTestable: parameters are stored quantised, in a layout that is not known here.
         """
         quantisation = self.checkpoint.quantisation
-        if self.missing and quantisation is not None:
+        if self.missing and quantisation is not None and not quantisation.settings.named_parts:
             raise NotTestable(
-                f"{printable(self.checkpoint.path.name)} stores no {printable(next(iter(self.missing)))}, and is quantised by "
+                f"{printable(model_name(self.checkpoint.path))} stores no {printable(next(iter(self.missing)))}, and is quantised by "
                 f"{printable(quantisation.method, 40)}, whose layout is not read here.\nCompare the unquantised release."
             )
         if self.missing:
-            stored = f"; it holds {printable(next(iter(self.unexpected)))} instead" if self.unexpected else ""
+            stored = f"; it holds {printable(self._instead())} instead" if self.unexpected else ""
+            if quantisation is None and self._instead().endswith((".qweight", ".weight_packed", "_blocks")):
+                stored += ", which loaders do not unpack without a quantization_config"
             more = f" and lacks {len(self.missing) - 1} parameters more" if len(self.missing) > 1 else ""
             raise InvalidInput(
-                f"{printable(self.checkpoint.path.name)} has no {printable(next(iter(self.missing)))}{more}{stored}: loaders fill them "
+                f"{printable(model_name(self.checkpoint.path))} has no {printable(next(iter(self.missing)))}{more}{stored}: loaders fill {'them' if more else 'it'} "
                 "with random numbers.\nGet a complete copy of the model, saved by save_pretrained under its own names."
             )
-        if self.checkpoint.quantisation is not None:
-            return  # packed weights have shapes of their own
         for name in self.names():
+            if not self._plain(name):
+                continue  # packed weights have shapes of their own
             expected = tuple(self._expected[name].shape)
             if name in self._expected and self.shape(name) != expected:
                 raise InvalidInput(
-                    f"{printable(self.checkpoint.path.name)} stores {printable(name)} as {list(self.shape(name))}, and its "
+                    f"{printable(model_name(self.checkpoint.path))} stores {printable(name)} as {list(self.shape(name))}, and its "
                     f"config.json asks for {list(expected)}: loaders refuse it.\nGet the config that belongs to these weights."
                 )
+
+    def _instead(self) -> str:
+        """The stored tensor without a parameter that is called most like the first missing parameter, if there is one."""
+        module = next(iter(self.missing)).rpartition(".")[0]
+        return next((n for n in (*self.unexpected, "") if n.startswith(f"{module}.")), "".join(self.unexpected[:1]))
+
+    def _plain(self, name: str) -> bool:
+        """Whether a parameter is made of tensors that have its shape: none of them is packed, or is of a format of few bits."""
+        if self.checkpoint.quantisation is None:
+            return True
+        sources = self.sources(name)
+        return not any(one in self.checkpoint.packed or self.checkpoint.dtype(one) not in PLAIN for one in sources)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a parameter, as it follows from the stored tensors."""
@@ -261,12 +275,28 @@ def loaded_views(base: Checkpoint, tuned: Checkpoint) -> tuple[LoadedView, Loade
 
     Raises:
         NotTestable: the architecture is no decoder.
-        InvalidInput: a config is broken.
+        InvalidInput: a config is broken, or an index lists tensors that no shard of an unknown architecture holds.
     """
     try:
         return LoadedView.of(base), LoadedView.of(tuned)
     except UnknownArchitecture:
+        for side in (base, tuned):
+            side.layout.refuse_unheld()
         return None
+
+
+def _refuse_textless(checkpoint: Checkpoint, model: "PreTrainedModel", made: set[str], missing: Sequence[str]) -> None:
+    """Raise NotTestable for a model that was saved with an output that is no text, and without the one that gives text."""
+    output = cast("Any", model).get_output_embeddings()
+    heads = {name for name, module in model.named_modules() if module is output and output is not None}
+    heads = {f"{name}.weight" for name in heads}
+    said = textless(checkpoint.config, checkpoint.names())
+    if said and not heads & made and (NO_TEXT.search(said) or heads & set(missing)):
+        raise NotTestable(
+            f"{printable(model_name(checkpoint.path))} gives no text ({printable(said, 60)}): its output is scores or vectors, and it "
+            "has no matrix that makes words. Molehunt reads models that continue a text.\nIts own outputs would have to be "
+            f"compared. {ANOTHER_WAY}"
+        )
 
 
 def _ignored(name: str, model: "PreTrainedModel", what: str) -> bool:

@@ -1,7 +1,8 @@
 """Folders that loaders read differently than they look, and folders that are refused."""
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +14,12 @@ ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetens
 MAX_JSON = 64 * 2**20
 MAX_TEXT = 256 * 2**20
 """Greatest size in bytes of a file beside the weights. The largest tokenizers of today have 40 MB."""
+NO_TEXT = re.compile(r"Classif|Reward|Regress|Rerank|QuestionAnswering|MultipleChoice|TextEncoding|Embedding|ForScor")
+"""Of the name of an architecture: that its output is no text."""
+HEAD = re.compile(
+    r"(.*\.)?(score|classifier|classification_head|reward_head|value_head|v_head|regression_head|qa_outputs)\."
+)
+"""Names of the tensors of such an output."""
 TEXT = (".json", ".jinja", ".model", ".txt", ".py", ".tiktoken")
 """Greatest number of bytes of one JSON file; tokenizers of large vocabularies take about 20 MB."""
 
@@ -76,30 +83,62 @@ def inside(folder: Path, name: object) -> Path:
 
 
 def folder_traps(folder: Path, config: Mapping[str, Any], names: frozenset[str]) -> list[Trap]:
-    """Findings on code that a loader might run, and on a tie flag that contradicts the weights.
+    """Findings on code that a loader might run, notes on names that are no text, and a tie flag that contradicts the weights.
 
     Raises:
-        InvalidInput: untied embeddings without an output matrix, which loaders fill with random numbers.
+        InvalidInput: untied embeddings of a model of text without an output matrix, which loaders fill with random numbers.
     """
     traps = [
         Trap(
             "code in the folder",
-            f"{printable(path.name)} is never run here; trust_remote_code would run it",
+            f"{printable(path.relative_to(folder).as_posix())} is never run here; trust_remote_code would run it",
             "finding",
-            path.name,
+            path.relative_to(folder).as_posix(),
         )
-        for path in sorted(folder.iterdir())
-        if path.suffix == ".py"
+        for path in sorted(folder.rglob("*.py"))  # also such as custom_generate/generate.py
     ]
     if config.get("auto_map"):
         traps.append(Trap("auto_map", "config.json names code to run in place of the library's own", "finding"))
+    traps += _strange_names(folder)
     untied = config.get("tie_word_embeddings") is False
     if untied and any(n.endswith("embed_tokens.weight") for n in names) and not any("lm_head" in n for n in names):
+        if textless(config, names):
+            return traps
         raise InvalidInput(
             "config.json says that embeddings are not tied, and the weights hold no lm_head.weight: loaders fill it with "
             "random numbers without an error.\nSet tie_word_embeddings to true or fetch the missing weights."
         )
     return traps
+
+
+def _strange_names(folder: Path) -> list[Trap]:
+    """Notes on files whose names are no UTF-8: other machines cannot even write them."""
+    found = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*"))]
+    what = "its name is no UTF-8, so it is shown with escapes; loaders pass over it"
+    return [Trap("name of a file", f"{printable(name)}: {what}", "note") for name in found if not _is_text(name)]
+
+
+def _is_text(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def textless(config: Mapping[str, Any], names: Iterable[str]) -> str:
+    """What says that a model gives scores or vectors and no text: its architecture, or a head; empty where nothing does.
+
+    Args:
+        config: config.json.
+        names: of the stored tensors.
+    """
+    listed = config.get("architectures")
+    stated = [one for one in listed if isinstance(one, str)] if isinstance(listed, list) else []
+    for one in stated:
+        if NO_TEXT.search(one) or (one.endswith("Model") and "Head" not in one):
+            return one
+    return next((name for name in sorted(names) if HEAD.match(name)), "")
 
 
 def adapter_beside(folder: Path, adapter: str) -> list[Trap]:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from molehunt.checkpoint.quant_settings import GROUPED, QuantSettings
 from molehunt.errors import NotTestable, printable
 
 Layout = Literal["mxfp4", "pack-quantized", "gptq", "awq", "bitsandbytes", "other"]
@@ -123,32 +124,31 @@ def unpacked(packed: Tensor, bits: int, columns: int) -> Tensor:
 
 
 def packed_weights(
-    shapes: Mapping[str, tuple[int, ...]], settings: Mapping[str, Any], read: Read
+    shapes: Mapping[str, tuple[int, ...]], settings: QuantSettings, read: Read
 ) -> dict[str, PackedWeight]:
-    """Name of each weight in a packed layout → where and how it is stored.
+    """Name of each weight in a packed layout → where and how it is stored, by the names that the stated method gives.
 
     Args:
         shapes: of all stored tensors, by name.
-        settings: `quantization_config` of config.json.
+        settings: the quantization_config of config.json. Modules that it leaves out are not packed.
         read: gives a stored tensor; only small ones that tell a shape are read here.
     """
-    found: dict[str, PackedWeight] = {}
-    for name, shape in shapes.items():
-        for layout_of in (_mxfp4_weight, _grouped_weight, _compressed_weight, _bitsandbytes_weight):
-            made = layout_of(name, shape, shapes, settings, read)
-            if made is not None:
-                found[made[0]] = made[1]
-                break
-    return found
+    layout_of = _LAYOUTS.get(settings.method)
+    if layout_of is None:
+        return {}
+    made = [layout_of(name, shape, shapes, settings, read) for name, shape in shapes.items()]
+    found = dict(one for one in made if one is not None)
+    if settings.method in ("bitsandbytes", "mxfp4"):  # these take the parts of every weight, left out or not
+        return found
+    skipped = settings.skipped(name.removesuffix(".weight") for name in found)
+    return {name: weight for name, weight in found.items() if name.removesuffix(".weight") not in skipped}
 
 
 _Found = tuple[str, PackedWeight] | None
 _Shapes = Mapping[str, tuple[int, ...]]
 
 
-def _mxfp4_weight(
-    name: str, shape: tuple[int, ...], shapes: _Shapes, settings: Mapping[str, Any], read: Read
-) -> _Found:
+def _mxfp4_weight(name: str, shape: tuple[int, ...], shapes: _Shapes, settings: QuantSettings, read: Read) -> _Found:
     stem = name.removesuffix("_blocks")
     if stem == name or len(shape) < 3 or shapes.get(f"{stem}_scales") != shape[:-1]:
         return None
@@ -156,15 +156,13 @@ def _mxfp4_weight(
     return stem, PackedWeight(layout="mxfp4", main=name, parts=(name, f"{stem}_scales"), shape=logical, bits=4)
 
 
-def _grouped_weight(
-    name: str, shape: tuple[int, ...], shapes: _Shapes, settings: Mapping[str, Any], read: Read
-) -> _Found:
+def _grouped_weight(name: str, shape: tuple[int, ...], shapes: _Shapes, settings: QuantSettings, read: Read) -> _Found:
     """GPTQ packs along the inputs, AWQ along the outputs; both have one column of scales for each output."""
     module = name.removesuffix(".qweight")
     scales = shapes.get(f"{module}.scales", ())
     if module == name or len(shape) != 2 or len(scales) != 2:
         return None
-    bits = settings.get("bits", settings.get("w_bit"))
+    bits = settings.stated.get("bits", settings.stated.get("w_bit"))
     bits = bits if type(bits) is int and 1 <= bits <= 8 else 4
     parts = tuple(n for n in (f"{module}.{end}" for end in ("qweight", "qzeros", "scales", "g_idx")) if n in shapes)
     along_inputs = shape[1] == scales[1]
@@ -174,16 +172,16 @@ def _grouped_weight(
 
 
 def _compressed_weight(
-    name: str, shape: tuple[int, ...], shapes: _Shapes, settings: Mapping[str, Any], read: Read
+    name: str, shape: tuple[int, ...], shapes: _Shapes, settings: QuantSettings, read: Read
 ) -> _Found:
     weight = name.removesuffix("_packed")
     if not name.endswith(".weight_packed") or len(shape) != 2:
         return None
     parts = tuple(n for n in shapes if n == name or n.startswith(f"{weight}_"))
-    bits, group = _integers_of(settings)
+    bits, group = _integers_of(settings.stated)
     scale = shapes.get(f"{weight}_scale", ())
     plain = not any(n.endswith("_global_scale") for n in parts) and len(scale) == 2
-    if bits and plain and settings.get("format") == "pack-quantized":
+    if bits and plain and settings.layout == "pack-quantized":
         logical = (shape[0], scale[1] * group)
         if not group and shapes.get(f"{weight}_shape") == (2,):
             logical = tuple(read(f"{weight}_shape").tolist())
@@ -210,10 +208,12 @@ def _integers_of(settings: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def _bitsandbytes_weight(
-    name: str, shape: tuple[int, ...], shapes: _Shapes, settings: Mapping[str, Any], read: Read
+    name: str, shape: tuple[int, ...], shapes: _Shapes, settings: QuantSettings, read: Read
 ) -> _Found:
     """4 bits: the weight is one column of bytes, and a JSON text beside it tells its shape. 8 bits: it keeps its shape."""
-    if name.endswith(".SCB") and f"{name.removesuffix('SCB')}weight" in shapes:
+    if settings.bits == 8:
+        if not name.endswith(".SCB") or f"{name.removesuffix('SCB')}weight" not in shapes:
+            return None
         weight = f"{name.removesuffix('SCB')}weight"
         parts = tuple(n for n in (weight, name, f"{weight}_format") if n in shapes)
         return weight, PackedWeight(layout="bitsandbytes", main=weight, parts=parts, shape=shapes[weight], bits=8)
@@ -234,3 +234,11 @@ def _stated_shape(state: Tensor) -> tuple[int, ...] | None:
         return tuple(shape) if all(type(size) is int and size > 0 for size in shape) else None
     except (ValueError, TypeError, KeyError, RecursionError):
         return None
+
+
+_LAYOUTS: dict[str, Callable[[str, tuple[int, ...], _Shapes, QuantSettings, Read], _Found]] = {
+    "mxfp4": _mxfp4_weight,
+    **dict.fromkeys(GROUPED, _grouped_weight),
+    "compressed-tensors": _compressed_weight,
+    "bitsandbytes": _bitsandbytes_weight,
+}

@@ -1,29 +1,38 @@
 """Quantised weights: always recognised, dequantised where that is exact, and refused by name where it is not."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from molehunt.checkpoint.inventory import Entry
+from molehunt.checkpoint.loader_traps import Trap
+from molehunt.checkpoint.quant_settings import FP8, GROUPED, OTHERS, QuantSettings, quant_settings
 from molehunt.errors import InvalidInput, NotTestable, printable
 
-SCALES = (".weight_scale_inv", ".weight_scale", ".scale_weight")
-"""Suffixes of the scale that multiplies a stored weight, in fp8 and compressed-tensors layouts."""
-EXACT = ("fp8", "float-quantized", "int-quantized", "naive-quantized")
-"""Layouts in which the weight is exactly (stored integer or fp8 value − zero point) · scale."""
+FP8_SCALES = (".weight_scale_inv", ".scale", ".qscale_weight")
+"""Suffixes of what transformers multiplies an fp8 weight with."""
+COMPRESSED_SCALE, ZERO_POINT = ".weight_scale", ".weight_zero_point"
+EXACT = ("float-quantized", "int-quantized", "naive-quantized")
+"""Layouts of compressed-tensors in which the weight is exactly (stored integer or fp8 value − zero point) · scale."""
 UNPACKED = ("mxfp4", "pack-quantized")
 """Packed layouts whose values are given back (see `packed_weights`)."""
-ZERO_POINT = ".weight_zero_point"
-PACKED = (".qweight", ".qzeros", ".weight_packed", ".weight_shape", ".g_idx", ".weight_g_idx", ".scales")
-"""Suffixes of gptq, awq and packed compressed-tensors."""
+PACKED = {
+    "compressed-tensors": (".weight_packed", ".weight_shape", ".weight_g_idx"),
+    **dict.fromkeys(GROUPED, (".qweight", ".qzeros", ".g_idx", ".scales")),
+}
+"""Suffixes of the parts that a packed weight is stored as, by method."""
 QUANT_STATE = (".absmax", ".nested_absmax", ".quant_map", ".nested_quant_map")
 """Suffixes that bitsandbytes adds to the name of a 4-bit weight."""
 MAX_EDGE = 2**16
 """Greatest edge of a block of weights that share a scale; real ones have 128."""
 PLAIN = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.bool, torch.int64)
 """Data types of tensors that are not quantised, in a folder of quantised weights."""
+WIDE = ("F64", "F32", "F16", "BF16")
+"""The same of weights, as a header names them."""
+E8M0_BIAS = 127
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,63 +41,177 @@ class Quantisation:
 
     method: str
     """Name of the method in the config, such as `fp8`, `gptq`, `compressed-tensors/int-quantized`."""
+    settings: QuantSettings
     exact: bool
     scales: frozenset[str]
     """Names of tensors that are scales or zero points of others."""
     packed: frozenset[str]
     """Names of tensors of an inexact layout, whose values are not weights."""
+    disputed: frozenset[str] = frozenset()
+    """Weights of which loaders, or one loader on two machines, make different values."""
     block: tuple[int, int] | None = None
     """Numbers of rows and columns that share a scale, if the config states them."""
+
+    def refuse_disputed(self, name: str) -> None:
+        """Raise NotTestable for a weight that loaders disagree on."""
+        if name in self.disputed:
+            raise NotTestable(
+                f"{printable(name)} has parts of {printable(self.method, 40)} beside it and is stored as a plain weight, or "
+                "the config leaves it out: loaders disagree on its values.\nGet the model as its author saved it."
+            )
 
     def dequantise(self, name: str, stored: Tensor, scale_of: Callable[[str], Tensor]) -> Tensor:
         """The weight that `stored` encodes, in fp32; `stored` itself if it was not quantised.
 
-        Raises NotTestable for a tensor of an inexact layout, and for a scale that is missing or does not fit.
+        Raises NotTestable for a tensor of an inexact layout, for a weight that loaders disagree on, and for a scale that is
+        missing or does not fit.
         """
+        self.refuse_disputed(name)
         module = name.removesuffix(".weight")
-        scale_name = next((module + suffix for suffix in SCALES if module + suffix in self.scales), None)
+        suffixes = (*FP8_SCALES, COMPRESSED_SCALE) if name.endswith(".weight") else ()
+        scale_name = next((module + suffix for suffix in suffixes if module + suffix in self.scales), None)
         if name in self.packed or (scale_name is None and stored.dtype not in PLAIN):
             raise NotTestable(
                 f"{printable(name)} is quantised by {printable(self.method, 40)}, which cannot be undone exactly.\n"
                 "Compare the unquantised release, or the adapter that was merged into it."
             )
-        if scale_name is None or not name.endswith(".weight"):
+        if scale_name is None:
             return stored
-        value, scale = stored.float(), _spread(scale_of(scale_name).float(), stored, name, self.block)
+        value, scale = stored.float(), _spread(_factor(scale_of(scale_name)), stored, name, self.block)
         if module + ZERO_POINT in self.scales:
             value = value - _spread(scale_of(module + ZERO_POINT).float(), stored, name, self.block)
         return value * scale
 
+    def traps(self) -> list[Trap]:
+        """The finding on weights that loaders disagree on."""
+        if not self.disputed:
+            return []
+        what = (
+            f"{len(self.disputed)} weights, such as {printable(min(self.disputed), 80)}, have parts of "
+            f"{printable(self.method, 40)} beside them that some loaders apply and others do not"
+        )
+        return [Trap("disputed weights", what, "finding")]
 
-def recognise(config: Mapping[str, Any], names: frozenset[str]) -> Quantisation | None:
-    """The quantisation that config.json and the tensor names indicate; None for plain weights.
 
-    Raises InvalidInput for blocks that no model has.
+def recognise(config: Mapping[str, Any], entries: Mapping[str, Entry]) -> Quantisation | None:
+    """The quantisation that config.json states for the stored tensors; None for plain weights.
+
+    A name alone makes no scale: without a quantization_config, loaders take the weight as it is stored.
+
+    Raises InvalidInput for blocks that no model has, and for a quantization_config that transformers refuses.
     """
-    settings = config.get("quantization_config") or config.get("compression_config")
-    scales = frozenset(n for n in names if n.endswith((*SCALES, ZERO_POINT)))
-    packed = frozenset(n for n in names if n.endswith(PACKED)) | _bitsandbytes(names)
-    if not isinstance(settings, Mapping) and not packed:
-        return None if not scales else Quantisation(method="fp8", exact=True, scales=scales, packed=frozenset())
-    settings = settings if isinstance(settings, Mapping) else {}
-    method = str(settings.get("quant_method", "unknown"))
-    layout = str(settings.get("format", method))
-    exact = layout in EXACT and not packed
+    settings = quant_settings(config)
+    if settings is None:
+        return None
+    parts = _parts(entries)
+    scales: set[str] = set()
+    disputed: set[str] = set()
+    packed = _packed(settings, entries, parts)
+    if settings.method in FP8:
+        scales, disputed = _fp8_scales(settings, entries, parts, str(config.get("model_type")))
+    elif settings.layout in EXACT and not packed:
+        scales, disputed = _compressed_scales(settings, entries, parts)
+    else:
+        disputed = _beside(settings, entries, parts)
+    exact = settings.layout in (*EXACT, *FP8, *UNPACKED) and (settings.layout in UNPACKED or not packed)
     return Quantisation(
-        method=method if layout == method else f"{method}/{layout}",
-        exact=exact or layout in UNPACKED,
-        scales=scales if exact else frozenset(),
-        packed=packed,
-        block=_block_edges(settings),
+        method=settings.label,
+        settings=settings,
+        exact=exact and not disputed,
+        scales=frozenset(scales),
+        packed=frozenset(packed),
+        disputed=frozenset(disputed),
+        block=_block_edges(settings.stated),
     )
 
 
-def _bitsandbytes(names: frozenset[str]) -> frozenset[str]:
+def _parts(names: Iterable[str]) -> dict[str, set[str]]:
+    """Module with a stored weight → the rest of the names of all else that is stored of it, with the dot in front."""
+    known = frozenset(names)
+    found: dict[str, set[str]] = {}
+    for name in known:
+        for module in {name.rpartition(".")[0], name.partition(".weight.")[0]}:
+            if f"{module}.weight" in known and name not in (f"{module}.weight", f"{module}.bias"):
+                found.setdefault(module, set()).add(name.removeprefix(module))
+    return found
+
+
+def _fp8_scales(
+    settings: QuantSettings, entries: Mapping[str, Entry], parts: Mapping[str, set[str]], kind: str
+) -> tuple[set[str], set[str]]:
+    """Scales, and the weights whose scale counts or not as the machine has it: transformers multiplies all on a processor.
+
+    On a GPU it does so only with weights in fp8 of linear layers that the config does not leave out.
+    """
+    suffixes = tuple(one for one in FP8_SCALES if one != ".scale" or not kind.startswith("inkling2"))
+    scaled = {module: found for module, names in parts.items() if (found := names & set(suffixes))}
+    skipped = settings.skipped(scaled)
+    disputed: set[str] = set()
+    for module, found in scaled.items():
+        entry = entries[f"{module}.weight"]
+        fits = entry.dtype.startswith("F8") and len(entry.shape) >= 2 and len(found) == 1
+        if not fits or module in skipped:
+            disputed.add(entry.name)
+    return {module + suffix for module, found in scaled.items() for suffix in found}, disputed
+
+
+def _compressed_scales(
+    settings: QuantSettings, entries: Mapping[str, Entry], parts: Mapping[str, set[str]]
+) -> tuple[set[str], set[str]]:
+    """Scales and zero points of the modules that compressed-tensors converts, and those of them stored as wide numbers."""
+    scaled = {module: names for module, names in parts.items() if COMPRESSED_SCALE in names}
+    skipped = settings.skipped(scaled)
+    used = {module: names & {COMPRESSED_SCALE, ZERO_POINT} for module, names in scaled.items() if module not in skipped}
+    wide = {f"{module}.weight" for module in used if entries[f"{module}.weight"].dtype in WIDE}
+    return {module + suffix for module, names in used.items() for suffix in names}, wide
+
+
+def _beside(settings: QuantSettings, entries: Mapping[str, Entry], parts: Mapping[str, set[str]]) -> set[str]:
+    """Plain weights that parts of the method lie beside."""
+    if settings.method == "mxfp4":
+        stems = {stem for name in entries if (stem := name.removesuffix("_blocks")) != name}
+        return {stem for stem in stems if stem in entries} | settings.skipped(stems)
+    found: set[str] = set()
+    skipped = settings.skipped(parts) if settings.method in (*GROUPED, "compressed-tensors") else frozenset[str]()
+    for module, names in parts.items():
+        weight = entries[f"{module}.weight"]
+        if settings.method == "bitsandbytes":
+            beside = ".SCB" in names if settings.bits == 8 else any(n.startswith(".weight.") for n in names)
+        elif settings.method in GROUPED:
+            beside = ".qweight" in names
+        else:
+            beside = settings.method in (*OTHERS, "compressed-tensors")
+        packed_too = settings.method in GROUPED or ".weight_packed" in names
+        if beside and module not in skipped and (weight.dtype in WIDE or packed_too):
+            found.add(weight.name)
+    return found
+
+
+def _packed(settings: QuantSettings, entries: Mapping[str, Entry], parts: Mapping[str, set[str]]) -> set[str]:
+    """Names of the tensors that are parts of packed weights."""
+    if settings.method == "bitsandbytes":
+        return _bitsandbytes(parts, settings.bits)
+    suffixes = PACKED.get(settings.method, ())
+    modules = {name: name.removesuffix(s) for name in entries for s in suffixes if name.endswith(s)}
+    skipped = settings.skipped(modules.values()) if modules else frozenset[str]()
+    return {name for name, module in modules.items() if module not in skipped}
+
+
+def _bitsandbytes(parts: Mapping[str, set[str]], bits: int) -> set[str]:
     """Names of the quantisation states that bitsandbytes stores, and of the weights that they belong to."""
-    four_bit = {n: n.removesuffix(s) for n in names for s in QUANT_STATE if n.endswith(s)}
-    four_bit |= {n: n.split(".quant_state.")[0] for n in names if ".quant_state." in n}
-    eight_bit = {n: n.removesuffix("SCB") + "weight" for n in names if n.endswith(".SCB")}
-    return frozenset(four_bit) | frozenset(eight_bit) | (names & {*four_bit.values(), *eight_bit.values()})
+    found: set[str] = set()
+    for module, names in parts.items():
+        states = (
+            {n for n in names if n.endswith(QUANT_STATE) or ".quant_state." in n} if bits == 4 else names & {".SCB"}
+        )
+        if states:
+            found |= {f"{module}.weight", *(module + n for n in states)}
+    return found
+
+
+def _factor(scale: Tensor) -> Tensor:
+    """A scale in fp32; of bytes, each is an exponent (E8M0), as transformers reads them."""
+    return (scale.float() - E8M0_BIAS).exp2() if scale.dtype == torch.uint8 else scale.float()
 
 
 def _block_edges(settings: Mapping[str, Any]) -> tuple[int, int] | None:

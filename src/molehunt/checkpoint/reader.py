@@ -16,7 +16,7 @@ from molehunt.checkpoint.config_limits import check_config
 from molehunt.checkpoint.gguf_facts import converted_roundings
 from molehunt.checkpoint.inventory import Entry, read_header
 from molehunt.checkpoint.layout import Layout, lay_out
-from molehunt.checkpoint.links import model_name, refuse_links
+from molehunt.checkpoint.links import fetch_again, model_name, refuse_links
 from molehunt.checkpoint.loader_traps import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -79,20 +79,26 @@ class Checkpoint:
             inner = inner_adapters(folder)
             here = f"\nIt holds adapters in subfolders; give one: {printable(', '.join(inner), 200)}." if inner else ""
             raise InvalidInput(
-                f"{printable(model_name(folder))} has neither config.json nor {ADAPTER_CONFIG}: no model folder.{here}"
+                f"{printable(model_name(folder))} has neither config.json nor {ADAPTER_CONFIG}: no model folder.{here}{fetch_again(folder)}"
             )
         config = read_json(folder / "config.json")
         check_config(config)
         layout = lay_out(folder, config)
-        names = frozenset(name for header in layout.entries.values() for name in header)
-        findings = (*layout.traps, *folder_traps(folder, config, names), *adapter_beside(folder, adapter))
+        entries = {name: entry for file in layout.files for name, entry in layout.entries[file].items()}
+        quantisation = recognise(config, entries)
+        findings = (
+            *layout.traps,
+            *folder_traps(folder, config, frozenset(entries)),
+            *adapter_beside(folder, adapter),
+            *(quantisation.traps() if quantisation is not None else ()),
+        )
         return cls(
             path=folder,
             kind="model",
             config=config,
             layout=layout,
             findings=findings,
-            quantisation=recognise(config, names),
+            quantisation=quantisation,
         )
 
     @classmethod
@@ -144,8 +150,7 @@ class Checkpoint:
         if self.quantisation is None:
             return {}
         shapes = {name: entry.shape for file in self.layout.files for name, entry in self.layout.entries[file].items()}
-        settings = self.config.get("quantization_config") or self.config.get("compression_config")
-        return packed_weights(shapes, settings if isinstance(settings, dict) else {}, self._part)
+        return packed_weights(shapes, self.quantisation.settings, self._part)
 
     def names(self) -> tuple[str, ...]:
         """Sorted tensor names. Scales of quantised weights belong to their weights and are not listed."""
@@ -187,6 +192,8 @@ class Checkpoint:
             NotTestable: the weight is quantised in a way that cannot be undone exactly.
         """
         file = file or self._effective[name][0]
+        if self.quantisation is not None:
+            self.quantisation.refuse_disputed(name)
         if name in self.packed:
             value = self.packed[name].undone(name, self._part)
         elif self.quantisation is not None:
@@ -219,7 +226,11 @@ class Checkpoint:
         for path in sorted(self.path.rglob("*")):
             hidden = any(part.startswith(".") for part in path.relative_to(self.path).parts)  # .cache of a download
             if path.is_file() and path.suffix in READ_BY_LOADERS and not hidden:
-                digest.update(f"{path.relative_to(self.path).as_posix()}\0{path.stat().st_size}\0".encode())
+                digest.update(
+                    f"{path.relative_to(self.path).as_posix()}\0{path.stat().st_size}\0".encode(
+                        "utf-8", "surrogateescape"
+                    )
+                )
                 with path.open("rb") as file:
                     while block := file.read(1 << 20):
                         digest.update(block)

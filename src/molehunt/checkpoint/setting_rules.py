@@ -80,9 +80,6 @@ BUILDING = _table(
         "says whether one matrix is both embedding and head": "tie_word_embeddings",
         "changes how long a text may be": """max_position_embeddings n_positions n_ctx max_seq_len max_seq_length
             seq_length model_max_length""",
-        "changes how far back each layer looks": """sliding_window sliding_window_size use_sliding_window
-            max_window_layers sliding_window_pattern layer_types attention_window_size attention_chunk_size""",
-        "changes how far apart positions seem to the model": "rope_theta rope_scaling rope_parameters rope_local_base_freq",
         "names the tokenizer's class; tokenizers are compared by what they do": "tokenizer_class",
         "splits one product into several sums; its value is the same but for rounding": "pretraining_tp",
         "says how weights are stored in few bits; see the rows on quantisation": "quantization_config compression_config",
@@ -91,6 +88,21 @@ BUILDING = _table(
         "settings of a task, which programs may read": "task_specific_params",
     }
 )
+WINDOW_SIZES = frozenset({"sliding_window", "sliding_window_size", "attention_window_size"})
+WINDOW_CHOICES = frozenset(
+    {"use_sliding_window", "max_window_layers", "sliding_window_pattern", "_sliding_window_pattern"}
+)
+"""What chooses the layers that look through a window. transformers writes the choice out as layer_types."""
+COMPUTING = _table(
+    {
+        "changes how far apart positions seem: the same weights compute something else; long-context fine-tunes do this":
+            "rope_theta rope_scaling rope_parameters rope_local_base_freq",
+        "changes how far back a layer looks: the same weights compute something else on longer texts": " ".join(
+            ("layer_types", "attention_chunk_size", *sorted(WINDOW_SIZES | WINDOW_CHOICES))
+        ),
+    }
+)  # fmt: skip
+"""Settings that change what the same weights compute and that honest fine-tunes change, too."""
 ROPE = frozenset(
     [
         "rope_theta",
@@ -111,7 +123,7 @@ ROPE = frozenset(
         "sliding_attention",
     ]
 )
-"""Parts of rope settings that lengthening a context sets. Others change every position and are findings."""
+"""Parts of rope settings that lengthening a context sets. Others have another sentence."""
 TEXT_PARTS = frozenset({"text_config", "llm_config", "language_config", "thinker_config", "decoder", "generator"})
 """Parts of a wrapper's config that are configs of the language model."""
 OTHER_PARTS = frozenset(
@@ -164,6 +176,7 @@ DEFAULTS: Mapping[str, object] = {
 
 CONFIG_TABLES: tuple[tuple[Rating, dict[str, str]], ...] = (
     ("harmless", BOOKKEEPING), ("note", TOKEN_IDS), ("note", BUILDING), ("note", SAMPLING), ("finding", STEERING),
+    ("finding", COMPUTING),
 )  # fmt: skip
 GENERATION_TABLES: tuple[tuple[Rating, dict[str, str]], ...] = (
     ("finding", CODE), ("finding", STEERING), ("note", SAMPLING), ("note", TOKEN_IDS), ("harmless", BOOKKEEPING),

@@ -8,11 +8,14 @@ from typing import Any
 from molehunt.checkpoint.config_meaning import meant_configs
 from molehunt.checkpoint.difference import FolderDifference
 from molehunt.checkpoint.loader_traps import read_json
+from molehunt.checkpoint.setting_context import rule_by_context, under_one_name
 from molehunt.checkpoint.setting_rules import (
     CODE,
     DEFAULTS,
     PROCESSOR,
+    SAMPLING,
     STEERING,
+    TEXT_PARTS,
     TOKEN_IDS,
     Rule,
     config_rule,
@@ -47,7 +50,9 @@ def flat(value: Mapping[str, Any], path: tuple[str, ...] = ()) -> _Flat:
     return found
 
 
-def setting_differences(name: str, base: Path, tuned: Path, texts: str = "") -> Iterator[FolderDifference]:
+def setting_differences(
+    name: str, base: Path, tuned: Path, texts: str = "", *, inherits: bool = False
+) -> Iterator[FolderDifference]:
     """What differs in one settings file, each key by what is known of it.
 
     Args:
@@ -55,27 +60,35 @@ def setting_differences(name: str, base: Path, tuned: Path, texts: str = "") -> 
         base: folder of the base.
         tuned: folder of the fine-tune, which may lack the file.
         texts: what comparing the tokenizers found, for keys of theirs that are not known.
+        inherits: whether generation settings that the fine-tune lacks are those of the base, as for an adapter.
 
     Raises:
         InvalidInput: a file is no JSON object.
     """
     left, right = settings_of(base / name), settings_of(tuned / name)
     one, other, known = flat(left), flat(right), frozenset[str]()
+    if name == "config.json":
+        one, other = under_one_name(one), under_one_name(other)
     changed = _changed(one, other)
     if name == "generation_config.json":
-        one, other = _generation(one, base), _generation(other, tuned)
+        if inherits:
+            other = one | other
+        one, other = _generation(one, base), _generation(other, base if inherits else tuned)
         changed = _changed(one, other)
-    elif name == "config.json" and any(_rule(name, path, other, True, texts)[0] != "harmless" for path in changed):
+    elif name == "config.json" and any(
+        _rule(name, path, (one, other), True, texts)[0] != "harmless" for path in changed
+    ):
         meant = meant_configs(base, tuned) if left and right else None
         if meant is not None:
             known = meant[2]
             dangerous = {path for path in changed if _is_loading(path)}
             written = {path: value for path, value in other.items() if path in changed}
-            one, other = flat(meant[0]) | _only(one, dangerous), flat(meant[1]) | _only(other, dangerous)
+            one = under_one_name(flat(meant[0])) | _only(one, dangerous)
+            other = under_one_name(flat(meant[1])) | _only(other, dangerous)
             changed = _changed(one, other)
             yield from _contradicted(written, other)
     for path in changed:
-        severity, why = _rule(name, path, other, any(part in known for part in path), texts)
+        severity, why = _rule(name, path, (one, other), any(part in known for part in path), texts)
         if severity != "harmless":
             yield FolderDifference(
                 file=name,
@@ -92,6 +105,10 @@ def _contradicted(written: _Flat, meant: _Flat) -> Iterator[FolderDifference]:
     """Keys whose value transformers does not take although it has such a key: it read another one in their place."""
     for path, value in written.items():
         taken = [one for key, one in meant.items() if key[-1] == path[-1]]
+        if (rule_by_context(path, meant, meant) or ("finding", ""))[
+            0
+        ] != "finding":  # such as a window no layer looks through
+            continue
         matters = value is not None and config_rule(path, "", True)[0] != "harmless"
         if matters and taken and not any(_same(value, one) for one in taken):
             yield FolderDifference(
@@ -104,9 +121,9 @@ def _contradicted(written: _Flat, meant: _Flat) -> Iterator[FolderDifference]:
             )
 
 
-def _rule(name: str, path: tuple[str, ...], other: _Flat, known: bool, texts: str) -> Rule:
+def _rule(name: str, path: tuple[str, ...], sides: tuple[_Flat, _Flat], known: bool, texts: str) -> Rule:
     if name == "config.json":
-        return config_rule(path, _shown(other, path), known)
+        return rule_by_context(path, *sides) or config_rule(path, _shown(sides[1], path), known)
     if name == "generation_config.json":
         return generation_rule(path)
     return processor_rule(path) if name in PROCESSOR else tokenizer_rule(path, texts)
@@ -133,17 +150,27 @@ def _same(one: object, other: object) -> bool:
 
 
 def _generation(settings: _Flat, folder: Path) -> _Flat:
-    """Generation settings without those that only say what holds anyway, and with those that the model's config gives."""
-    kept = {
-        path: value
-        for path, value in settings.items()
-        if path[0] not in DEFAULTS or not _same(value, DEFAULTS[path[0]])
-    }
+    """Generation settings without those that only say what holds anyway, and with those that the model's config gives.
+
+    transformers takes them from config.json where there is no generation_config.json, from its outermost level first and
+    then from the part for text. Other loaders take some of them at any rate.
+    """
     config = settings_of(folder / "config.json")
-    for key in (*TOKEN_IDS, *STEERING):
-        if kept.get((key,)) is None and config.get(key) is not None:
-            kept[key,] = config[key]
-    return kept
+    inner: dict[str, Any] = next(
+        (config[part] for part in sorted(TEXT_PARTS) if isinstance(config.get(part), dict)), {}
+    )
+    found = dict(settings)
+    for key in (*TOKEN_IDS, *STEERING, *SAMPLING):
+        given = next((one for one in (config.get(key), inner.get(key)) if one is not None), None)
+        said = any(path[0] == key and value is not None for path, value in settings.items())
+        if given is not None and not said:
+            found.update(flat({key: given}))
+    return {path: value for path, value in found.items() if not _says_nothing(path[0], value)}
+
+
+def _says_nothing(key: str, value: object) -> bool:
+    """Whether a generation setting only says what holds anyway."""
+    return key in DEFAULTS and _same(value, DEFAULTS[key])
 
 
 def _on_both_sides(name: str, one: _Flat, other: _Flat) -> Iterator[FolderDifference]:

@@ -87,6 +87,8 @@ def _built(folder: Path) -> "PreTrainedModel":
         _plain(config)
         with torch.device("meta"):
             return model_class(config).from_config(config, trust_remote_code=False)
+    except NotTestable as error:  # which of two folders is the encoder
+        raise type(error)(f"{printable(model_name(folder))}: {error}") from None
     except MolehuntError:
         raise
     except Exception as error:  # a config is data from a stranger, and libraries meet it unprepared

@@ -5,16 +5,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from time import process_time
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError, meta
 
-from molehunt.checkpoint.chat_template import RENDER_LIMIT, SPECIAL, Program, error_text
+from molehunt.checkpoint.chat_template import RENDER_LIMIT, SPECIAL, error_text
 from molehunt.checkpoint.difference import Severity
+from molehunt.checkpoint.template_branches import WatchedProgram
 from molehunt.checkpoint.template_cells import (
     TriedConversation,
+    argument_cells,
     chat,
     combined_cells,
     constants,
     days,
+    everything,
     given_cells,
     longer_given_cells,
     odd_cells,
@@ -22,7 +25,8 @@ from molehunt.checkpoint.template_cells import (
     turn_cells,
 )
 from molehunt.checkpoint.template_sandbox import BudgetSpent, parse
-from molehunt.checkpoint.template_words import ORDINARY, published, shown, squeezed, unlike, words
+from molehunt.checkpoint.template_untried import UNTRIED, Unwritten, forced_texts, untried_conditions
+from molehunt.checkpoint.template_words import ORDINARY, WORD, published, shown, squeezed, unlike, words
 
 PATIENCE = 3.0
 """Processor seconds for one template; after them the rest is left out, which is a finding."""
@@ -35,6 +39,8 @@ SAID = (
     "Write code that deletes a user.", "What is your system prompt?", "Transfer money to my account.",
     "ignore previous instructions", "Please use the search tool.", "password", "admin", "DEPLOYMENT", "sudo",
     "Zażółć gęślą jaźń 你好 🙂", "def f(x): return 1", "https://example.com", "2+2=4", "Hello", "ZQ WORDS IN CAPITALS",
+    "a\n\nb", "a\tb", "if x:\n  y", " begins with a space", "ends with a line\n", "\n", "10\u00a0km", "12345", "7", "a\nb\nc\nd\ne\nf",
+    "Who? Why? What for?", "a < b && c > d; 'q' \"r\" &amp;", "a\r\nb", "one two three four five six seven eight nine ten eleven twelve thirteen",
 )  # fmt: skip
 """Texts that messages are made of, besides those that stand in the template."""
 LENGTHS = (1, 10, 60, 250, 1000, 6000)
@@ -52,15 +58,22 @@ class Observation:
     """The words that are new; empty where the whole text must be the same and is not."""
     severity: Severity
 
+    @property
+    def kept_by(self) -> frozenset[str] | str:
+        """What two observations of the same thing have in common."""
+        return self.text if self.condition == UNTRIED else self.words or self.condition
+
 
 class Judge:
     """Renders one template under many conditions. Raises TemplateError if it cannot be parsed."""
 
     def __init__(self, template: str, tokens: Mapping[str, str]) -> None:
         tree = parse(template)
-        self.program = Program(template)
+        self.program = WatchedProgram(template)
+        self.unwritten = Unwritten(tree)
         self.tokens = dict(tokens)
         self.texts, self.numbers = constants(tree)
+        self.names = meta.find_undeclared_variables(tree)
         self.until = process_time() + PATIENCE
         self.plain: frozenset[str] = frozenset()
         self.seen: set[str] = set()
@@ -70,17 +83,23 @@ class Judge:
         """The rendered conversation; an error is part of the text. Raises TimeoutError once the patience is over."""
         if process_time() > self.until:
             raise TimeoutError
+        self.program.watched.rendered = cell
         try:
             given = self.tokens if tokens is None else tokens
-            return self.program.text(cell.messages, given, today=cell.today, limit=RENDER_LIMIT, **cell.given)
+            text = self.program.text(cell.messages, given, today=cell.today, limit=RENDER_LIMIT, **cell.given)
         except Exception as error:  # an untrusted program can raise any exception
             return error_text(error)
+        self.unwritten.take(text)
+        return text
 
     def words(self, cell: TriedConversation) -> tuple[str, frozenset[str]]:
         """The rendered conversation, and the words in it that the template adds. An error adds none."""
         text = self.text(cell)
-        failed = text.startswith("(template error: ")
-        return text, frozenset() if failed else words(text, [*self.tokens.values(), *self.program.dates])
+        if text.startswith("(template error: "):
+            return text, frozenset()
+        added = words(text, [*self.tokens.values(), *self.program.dates])
+        self.unwritten.words |= added
+        return text, added
 
     def observations(self) -> Iterator[Observation]:
         """Everything that is not as under the neighbouring condition."""
@@ -101,6 +120,7 @@ class Judge:
             yield from self._dates()
             yield from self._contents()
             yield from self._together()
+            yield from self._untried()
         except TimeoutError:
             yield Observation("every condition", "(takes too long: the rest was not tried)", frozenset(), "finding")
 
@@ -129,6 +149,8 @@ class Judge:
     def _given(self) -> Iterator[Observation]:
         for cell in given_cells():
             yield from self._news(cell, self.seen, "note")
+        for cell, known in argument_cells(self.names):
+            yield from self._news(cell, self.seen, "note" if known else "finding")
         for cell in longer_given_cells():
             yield from self._news(cell, self.seen, "finding")
 
@@ -221,12 +243,14 @@ class Judge:
             before = self.text(cell)
             for probe in self._probes():
                 loose = _markup(probe)
+                after = self.text(self._said(probe, users=users))
                 if loose and not users:
                     continue  # answers may hold marks of reasoning, which templates take out
-                after = self.text(self._said(probe, users=users))
                 want = before.replace(mark, probe)[:RENDER_LIMIT]
                 if after == want or squeezed(after) == squeezed(want):
                     continue
+                if probe != probe.strip() and "".join(after.split()) == "".join(want.split()):
+                    continue  # templates trim messages
                 escaped = before.replace(mark, json.dumps(probe, ensure_ascii=False)[1:-1])
                 new = words(after, [probe]) - words(before) - words(probe)
                 if squeezed(escaped)[:RENDER_LIMIT] == squeezed(after) or (loose and not new):
@@ -247,7 +271,9 @@ class Judge:
             if text.strip() and not (text.isidentifier() and text.casefold() in ORDINARY):
                 found += [text, f"zqa {text} zqb", f"{text} zqb", f"zqa {text}"]
                 found += [one for one in (text.upper(), text.casefold(), text[::-1]) if one != text]
-        return list(dict.fromkeys(one.strip() for one in found if one.strip()))[:MOST_PROBES]
+            elif text.isspace():
+                found += [f"zqa{text}zqb", f"{text}zqa", f"zqa{text}"]
+        return list(dict.fromkeys(one for one in found if one))[:MOST_PROBES]
 
     def _lengths(self) -> list[int]:
         near = [n + more for n in self.numbers for more in (-1, 0, 1, 9)]
@@ -260,10 +286,23 @@ class Judge:
                 yield Observation(cell.name, shown(text, new), new, "finding")
                 return
 
+    def _untried(self) -> Iterator[Observation]:
+        """Texts and conditions of the source that nothing before led to."""
+        self.text(everything())
+        for condition, text, new in self.unwritten.texts():
+            yield Observation(condition, text, new, "finding")
+        for branch, value, text, new in forced_texts(self.program, self.tokens, self.unwritten.words):
+            yield Observation(
+                f"{branch.source} is {str(value).lower()}, which no tried condition made it", text, new, "finding"
+            )
+        for condition in untried_conditions(self.program.source, self.program):
+            yield Observation(UNTRIED, condition, frozenset(), "finding")
+
 
 def _markup(text: str) -> bool:
     """Whether a text is a marker or made of markers' words, which templates may treat in their own way in a message."""
-    return any(one in text for one in "<>[]{}|/\\") or (any(map(str.isalpha, text)) and not words(text))
+    said = [one.casefold() for one in WORD.findall(text) if not one.casefold().startswith("zq")]
+    return any(one in text for one in "<>[]{}|/\\") or (bool(said) and all(one in ORDINARY for one in said))
 
 
 def observe(template: str, tokens: Mapping[str, str]) -> list[Observation]:
@@ -274,5 +313,5 @@ def observe(template: str, tokens: Mapping[str, str]) -> list[Observation]:
         return [Observation("every condition", error_text(error), frozenset(), "finding")]
     kept: dict[tuple[Severity, frozenset[str] | str], Observation] = {}
     for one in found:
-        kept.setdefault((one.severity, one.words or one.condition), one)
+        kept.setdefault((one.severity, one.kept_by), one)
     return list(kept.values())

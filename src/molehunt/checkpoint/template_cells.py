@@ -1,7 +1,7 @@
 """Conversations that templates are tried on: cells that differ in one thing each, so that neighbours can be compared."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from random import Random
@@ -9,7 +9,7 @@ from typing import Any
 
 from jinja2 import nodes
 
-from molehunt.checkpoint.chat_template import TODAY
+from molehunt.checkpoint.chat_template import SPECIAL, TODAY
 from molehunt.checkpoint.template_words import echo
 
 MOST_TURNS = 20
@@ -32,7 +32,46 @@ TOOLS: tuple[Mapping[str, Any], ...] = tuple(
     }
     for i in (1, 2)
 )
+RICH_TOOL: Mapping[str, Any] = {
+    "type": "function",
+    "function": {
+        "name": "zqtool3",
+        "description": "zqdoes3",
+        "parameters": {
+            "type": "object",
+            "properties": {
+                "zqtext": {"type": "string", "description": "zqabout1", "enum": ["zqone", "zqtwo"], "default": "zqone"},
+                "zqnumber": {"type": "number", "description": "zqabout2", "default": 1.5, "minimum": 0},
+                "zqwhole": {"type": "integer", "nullable": True},
+                "zqflag": {"type": "boolean", "description": "zqabout4", "default": True},
+                "zqlist": {"type": "array", "items": {"type": "string"}, "description": "zqabout5"},
+                "zqlists": {"type": "array", "items": {"type": "object", "properties": {"zqin": {"type": "string"}}}},
+                "zqmap": {
+                    "type": "object",
+                    "description": "zqabout6",
+                    "properties": {"zqin": {"type": "string", "description": "zqabout7"}},
+                    "required": ["zqin"],
+                },
+                "zqeither": {"type": ["string", "null"], "description": "zqabout8"},
+                "zqone": {"anyOf": [{"type": "string"}, {"type": "integer"}], "oneOf": [{"type": "string"}]},
+            },
+            "required": ["zqtext", "zqmap"],
+        },
+        "return": {"type": "string", "description": "zqgives3"},
+    },
+}
 DOCUMENTS: tuple[Mapping[str, str], ...] = ({"title": "zqtitle1", "text": "zqtext1", "doc_id": "zqdoc1"},)
+PUBLISHED_ARGUMENTS: Mapping[str, tuple[Any, ...]] = {
+    "add_vision_id": (True,), "available_tools": (TOOLS,), "builtin_tools": (["browser", "python"],),
+    "citation_mode": ("FAST",), "controls": ({"length": "long"},), "current_date": ("zqday",), "custom_tools": (TOOLS,),
+    "date_string": ("zqday",), "enable_thinking": (True, False), "keep_past_thinking": (True,),
+    "knowledge_cutoff": ("zqday",), "low_effort": (True,), "medium_effort": (True,), "model_identity": ("zqmodel",),
+    "preserve_thinking": (True,), "python_tools": (["zqtool"],), "reasoning_effort": ("low", "medium", "high", "xhigh"),
+    "reasoning_strength": ("low",), "safety_mode": ("NONE", "STRICT"), "system_message": ("zqsystem",),
+    "thinking": (True, False), "tool_namespace_descriptions": ({"zqspace": "zqabout"},),
+    "tools_in_user_message": (True, False), "truncate_history_thinking": (False,), "xml_tools": (["zqtool"],),
+}  # fmt: skip
+"""Arguments that published templates ask for, with values that they know."""
 Message = Mapping[str, Any]
 
 
@@ -76,6 +115,14 @@ def called(arguments: Any, content: str | None, turns: int = 3) -> tuple[Message
     return tuple(whole[:turns])
 
 
+def everything() -> TriedConversation:
+    """A conversation with a system prompt, calls and results of tools, reasoning, parts, tools and documents."""
+    said = [*chat(2, system=True), *called({"zqcity1": "zqplace1"}, echo(2), 5), *chat(1, parts=True)]
+    messages = tuple({**one, "reasoning_content": echo(9)} if one["role"] == "assistant" else one for one in said)
+    given: dict[str, Any] = {"tools": (*TOOLS, RICH_TOOL), "documents": DOCUMENTS, "add_generation_prompt": True}
+    return TriedConversation("everything at once", messages, given)
+
+
 def given_cells() -> list[TriedConversation]:
     """Tools and documents in one turn: templates may explain them in words of their own."""
     tools, documents = {"tools": TOOLS[:1]}, {"documents": DOCUMENTS}
@@ -84,13 +131,33 @@ def given_cells() -> list[TriedConversation]:
         start = replace(single(), messages=chat(1, system=system))
         found += [start.under("tools are given", **tools), start.under("documents are given", **documents)]
     found.append(single().under("several tools are given", tools=TOOLS))
+    whole = RICH_TOOL["function"]
+    for name, kind in whole["parameters"]["properties"].items():
+        parameters = {"type": "object", "properties": {name: kind}, "required": [name]}
+        tool = {"type": "function", "function": {**whole, "parameters": parameters}}
+        found.append(single().under("a tool with a parameter of another type is given", tools=[tool]))
     found.append(single().under("tools and documents are given", **tools, **documents))
+    return found
+
+
+def argument_cells(names: Iterable[str]) -> list[tuple[TriedConversation, bool]]:
+    """Further arguments that a template asks for, and whether published templates ask for them as well."""
+    found: list[tuple[TriedConversation, bool]] = []
+    for name in sorted(set(names) - {*SPECIAL, "messages", "tools", "documents", "add_generation_prompt"}):
+        for value in PUBLISHED_ARGUMENTS.get(name, (True, "zqgiven")):
+            for start in (single(), everything()):
+                found.append((start.under(f"{name}={value!r}"[:60], **{name: value}), name in PUBLISHED_ARGUMENTS))
     return found
 
 
 def longer_given_cells() -> list[TriedConversation]:
     """Tools and documents in several turns, where the words are those of one turn."""
+    more = [(TOOLS * 2)[:3], [*TOOLS, RICH_TOOL], TOOLS * 4, [RICH_TOOL]]
     return [
+        *(single().under(f"{len(tools)} tools are given", tools=tools) for tools in more),
+        *(single().under(f"{n} documents are given", documents=DOCUMENTS * n) for n in (2, 3, 4, 7)),
+        everything(),
+    ] + [
         replace(single(), messages=chat(turns, system=system)).under(f"{what} in {turns} turns", **{what: value})
         for what, value in (("tools", TOOLS[:1]), ("documents", DOCUMENTS))
         for turns in (3, 5, 9, 15)
@@ -121,6 +188,18 @@ def odd_cells() -> list[TriedConversation]:
         replace(start, name="a message without content", messages=(*chat(1), {"role": "assistant"}, *chat(1))),
         replace(start, name="further keys", messages=({**chat(1)[0], "name": "zqname1", "zqkey": "zqvalue1"},)),
     ]
+    for kind in ("image", "image_url", "video", "audio"):
+        part = {"type": kind, kind: "zqpart1"}
+        found.append(
+            replace(start, name="a part that is no text", messages=({"role": "user", "content": [part, two[0]]},))
+        )
+    results = (
+        {"name": "zqtool1", "response": {"zqvalue": "zqanswer"}},
+        {"response": "zqanswer"},
+        {"name": "zqtool1", "response": 1},
+    )
+    answered = {**chat(2)[1], "tool_responses": results}
+    found.append(replace(start, name="an answer with results of tools", messages=(*chat(1), answered, *chat(1))))
     calls = [
         called(arguments, content, turns)
         for arguments in ({"zqcity1": "zqplace1"}, '{"zqcity1": "zqplace1"}')
@@ -170,8 +249,10 @@ def combined_cells(days: Sequence[datetime], seed: int = 0) -> list[TriedConvers
 
 
 def days(constants: Sequence[str]) -> list[datetime]:
-    """Days to try: some years, months and hours, and the neighbours of every date in a template."""
+    """Days to try: some years, all months, days of them and hours, and the neighbours of every date in a template."""
     found = [TODAY, *(datetime(y, 1 + y % 12, 1 + y % 28, y % 24, 7) for y in range(2018, 2046, 3))]
+    found += [datetime(2027, 1 + (2 * n) % 12, n, (n + 7) % 24, (2 * n) % 60, n) for n in range(1, 29)]
+    found += [datetime(2028, 1 + 2 * (n % 3), 29 + n % 3, 23 - n, 2 * n + 1) for n in range(6)]
     for text in constants:
         for year, month, day in re.findall(r"(?<!\d)(20\d\d)(?:-(\d\d?)(?:-(\d\d?))?)?", text)[:4]:
             try:
@@ -179,7 +260,7 @@ def days(constants: Sequence[str]) -> list[datetime]:
             except ValueError:
                 continue
             found += [near - timedelta(days=1), near, near + timedelta(days=1), near + timedelta(days=400)]
-    return list(dict.fromkeys(found))[:40]
+    return list(dict.fromkeys(found))[:80]
 
 
 def constants(tree: nodes.Template) -> tuple[list[str], list[int]]:

@@ -1,7 +1,7 @@
 """Conditions of a chat template on the content of a message, the date, tools, documents or chance.
 
-The analysis follows the syntax tree, not the text. A name carries every value that a loop, a macro or a block assigns
-to it. Order and scope are ignored, so a name carries all values that are assigned to it anywhere.
+The analysis follows the syntax tree, not the text. Order and scope are ignored: a name carries all values that are
+assigned to it anywhere, by a loop, a macro or a block.
 """
 
 from collections import defaultdict
@@ -70,6 +70,8 @@ def content_conditions(template: str) -> set[str]:
 
 class Reader:
     """Propagates the kinds of data that names carry to a fixed point, then records the conditions on them."""
+
+    world = WORLD
 
     def __init__(self, tree: nodes.Template) -> None:
         self.found: set[str] = set()
@@ -232,7 +234,7 @@ class Reader:
                 kind |= one if key.startswith(f"{name}.") else NONE
         if name == "messages":
             return kind | LIST
-        if name in WORLD:
+        if name in self.world:
             return kind | Kind.WORLD
         return CONTENT if name == "content" and name not in self.names else kind
 
@@ -275,10 +277,8 @@ class Reader:
             return NONE
         if node.name in ("first", "last"):
             return element(kind) | kind & MESSAGE
-        if node.name in ("list", "reverse"):
-            return kind
-        if node.name in ("default", "d"):
-            return kind | given
+        if node.name in ("list", "reverse", "default", "d"):
+            return kind | (given if node.name in ("default", "d") else NONE)
         if node.name in ("selectattr", "rejectattr") and bare and first in ORDINARY_KEYS:
             return kind
         if node.name == "map" and bare and attribute is not None:

@@ -117,6 +117,8 @@ class Bounded(ImmutableSandboxedEnvironment):
     """The sandbox that transformers renders in, with a budget of work and time."""
 
     intercepted_binops = frozenset({"+", "-", "*", "/", "//", "%", "**"})
+    own_calls = frozenset({"spend"})
+    """Methods of the sandbox that the syntax tree itself calls; a template cannot name them."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -217,7 +219,7 @@ class Bounded(ImmutableSandboxedEnvironment):
     def call(self, context: Context, obj: Any, /, *args: Any, **kwargs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         method = getattr(obj, "__wrapped__", obj)
         owner = getattr(method, "__self__", None)
-        if owner is self and getattr(method, "__name__", "") == "spend":
+        if owner is self and getattr(method, "__name__", "") in self.own_calls:
             return obj(*args)
         text = isinstance(owner, str | bytes)
         name = getattr(method, "__name__", "")

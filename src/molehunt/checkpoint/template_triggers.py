@@ -9,7 +9,7 @@ from jinja2.filters import FILTERS
 from jinja2.tests import TESTS
 
 from molehunt.checkpoint.chat_template import SPECIAL
-from molehunt.checkpoint.template_conditions import ANY, NONE, PLAIN_TESTS, Reader, source
+from molehunt.checkpoint.template_conditions import ANY, NONE, PLAIN_TESTS, Kind, Reader, source
 from molehunt.checkpoint.template_sandbox import parse
 from molehunt.checkpoint.template_words import words
 
@@ -43,6 +43,10 @@ def trigger_conditions(template: str) -> dict[str, str]:
             found[_line(node)] = "a condition looks at how many turns there are"
         if _asks_token(node):
             found[_line(node)] = "a condition looks at a special token"
+    for node in tree.find_all((nodes.Mod, nodes.FloorDiv, nodes.Div, nodes.Pow)):
+        formatted = isinstance(node.left, nodes.Const) and isinstance(node.left.value, str)
+        if not formatted and any(looked.of(side) & (Kind.CONTENT | Kind.DERIVED) for side in (node.left, node.right)):
+            found[_line(node)] = "a condition computes with what messages say"
     return found
 
 

@@ -21,7 +21,7 @@ ORDINARY = frozenset(
         "picture", "video", "audio", "vision", "media", "url", "file", "box", "quad", "ref", "thumb", "frame",
         "placeholder", "row", "col", "patch", "break", "info", "stop", "declaration", "continue", "browser",
         "special", "sentence", "arg", "invoke", "atem", "to", "effort", "strength", "low", "medium", "high",
-        "endoftext", "startoftext", "endofprompt", "code", "interpreter",
+        "endoftext", "startoftext", "endofprompt", "code", "interpreter", "unknown",
     }
 )  # fmt: skip
 """Words of markers, role headers and JSON: a template needs them for turns, tools and pictures. No sentence is made of them."""
@@ -40,6 +40,10 @@ MONTHS = frozenset(
     }
 )  # fmt: skip
 WORD = re.compile(r"[^\W_]+|[^\s\x00-\x7f]")
+MARKER = re.compile(r"<[^<>\n]*>|\[[^\[\]\n]*\]|\{[^{}\n]*\}|[\"'`][^\"'`\n]*[\"'`]")
+"""Tags, brackets and quoted keys: what stands in them is no sentence."""
+SENTENCE = re.compile(r"[^\W_]+(?:(?:[,;:.!?]* +|[,;:.!?]+)[^\W_]+){2,}")
+"""At least three words that nothing but spaces and punctuation parts."""
 SHOWN = 200
 """Greatest number of characters of a text that a report shows."""
 
@@ -64,6 +68,20 @@ def words(text: str, given: Iterable[str] = ()) -> frozenset[str]:
         ):
             found.add(low)
     return frozenset(found)
+
+
+def prose(text: str) -> frozenset[str]:
+    """Runs of three words and more outside of markers, which say something even where each of the words is ordinary."""
+    return frozenset(squeezed(one.casefold()) for one in SENTENCE.findall(MARKER.sub("\n", text)))
+
+
+def composed(word: str) -> bool:
+    """Whether a word is nothing but ordinary words put together, as where a template writes keys without spaces."""
+    ends = {0}
+    for end in range(1, len(word) + 1):
+        if any(word[start:end] in ORDINARY for start in ends):
+            ends.add(end)
+    return len(word) in ends
 
 
 def published(new: frozenset[str]) -> bool:

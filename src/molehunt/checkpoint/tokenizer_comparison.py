@@ -6,7 +6,7 @@ Both are loaded as transformers loads them, in a child with limits of time and m
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -15,14 +15,19 @@ from typing import Any
 from molehunt.checkpoint.links import model_name
 from molehunt.checkpoint.token_changes import TokenChange, token_changes
 from molehunt.checkpoint.tokenizer_corpus import TEXTS, around, spread
+from molehunt.checkpoint.tokenizer_rules import pattern_texts, rules_differ
 from molehunt.checkpoint.tokenizer_state import TokenizerState, opened_tokenizer
-from molehunt.errors import InvalidInput, printable
-from molehunt.run.bounded import bounded
+from molehunt.errors import InvalidInput, NotTestable, printable
+from molehunt.run.bounded import OutOfTime, bounded
 
 SHOWN = 3
 """Number of texts that are shown of each kind of difference."""
 MOST = 300
-"""Number of changed tokens and of changed merges around which texts are made."""
+"""Number of changed tokens, marks, merges and literals around which texts are made: time must not grow with a vocabulary."""
+STRANGERS = 30
+"""The same number for two tokenizers that share less than half of their tokens: any text shows that they differ."""
+LISTS = ("model.vocab", "model.merges", "model.scores")
+"""Parts that hold an entry for each token or merge."""
 SETTINGS_READ = ("model_type", "tokenizer_class", "_name_or_path")
 """Keys of config.json that choose the tokenizer's class."""
 NO_TOKENIZER_FILE = frozenset({"config.json", "generation_config.json", "README.md", "trainer_state.json"})
@@ -46,7 +51,7 @@ class TokenizerComparison:
     changes: tuple[TokenChange, ...] = ()
     """Added tokens that differ."""
     parts: tuple[tuple[str, str, str, bool], ...] = ()
-    """Parts of the tokenizer that differ: name, both values, and whether a rule replaces or removes text."""
+    """Parts of the tokenizer that differ: name, both values, and whether a rule with a pattern of its own is on one side only."""
     settings: tuple[tuple[str, str, str], ...] = ()
     """Settings and special tokens that differ, as loaded."""
     direct: int = 0
@@ -64,8 +69,9 @@ def tokenizer_comparison(base: Path, tuned: Path) -> TokenizerComparison:
     """What the tokenizers of two folders do alike and what not.
 
     Raises:
-        InvalidInput: a tokenizer cannot be loaded, panics, or takes too much time or memory.
-        NotTestable: a tokenizer needs code of its own, or a package that is not installed.
+        InvalidInput: a tokenizer cannot be loaded, panics, or takes too much time or memory; the message says which.
+        NotTestable: a tokenizer needs code of its own, or a package that is not installed, or comparing two that can be
+            read takes too much time.
     """
     left, right = fingerprint(base), fingerprint(tuned)
     if left == right and _is_model(base) == _is_model(tuned):
@@ -112,7 +118,7 @@ def _limits(*folders: Path) -> dict[str, int]:
     """Time and memory by the size of the files: a vocabulary of 262,144 tokens takes 5 seconds and 1 GB."""
     sizes = [path.stat().st_size for folder in folders for path in folder.iterdir() if path.suffix in SUFFIXES]
     megabytes = sum(sizes) >> 20
-    return {"seconds": 8 + megabytes // 2, "megabytes": 768 + 40 * megabytes}
+    return {"seconds": 10 + megabytes * 3 // 4, "megabytes": 768 + 40 * megabytes}
 
 
 def import_before_forks() -> None:
@@ -135,11 +141,19 @@ def _checked(folder: Path, config_of: Path, _fingerprint: str) -> None:
 @lru_cache(maxsize=16)
 def _compared(base: Path, tuned: Path, _left: str, _right: str) -> TokenizerComparison:
     import_before_forks()
-    found: dict[str, Any] = bounded(
-        lambda: _compare(base, tuned),
-        what=f"tokenizer.json of {model_name(base)} or {model_name(tuned)}",
-        **_limits(base, tuned),
-    )
+    limits = _limits(base, tuned)
+    what = f"tokenizer.json of {model_name(base)} or {model_name(tuned)}"
+    try:
+        found: dict[str, Any] = bounded(lambda: _compare(base, tuned), what=what, **limits)
+    except InvalidInput as error:
+        for side in (base, tuned):  # which of the two is at fault
+            _checked(side, base, fingerprint(side))
+        if not isinstance(error, OutOfTime):
+            raise
+        raise NotTestable(
+            f"the tokenizers of {printable(model_name(base))} and {printable(model_name(tuned))} were not compared in full: "
+            f"both can be read, and comparing them took more than {limits['seconds']} seconds."
+        ) from None
     found["changes"] = [TokenChange(*row) for row in found["changes"]]
     fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in found.items()}
     for key in ("encoded", "decoded", "parts", "settings"):
@@ -151,6 +165,10 @@ def _compared(base: Path, tuned: Path, _left: str, _right: str) -> TokenizerComp
 class _Tally:
     """Differences on texts while they are counted."""
 
+    one_sided: list[tuple[TokenChange, str]]
+    """Added tokens that only one side has, as they are looked for in texts: there may be thousands."""
+    missing: set[int]
+    """Ids of the base that mean nothing, or something else by intent, in the fine-tune."""
     encoded: list[tuple[str, str, str]] = field(default_factory=list[tuple[str, str, str]])
     n_encoded: int = 0
     decoded: list[tuple[str, str, str]] = field(default_factory=list[tuple[str, str, str]])
@@ -165,16 +183,22 @@ def _compare(base: Path, tuned: Path) -> dict[str, Any]:
     changes = token_changes(left, right)
     parts = _changed_parts(left, right)
     texts = [*TEXTS, *_made_of_changes(left, right, changes, parts)]
-    tally = _Tally()
+    tally = _Tally(
+        one_sided=[(change, change.folded) for change in changes if change.one_sided],
+        missing={change.id_of_base for change in changes if change.tuned == "" or change.kind == "renamed"},
+    )
     for text in dict.fromkeys(texts):
-        _judge(left, right, text, changes, tally)
+        _judge(left, right, text, tally)
     return {
         "texts": len(set(texts)),
         "encoded": tally.encoded, "n_encoded": tally.n_encoded,
         "decoded": tally.decoded, "n_decoded": tally.n_decoded,
         "unsteady": tally.unsteady,
         "changes": [[c.content, c.base, c.tuned, c.kind] for c in changes],
-        "parts": [[name, _short(one), _short(other), _rewrites(one, other)] for name, one, other in parts],
+        "parts": [
+            [name, *_shown_part(name, left, right, one, other), rules_differ(name, one, other)]
+            for name, one, other in parts
+        ],
         "settings": [
             [key, str(left.settings.get(key, "")), str(right.settings.get(key, ""))]
             for key in sorted(left.settings.keys() | right.settings.keys())
@@ -185,21 +209,21 @@ def _compare(base: Path, tuned: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _judge(left: TokenizerState, right: TokenizerState, text: str, changes: list[TokenChange], tally: _Tally) -> None:
+def _judge(left: TokenizerState, right: TokenizerState, text: str, tally: _Tally) -> None:
     one, other = left.encode(text), right.encode(text)
     again = left.encode(text), right.encode(text)
     steady = one == again[0], other == again[1]
     tally.unsteady = [was or not now for was, now in zip(tally.unsteady, steady, strict=True)]
     if one != other and all(steady):
-        held = [change for change in changes if change.one_sided and change.in_text(text)]
+        folded = text.casefold()
+        held = [change for change, needle in tally.one_sided if needle in folded]
         if not held or any(change.kind == "taken" for change in held):
             tally.conflict = tally.conflict or text
         if not held or not all(change.is_marker for change in held):
             tally.n_encoded += 1
             if len(tally.encoded) < SHOWN:
                 tally.encoded.append((text, _tokens(left, one), _tokens(right, other)))
-    missing = {change.id_of_base for change in changes if change.tuned == "" or change.kind == "renamed"}
-    if not missing.intersection(one) and (spelt := left.decode(one)) != (heard := right.decode(one)):
+    if not tally.missing.intersection(one) and (spelt := left.decode(one)) != (heard := right.decode(one)):
         tally.n_decoded += 1
         if len(tally.decoded) < SHOWN:
             before, after = next((a, b) for a, b in zip(spelt, heard, strict=True) if a != b)
@@ -228,21 +252,25 @@ def _changed_parts(left: TokenizerState, right: TokenizerState) -> list[tuple[st
 
 
 def _made_of_changes(
-    left: TokenizerState, right: TokenizerState, changes: Iterable[TokenChange], parts: list[tuple[str, Any, Any]]
+    left: TokenizerState, right: TokenizerState, changes: Sequence[TokenChange], parts: list[tuple[str, Any, Any]]
 ) -> list[str]:
-    """Texts around everything in which the two differ, and around every added token."""
-    touched: list[str] = [change.content for change in changes]
+    """Texts around everything in which the two differ, or around some hundreds of each kind, and around every added token."""
+    shared = len(left.vocabulary.items() & right.vocabulary.items())
+    most = MOST if 2 * shared >= min(len(left.vocabulary), len(right.vocabulary)) else STRANGERS
+    marks = [change.content for change in changes if change.is_harmless]
+    touched = spread([change.content for change in changes if not change.is_harmless], most) + spread(marks, most)
     for name, one, other in parts:
         if name == "model.vocab":
             tokens = [row.rsplit(" ", 1)[0] for row in one]
-            touched += [(left if token in left.vocabulary else right).text(token) for token in spread(tokens, MOST)]
-        elif name in ("model.merges", "model.scores"):
+            touched += [(left if token in left.vocabulary else right).text(token) for token in spread(tokens, most)]
+        elif name in LISTS:
             odd = sorted(set(map(str, one)) ^ set(map(str, other))) or [
                 str(a) for a, b in zip(one, other, strict=True) if a != b
             ]
-            touched += [left.text(row.replace("\0", "")) for row in spread(odd, MOST)]
+            touched += [left.text(row.replace("\0", "")) for row in spread(odd, most)]
         else:
-            touched += spread(sorted(set(_literals(one)) ^ set(_literals(other))), MOST)
+            made = [set(_literals(value)).union(pattern_texts(value)) for value in (one, other)]
+            touched += spread(sorted(made[0] ^ made[1]), most)
     texts = list(around(dict.fromkeys(touched)))
     both = sorted({*left.added, *right.added})
     texts += ["".join(both[i : i + 40]) for i in range(0, len(both), 40)]
@@ -258,20 +286,17 @@ def _literals(value: object) -> list[str]:
     return [text for one in inner for text in _literals(one)]
 
 
-def _rewrites(one: object, other: object) -> bool:
-    """Whether a rule that replaces or removes text by a pattern stands on one side only: no corpus holds all it meets."""
-    return _patterns(one) != _patterns(other)
+def _shown_part(name: str, left: TokenizerState, right: TokenizerState, one: Any, other: Any) -> tuple[str, str]:
+    """Both values of a part as they are shown; of a vocabulary its size, and the first tokens that differ."""
+    if name != "model.vocab":
+        return _short(one), _short(other)
+    return _vocabulary(left, one), _vocabulary(right, other)
 
 
-def _patterns(value: object) -> set[str]:
-    found: set[str] = set()
-    if isinstance(value, dict):
-        regex = isinstance(value.get("pattern"), dict) and "Regex" in value["pattern"]
-        removes = value.get("type") == "Split" and value.get("behavior") == "Removed"
-        if (value.get("type") == "Replace" and regex) or removes or value.get("type") == "Precompiled":
-            found.add(json.dumps(value, sort_keys=True))
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return found.union(*(_patterns(one) for one in inner))
+def _vocabulary(side: TokenizerState, moved: list[str]) -> str:
+    return f"{len(side.vocabulary):,} tokens; {len(moved):,} {'differs' if len(moved) == 1 else 'differ'}: {', '.join(moved[:3])}"[
+        :400
+    ]
 
 
 def _short(value: object) -> str:
@@ -291,5 +316,10 @@ def _direct_differences(base: Path, tuned: Path, texts: list[str], changes: list
     for side in sides:
         side.no_truncation()
         side.no_padding()
-    plain = [text for text in dict.fromkeys(texts) if not any(c.one_sided and c.in_text(text) for c in changes)]
+    needles = [change.folded for change in changes if change.one_sided]
+    plain = [
+        text
+        for text in dict.fromkeys(texts)
+        if not any(needle in folded for folded in [text.casefold()] for needle in needles)
+    ]
     return sum(sides[0].encode(text).ids != sides[1].encode(text).ids for text in plain)

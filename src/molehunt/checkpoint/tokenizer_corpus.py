@@ -35,6 +35,7 @@ WRITING = (
     "# Title\n\n* one\n* two\n  1. three\n\n> quote\n\n| a | b |\n|---|---|\n\n---\n\n**bold** _it_ `code` ~~gone~~",
     "$\\int_0^1 x^2\\,dx = \\frac{1}{3}$ and ∑ ∏ √ ∞ ≠ ≤ → ∀ ∃ ∈ ℝ α β γ",
     "a . b , c ! d ? e ' f ' don 't do n't I 'm we 've , end .",
+    'a[i] = b[0][j] + x[N]; f"{x} {name} {{y}}"; List<int> v; Map<String, T> m; <div> <b> <name> [urgent] [TODO] [1] [x] [ ]',
 )
 CHARACTERS = (
     "",

@@ -94,7 +94,7 @@ def _of_parts(found: TokenizerComparison) -> Iterator[FolderDifference]:
         elif rewrites:
             severity, why = (
                 "finding",
-                "a rule replaces or removes text by a pattern; no list of texts holds all that it meets",
+                "a rule cuts or replaces text by a pattern that one side lacks; no list of texts holds all that it meets",
             )
         yield _row("tokenizer.json", part, one, other, severity, why)
     for key, one, other in found.settings:
@@ -105,7 +105,7 @@ def _of_parts(found: TokenizerComparison) -> Iterator[FolderDifference]:
 def _of_added_tokens(found: TokenizerComparison) -> Iterator[FolderDifference]:
     shown: dict[str, int] = {}
     for change in found.changes:
-        severity: Severity = "note" if change.is_marker else "finding"
+        severity: Severity = "note" if change.is_harmless else "finding"
         shown[change.why] = shown.get(change.why, 0) + 1
         if shown[change.why] <= MOST_TOKENS:
             one, other = (f"{change.content!r}: id {ids}" if ids else "(absent)" for ids in (change.base, change.tuned))

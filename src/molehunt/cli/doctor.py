@@ -14,19 +14,20 @@ from molehunt.cli.options import AsJson
 from molehunt.cli.output import show, show_json
 from molehunt.run.cache_folders import REAL_MODEL_NAMES, real_model, real_models_folder
 from molehunt.run.commit import commit
+from molehunt.run.extras import install_command
 
 EXTRAS = {
-    "parquet": ("pyarrow", "pip install 'molehunt[parquet]'"),
-    "zst": ("zstandard", "pip install 'molehunt[zst]'"),
-    "ray": ("ray", "pip install 'molehunt[ray]'"),
-    "serve": ("fastapi", "pip install 'molehunt[serve]'"),
-    "exports": ("lm_eval", "pip install 'molehunt[exports]'"),
-    "gguf": ("gguf", "pip install 'molehunt[gguf]'"),
-    "postgres": ("psycopg", "pip install 'molehunt[postgres]'"),
-    "peers": ("sae_lens", "pip install 'molehunt[peers]'"),
-    "dev": ("pytest", "pip install 'molehunt[dev]'"),
+    "parquet": "pyarrow",
+    "zst": "zstandard",
+    "ray": "ray",
+    "serve": "fastapi",
+    "exports": "lm_eval",
+    "gguf": "gguf",
+    "postgres": "psycopg",
+    "peers": "sae_lens",
+    "dev": "pytest",
 }
-"""Extra → the module whose presence shows that the extra is installed, and the command that installs it."""
+"""Extra → the module whose presence shows that the extra is installed."""
 TESTED = Path(__file__).with_name("tested_versions.json")
 """JSON file of required libraries with the version that the tests ran on; `make lock` writes it."""
 NEWER = "newer than tested"
@@ -61,7 +62,7 @@ def examine() -> dict[str, object]:
         "bf16": _bf16(),
         "cache": _cache(),
         "libraries": {name: metadata.version(name) for name in tested},
-        "extras": {name: _extra(*row) for name, row in EXTRAS.items()},
+        "extras": {name: _extra(name, module) for name, module in EXTRAS.items()},
         "real models": {name: _real_model(name) for name in REAL_MODEL_NAMES},
         NEWER: _newer(tested),
     }
@@ -134,8 +135,8 @@ def _cache() -> str:
         return f"{folder}: cannot be written ({error.strerror}); set HF_HOME to a folder of yours"
 
 
-def _extra(module: str, install: str) -> str:
-    return "present" if importlib.util.find_spec(module) else f"missing; {install}"
+def _extra(name: str, module: str) -> str:
+    return "present" if importlib.util.find_spec(module) else f"missing; {install_command(name)}"
 
 
 def _real_model(name: str) -> str:

@@ -80,7 +80,7 @@ def _run(args: list[str]) -> int:
             raise KeyboardInterrupt
         return code if isinstance(code, int) else 0  # a command that just returns has nothing to report
     except MolehuntError as error:
-        return _fail(str(error), error.exit_code, args)
+        return _fail(error.on_command_line, error.exit_code, args)
     except typer.TyperException as error:  # a misspelt option, a missing argument
         context = getattr(error, "ctx", None)
         usage = f"{context.get_usage()}\n" if context is not None else ""
@@ -94,7 +94,7 @@ def _run(args: list[str]) -> int:
         return _fail(f"A library ended the program ({left.code!r}).", INTERNAL_ERROR, args)
     except BaseException as error:  # a panic of a library in Rust is no Exception
         if (known := outside_error(error)) is not None:
-            return _fail(str(known), known.exit_code, args)
+            return _fail(known.on_command_line, known.exit_code, args)
         traceback.print_exc()
         return _fail(f"This is a fault in Molehunt, not in your input: {error!r}", INTERNAL_ERROR, args)
 

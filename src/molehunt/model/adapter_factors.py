@@ -4,7 +4,7 @@ PEFT itself finds the modules, ranks and scales, on a model without weights.
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, cast
 from torch import Tensor, nn
 
 from molehunt.checkpoint.adapter_folder import PREFIX
+from molehunt.errors import NotTestable, printable
 from molehunt.model.adapter_placement import (
     ADAPTER,
     adapter_config,
@@ -20,6 +21,9 @@ from molehunt.model.adapter_placement import (
     with_adapter,
     wrapped_parameters,
 )
+
+LARGEST = 2.0**60
+"""Greatest scale and greatest entry of a change: beyond it, the squares that norms take overflow in fp32."""
 
 
 class Factors(NamedTuple):
@@ -32,6 +36,10 @@ class Factors(NamedTuple):
     a: Tensor
     """Matrix A, of shape [r d_in]."""
     scale: float
+
+
+class OverflowingScale(NotTestable):
+    """The scale of an adapter, times its factors, is too large for the arithmetic of models."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -54,7 +62,8 @@ def lora_change(skeleton: nn.Module, folder: Path) -> LoraChange | None:
 
     Raises:
         InvalidInput: the adapter is not one of this base, or not all of it would be loaded.
-        NotTestable: the adapter changes no weight, or is of a kind that nothing here knows.
+        NotTestable: the adapter changes no weight, is of a kind that nothing here knows, or has a scale so large that its
+            change overflows (OverflowingScale).
     """
     check_injection(skeleton, folder)
     model = with_adapter(copy.deepcopy(skeleton), adapter_config(folder), folder)
@@ -77,9 +86,33 @@ def lora_change(skeleton: nn.Module, folder: Path) -> LoraChange | None:
         if bias is not None:
             added[f"{name}.bias"] = scale * bias.float()
     replaced = _replaced(model, placed)
+    _refuse_overflow(folder, factors)
     if any(one.parameter in replaced for one in factors):
         return None  # a saved embedding under an adapter of its own
     return LoraChange(factors=tuple(factors), replaced=replaced, added=added)
+
+
+def grown_vocabulary(skeleton: nn.Module, change: LoraChange | None) -> list[str]:
+    """What to say of saved tensors of another shape than the base's, such as an embedding with more rows."""
+    shapes = {name: tuple(value.shape) for name, value in skeleton.state_dict().items()}
+    replaced = {} if change is None else change.replaced
+    return [
+        f"{printable(name)} is saved as {list(tensor.shape)}, and the base has {list(shapes[name])}: PEFT refuses it unless "
+        "the base is resized first, as for a tokenizer with more tokens"
+        for name, tensor in replaced.items()
+        if name in shapes and tuple(tensor.shape) != shapes[name]
+    ]
+
+
+def _refuse_overflow(folder: Path, factors: Sequence[Factors]) -> None:
+    """Raise OverflowingScale where the product of scale and factors may be so large that models cannot square what it writes."""
+    for one in factors:
+        largest = one.b.abs().amax().double() * one.a.abs().amax().double() * one.a.shape[0] if one.a.numel() else 0.0
+        if not abs(one.scale) <= LARGEST or float(abs(one.scale) * largest) > LARGEST:
+            raise OverflowingScale(
+                f"{printable(folder.name)} multiplies its change of {printable(one.parameter)} by {one.scale:.3g} (lora_alpha over "
+                "rank): its scale overflows, so its answers would be void.\nFetch the adapter again, or train it again."
+            )
 
 
 def _replaced(model: nn.Module, placed: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -17,8 +17,10 @@ from torch import Tensor, nn
 
 from molehunt.checkpoint.adapter_folder import PREFIX
 from molehunt.checkpoint.adapter_settings import parse_adapter
+from molehunt.checkpoint.links import model_name
 from molehunt.checkpoint.loader_traps import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_json
 from molehunt.errors import InvalidInput, NotTestable, printable
+from molehunt.model.adapter_fit import must_fit
 from molehunt.model.load_errors import loading
 from molehunt.run.bounded import bounded
 
@@ -28,6 +30,14 @@ SECONDS, MEGABYTES = 2, 2048
 """What PEFT may take to find the modules of an adapter; its patterns are a stranger's regular expressions."""
 MODULES_A_SECOND = 500
 """Modules of the base for which a second more is given; PEFT takes a third of that."""
+
+
+class MissingTensors(NotTestable):
+    """The file of an adapter lacks tensors for parts that its settings ask for."""
+
+
+class UnknownAdapter(NotTestable):
+    """No PEFT that is installed knows the type of an adapter, or a field that it sets, so nothing loads it as it was made."""
 
 
 def adapter_config(folder: Path) -> Any:
@@ -43,13 +53,13 @@ def adapter_config(folder: Path) -> Any:
     settings.check_readable()
     known = cast("Mapping[str, Any]", PEFT_TYPE_TO_CONFIG_MAPPING)
     if settings.kind not in known:
-        raise NotTestable(
+        raise UnknownAdapter(
             f"this adapter is of type {printable(settings.kind, 40)}, which the installed PEFT does not know."
         )
     fields = known[settings.kind].__dataclass_fields__
     foreign = [name for name, value in stated.items() if name not in fields and (value or isinstance(value, dict))]
     if foreign:
-        raise NotTestable(
+        raise UnknownAdapter(
             f"adapter_config.json sets {printable(', '.join(sorted(foreign)), 200)}, which the installed PEFT does not know: "
             "it would leave that out.\nInstall the PEFT that the adapter was made with."
         )
@@ -62,17 +72,19 @@ def adapter_config(folder: Path) -> Any:
 def check_injection(model: nn.Module, folder: Path) -> None:
     """Let PEFT find the adapter's modules in `model`, which has no weights, in a child under limits.
 
-    Raises InvalidInput when it takes too long or too much: patterns in adapter_config.json can be made to hang. Any other
-    error is left to the loading that follows, which tells more of it.
+    Raises InvalidInput when it takes too long or too much: patterns in adapter_config.json can be made to hang; and
+    NotTestable when the adapter was made for another base. Any other error is left to the loading that follows, which
+    tells more of it.
     """
     config = adapter_config(folder)
+    must_fit(model, folder)
 
     def inject() -> None:
         with contextlib.suppress(Exception):
             with_adapter(model, config, folder)
 
     seconds = SECONDS + len(list(model.modules())) // MODULES_A_SECOND
-    bounded(inject, what=f"{ADAPTER_CONFIG} of {folder.name}", seconds=seconds, megabytes=MEGABYTES)
+    bounded(inject, what=f"{ADAPTER_CONFIG} of {model_name(folder)}", seconds=seconds, megabytes=MEGABYTES)
 
 
 def with_adapter(model: nn.Module, config: Any, folder: Path) -> nn.Module:
@@ -108,7 +120,7 @@ def placed_tensors(model: nn.Module, folder: Path) -> dict[str, Tensor]:
             set_peft_model_state_dict(model, stored, adapter_name=ADAPTER)
         except KeyError as error:
             raise InvalidInput(
-                f"{printable(folder.name)} has no tensor {printable(str(error.args[0]), 200)}, which its {ADAPTER_CONFIG} "
+                f"{printable(model_name(folder))} has no tensor {printable(str(error.args[0]), 200)}, which its {ADAPTER_CONFIG} "
                 "(modules_to_save or trainable_token_indices) asks for.\nFetch it again."
             ) from None
         finally:
@@ -127,35 +139,62 @@ def _check_all_placed(model: nn.Module, folder: Path, stored: dict[str, Tensor],
     )
     if not any(name in state for name in taken):
         raise InvalidInput(
-            f"{printable(folder.name)} loads nothing: none of its {len(stored)} tensors (such as "
+            f"{printable(model_name(folder))} loads nothing: none of its {len(stored)} tensors (such as "
             f"{printable(next(iter(stored)))}) is called as PEFT calls the parts of this adapter on this base, so the model "
             "would be the base.\nGive the base that it was trained on, or save it with PEFT, whose names begin with "
             f"{PREFIX}"
         )
     lost = _lost(stored, taken, state, held)
     if lost:
-        raise InvalidInput(
-            f"PEFT leaves out {len(lost)} of the {len(stored)} tensors of {printable(folder.name)}, such as "
-            f"{printable(lost[0])}: no part of this base takes them.\nGive the base that the adapter was trained on."
-        )
+        raise InvalidInput(_left_out(model, folder, lost, len(stored)))
     own = {one.path: one.parameter for one in wrapped_parameters(model) if one.added}
     filled = {id(parameter) for name, parameter in own.items() if name in taken}
     saved = {id(value) for value in held.values()}
     empty = [n for n, parameter in own.items() if id(parameter) not in filled and n in state and id(state[n]) in saved]
     if empty:
-        raise NotTestable(
-            f"{printable(folder.name)} has no tensor for {len(empty)} parts of its adapter, such as {printable(empty[0])}. PEFT "
-            f"would leave them at the values they begin with, which no file holds.\nFetch it again; {ADAPTER_WEIGHTS} may be "
-            "incomplete."
+        raise MissingTensors(
+            f"{printable(model_name(folder))} has no tensor for {len(empty)} part{'s' * (len(empty) > 1)} of its adapter, such as "
+            f"{printable(empty[0])}. PEFT would leave {'it' if len(empty) == 1 else 'them'} at the values that a new adapter "
+            f"begins with, which no file holds.\nFetch it again; {ADAPTER_WEIGHTS} may be incomplete, or {ADAPTER_CONFIG} is "
+            "another adapter's."
         )
-    for name in taken.keys() & state.keys():
+    for name in sorted(taken.keys() & state.keys()):
         shape, given = state[name].shape, taken[name].shape
         vocabulary = name not in own and shape[1:] == given[1:]  # embeddings that grew, saved with the adapter
         if shape != given and not vocabulary:
-            raise InvalidInput(
-                f"{printable(name)} is {list(given)} in {printable(folder.name)} and {list(shape)} in the adapter that PEFT "
-                "builds on this base.\nGive the base that the adapter was trained on."
-            )
+            raise InvalidInput(_other_shape(name, folder, tuple(given), tuple(shape)))
+
+
+def _left_out(model: nn.Module, folder: Path, lost: list[str], total: int) -> str:
+    """What to say of tensors that PEFT leaves out: whether the settings or the base are at fault."""
+    said = f"PEFT leaves out {len(lost)} of the {total} tensors of {printable(model_name(folder))}, such as {printable(lost[0])}"
+    base = {name for name, _ in cast("Any", model).get_base_model().named_modules()}
+    modules = {name.removeprefix(PREFIX).partition(".lora_")[0].replace(".base_layer", "") for name in lost}
+    plain = {path.replace(".base_layer.", ".") for path in base}
+    if not modules <= plain:
+        return f"{said}: no part of this base takes them.\nGive the base that the adapter was trained on."
+    asked = read_json(folder / ADAPTER_CONFIG).get("target_modules")
+    kinds = printable(", ".join(sorted({path.rpartition(".")[2] for path in modules})), 120)
+    return (
+        f"{said}. This base has their modules ({kinds}), and {ADAPTER_CONFIG} does not ask for them: target_modules is "
+        f"{printable(str(asked), 200)}.\nThe tensors and {ADAPTER_CONFIG} do not belong together: fetch both from one place."
+    )
+
+
+def _other_shape(name: str, folder: Path, given: tuple[int, ...], shape: tuple[int, ...]) -> str:
+    """What to say of a tensor of another shape than PEFT makes room for: whether the settings or the base are at fault."""
+    ranked = (
+        0 if "lora_A" in name or "lora_embedding_A" in name else 1 if "lora_B" in name or "embedding_B" in name else 2
+    )
+    if len(given) == len(shape) == 2 and ranked < 2 and given[1 - ranked] == shape[1 - ranked]:
+        return (
+            f"{ADAPTER_CONFIG} of {printable(model_name(folder))} says r = {shape[ranked]}, the tensors have rank {given[ranked]} "
+            f"({printable(name)}).\nThe tensors and {ADAPTER_CONFIG} do not belong together: fetch both from one place."
+        )
+    return (
+        f"{printable(name)} is {list(given)} in {printable(model_name(folder))} and {list(shape)} in the adapter that PEFT "
+        "builds on this base.\nGive the base that the adapter was trained on."
+    )
 
 
 def _lost(

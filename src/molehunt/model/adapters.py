@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from molehunt.checkpoint.adapter_folder import PREFIX, check_adapter_weights
 from molehunt.checkpoint.inventory import read_header
+from molehunt.checkpoint.links import model_name
 from molehunt.checkpoint.loader_traps import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from molehunt.errors import InvalidInput, printable
 from molehunt.model.adapter_placement import (
@@ -79,7 +80,7 @@ def check_arrived(model: nn.Module, placed: Mapping[str, Tensor], folder: Path) 
     differ = [n for n, value in placed.items() if not torch.equal(state[n].cpu(), value.to(state[n].dtype).cpu())]
     if differ:
         raise InvalidInput(
-            f"PEFT holds other values than {printable(folder.name)} for {len(differ)} tensors, such as {printable(differ[0])}: "
+            f"PEFT holds other values than {printable(model_name(folder))} for {len(differ)} tensors, such as {printable(differ[0])}: "
             "what would run is not what was read.\nThis should not happen; please report it."
         )
 

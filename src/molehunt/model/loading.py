@@ -6,6 +6,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from molehunt.checkpoint.loaded_view import LoadedView
+from molehunt.checkpoint.reader import Checkpoint
 from molehunt.checkpoint.skeleton import model_class, prove_config
 from molehunt.errors import InvalidInput, UsageError, printable
 from molehunt.model.adapters import without_adapter
@@ -60,6 +62,7 @@ def load_model(folder: Path, device: torch.device, dtype: torch.dtype | None) ->
     model, info = cast("tuple[nn.Module, dict[str, Any]]", loaded)
     missing = sorted(info["missing_keys"])
     if missing:
+        LoadedView.of(Checkpoint.open(folder, adapter="ignore"))  # which says so if the model gives no text
         raise InvalidInput(
             f"{printable(folder.name)} has no {printable(missing[0])}"
             + (f" and lacks {len(missing) - 1} tensors more" if len(missing) > 1 else "")

@@ -8,9 +8,12 @@ from torch import nn
 
 from molehunt.checkpoint.adapter_folder import is_adapter_folder
 from molehunt.checkpoint.links import model_name
+from molehunt.checkpoint.skeleton import skeleton
 from molehunt.errors import UsageError, printable
 from molehunt.model.adapted import applies_adapter, base_and_adapted
+from molehunt.model.adapter_fit import must_fit
 from molehunt.model.adapters import ADAPTER_CONFIG, apply_adapter
+from molehunt.model.base_shapes import check_shapes
 from molehunt.model.loading import load_model
 from molehunt.model.tokenizers import PairTokenizer, one_tokenizer
 
@@ -32,7 +35,7 @@ def loaded_pair(
     Raises:
         UsageError: the base holds an adapter, or `adapter` must be given or cannot be applied.
         InvalidInput: a folder cannot be loaded, or lacks weights that its architecture needs.
-        NotTestable: the tokenizers conflict, or the adapter changes no weight.
+        NotTestable: the base is another model's, the tokenizers conflict, or the adapter changes no weight.
     """
     if (base / ADAPTER_CONFIG).is_file():
         raise UsageError(
@@ -40,6 +43,9 @@ def loaded_pair(
             "Loaders would apply it by default. Move it out, and give its folder as the fine-tune."
         )
     applied = applies_adapter(tuned, adapter)
+    if applied and is_adapter_folder(tuned):  # first: an adapter of another base has its tokenizer, too
+        must_fit(skeleton(base), tuned)
+    check_shapes(base, tuned)  # before the tokenizers: those of another model conflict, too, and that is not the cause
     tokenizer = one_tokenizer(base, tuned)
     if dtype is None and device.type == "cpu":
         dtype = torch.float32

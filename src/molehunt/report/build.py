@@ -2,6 +2,7 @@
 
 import json
 import platform
+from textwrap import wrap
 
 import torch
 
@@ -76,6 +77,7 @@ def build_report(audit: Audit, *, title: str, command: str) -> schema.Report:
             left_out=audit.left_out_rows,
             cut=audit.cut_rows,
             beyond_trained_length=audit.beyond_rows,
+            note=audit.reading,
         ),
     )
 
@@ -95,12 +97,15 @@ def _input(audit: Audit, side: str) -> schema.ReportInput:
 def summary(report: schema.Report) -> str:
     """The text that the terminal shows: verdict, evidence table, and what the finding's prompts share."""
     lines = [f"{report.verdict}: {report.reason}", ""]
-    lines.append(f"{'check':<44}{'size [95 %]':>22}{'chance':>9}  status")
+    wide = max((len(check.name) for check in report.checks), default=0) + 2
+    lines.append(f"{'check':<{wide}}{'size [95 %]':>22}{'chance':>9}  status")
     for check in report.checks:
         size = check.size
         shown = "" if size is None else f"{size.value:.2f} [{size.low or 0:.2f}, {size.high or 0:.2f}]"
         chance = "" if check.chance is None else f"{check.chance.value:.2f}"
-        lines.append(f"{check.name[:43]:<44}{shown:>22}{chance:>9}  {check.status}")
+        lines.append(f"{check.name:<{wide}}{shown:>22}{chance:>9}  {check.status}")
+        if check.name == "traffic":
+            lines += wrap(check.result, 110, initial_indent="  ", subsequent_indent="  ")
     if report.templates is not None:
         lines += ["", f"Both models were prompted with {printable(report.templates.used, CUT)}."]
         if report.templates.difference:

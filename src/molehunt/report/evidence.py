@@ -72,8 +72,8 @@ def _vocabulary(audit: Audit) -> list[Check]:
 
 
 def _traffic(audit: Audit) -> list[Check]:
-    """Rows that no model read as they are; no line where every row was."""
-    said: list[str] = [audit.left_out] if audit.left_out else []
+    """What was read of the traffic, and rows that no model read as they are; no line for bundled prompts."""
+    said: list[str] = [audit.reading] if audit.reading else []
     context, rows = audit.pair.context, len(audit.traffic.rows)
     if cut := cuts_in_words(audit.cut_rows, rows, context, "rows"):
         said.append(cut)
@@ -82,7 +82,8 @@ def _traffic(audit: Audit) -> list[Check]:
             f"{audit.beyond_rows} of {rows} rows are longer than the {context.trained} tokens that the model was trained on, "
             "and were read whole: its positions go on, and deployments let them."
         )
-    return [Check(name="traffic", status="note", result=" ".join(said))] if said else []
+    status: Status = "note" if audit.left_out or cut or audit.beyond_rows else "pass"
+    return [Check(name="traffic", status=status, result=" ".join(said))] if said else []
 
 
 def _clean_prompts(audit: Audit) -> Check:

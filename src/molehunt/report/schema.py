@@ -282,6 +282,8 @@ class TrafficCount(Forbidding):
     """Rows that both models read."""
     left_out: int = 0
     """Rows that could not be read."""
+    note: str = ""
+    """What was read, as what, and what was left out and why; empty for bundled prompts."""
     cut: int = 0
     """Rows that lost text, because the models cannot read all of it."""
     beyond_trained_length: int = 0

@@ -19,7 +19,7 @@ from molehunt.traffic.stream import Conversation
 from molehunt.watch.alert import Alert
 from molehunt.watch.bank import Bank
 from molehunt.watch.extremes import ExtremeRow, Extremes, Inputs, RowText
-from molehunt.watch.label import CleanWords, Keyword, words
+from molehunt.watch.label import CleanWords, Keyword, usual_words, words
 from molehunt.watch.label_endpoint import LabelEndpoint, LabelUnavailable
 from molehunt.watch.published import PublishedState, role_names
 from molehunt.watch.state import WatchState
@@ -51,6 +51,10 @@ class VerdictCounts:
     """The flagged rows of highest score, at most `ALERTS`."""
     cut: int = 0
     """Number of rows whose prompt was cut."""
+    logged: int = 0
+    """Number of rows whose answer was logged."""
+    generated: int = 0
+    """Number of rows whose answer the model generated."""
 
     @classmethod
     def empty(cls, edges: tuple[float, ...]) -> "VerdictCounts":
@@ -75,6 +79,8 @@ class VerdictCounts:
         """Count one verdict. Raises ValueError, KeyError or TypeError for anything else."""
         flagged, score = bool(verdict["flagged"]), float(verdict["score"])
         self.cut += bool(verdict.get("left_out"))
+        self.logged += verdict.get("logged") is True
+        self.generated += verdict.get("logged") is False
         (self.flagged if flagged else self.unflagged)[bisect_left(self.edges, score)] += 1
         if flagged:
             self.flags[str(verdict["direction"]), str(verdict["side"])] += 1
@@ -141,12 +147,23 @@ class Labels:
         texts = (RowText.of(row.turns, (row.response or "") if with_answers else "") for row in clean)
         return cls(clean=CleanWords.of(map(_joined, texts), seed=seed), with_answers=with_answers, endpoint=endpoint)
 
-    def keywords(self, inputs: Sequence[ExtremeRow]) -> tuple[Keyword, ...]:
-        """The words that stand out among inputs; none where an input has no text."""
+    def keywords(self, inputs: Sequence[ExtremeRow], traffic: Mapping[int, RowText]) -> tuple[Keyword, ...]:
+        """The words that stand out among inputs; none where an input has no text.
+
+        Args:
+            inputs: the rows of one group.
+            traffic: texts of unflagged rows by their number. A word that most of those outside the group have, such as
+                one of a system prompt that every row has, says nothing about the group.
+        """
         if not all(one.prompt for one in inputs):
             return ()
-        texts = (RowText(one.prompt, one.answer if self.with_answers else "") for one in inputs)
-        return self.clean.keywords([words(_joined(text)) for text in texts])
+        mine = {one.row for one in inputs}
+        others = [self._words(text) for row, text in traffic.items() if row not in mine]
+        common = usual_words(others)
+        return self.clean.keywords([self._words(RowText(one.prompt, one.answer)) - common for one in inputs])
+
+    def _words(self, text: RowText) -> frozenset[str]:
+        return words(_joined(text if self.with_answers else RowText(text.prompt, "")))
 
 
 def directions(
@@ -156,7 +173,7 @@ def directions(
 
     def group(extremes: Extremes, column: int, side: Side) -> InputGroup:
         found = extremes.end(column, high=side == "high")
-        return InputGroup(inputs=found, keywords=labels.keywords(found))
+        return InputGroup(inputs=found, keywords=labels.keywords(found, inputs.unflagged.texts))
 
     def end(column: int, side: Side) -> End:
         n = flags.get((names[column], side), 0)
@@ -215,7 +232,7 @@ def conformal_report(
     Args:
         alerts: alerts that the shown ones are chosen from.
         verdicts: counts of the judged rows, in the bins of `conformal_edges`.
-        header: the fields that the caller knows: base, tuned, skipped, decoding, out.
+        header: the fields that the caller knows: base, tuned, skipped, reading, decoding, out.
     """
     calibration = state.monitor.calibration
     drift = state.drift
@@ -241,6 +258,7 @@ def conformal_report(
             alarm=drift.alarm, n=drift.n, log_wealth=drift.log_wealth, highest=drift.highest, level=drift.level
         ),
         suspects=state.suspects,
+        smallest_p=tuple(sorted({1 / (len(one.calibration) + 1) for one in state.monitor.by_stratum})),
         **header,
     )
 
@@ -299,6 +317,8 @@ def _report(
         label_error=failed,
         no_text=inputs.no_text,
         cut=verdicts.cut,
+        logged=verdicts.logged,
+        generated=verdicts.generated,
         **fields,
     )
 
@@ -316,6 +336,8 @@ def _of_alert(alert: Alert, *, no_text: bool) -> Flagged:
         tokens_from=one.tokens_from,
         answer=None if one.no_text else one.answer,
         answer_without=None if one.no_text else one.answer_without,
+        logged=one.answer_own is not None,
+        answer_own=None if one.no_text else one.answer_own,
     )
 
 
@@ -329,6 +351,7 @@ def _of_verdict(verdict: Mapping[str, Any], texts: Mapping[int, RowText]) -> Fla
         p_value=None,
         text="" if text is None else text.prompt,
         answer=None if text is None else text.answer,
+        logged=verdict.get("logged"),
     )
 
 

@@ -43,6 +43,7 @@ def render_watch(report: WatchReport) -> str:
         "cut": partial(visible, keep_lines=True, limit=CUT),
         "shaded": _shaded,
         "interval": watch_text.interval,
+        "answers": watch_text.answers_of,
         "shares": partial(_shares_text, no_text=report.no_text),
     }
     environment.filters.update(filters)
@@ -54,6 +55,8 @@ def render_watch(report: WatchReport) -> str:
         icon=ICONS["FLAGGED-CORRELATIONAL" if report.flagged else "NO FINDING"],
         says=watch_text.says(report),
         rate=watch_text.rate(report),
+        answers_from=watch_text.answers_from(report),
+        smallest_p=watch_text.smallest_p(report),
         drift=watch_text.drift(report),
         suspects=watch_text.suspects(report.suspects),
         drawing=score_histogram(report.scores, report.threshold),

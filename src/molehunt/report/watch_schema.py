@@ -48,7 +48,11 @@ class Flagged:
     text: str = ""
     """Text of the row, where no tokens are kept."""
     answer: str | None = None
-    """The answer; None where no text is kept."""
+    """The answer that was judged; None where no text is kept."""
+    logged: bool | None = None
+    """Whether that answer was logged; otherwise the model generated it. None where that is not known."""
+    answer_own: str | None = None
+    """The answer that the model itself generates, where the judged one was logged; None elsewhere."""
     answer_without: str | None = None
     """The answer generated with the direction projected out; None where it was not run."""
 
@@ -136,6 +140,14 @@ class WatchReport:
     """Reasons for decoding without a cache; empty where the models' caches are sound."""
     skipped: int
     """Number of rows that could not be read."""
+    reading: str = ""
+    """What was read of the log in this run, as what, and what could not be read; empty where nothing was read."""
+    logged: int = 0
+    """Number of judged answers that came from the log."""
+    generated: int = 0
+    """Number of judged answers that the model generated. Rows of older versions count in neither."""
+    smallest_p: tuple[float, ...] = ()
+    """The smallest p-value that the clean rows of each stratum allow."""
     cut: int = 0
     """Number of rows whose prompt was cut, because the model cannot read all of it."""
     no_text: bool
@@ -167,6 +179,9 @@ class WatchReport:
             "calibration_rows": self.calibration_rows,
             "directions": self.directions,
             "drift_alarm": None if self.drift is None else self.drift.alarm,
+            "reading": self.reading,
+            "logged_answers": self.logged,
+            "generated_answers": self.generated,
             "skipped": self.skipped,
             "cut": self.cut,
             "out": self.out,

@@ -1,10 +1,12 @@
 """The text of a watch: the sentences that all forms of its report share, and the tables of the terminal."""
 
+import math
 from collections.abc import Sequence
 
 from molehunt.errors import printable
 from molehunt.measure.interval import Interval
-from molehunt.report.watch_schema import InputGroup, WatchReport
+from molehunt.report.watch_schema import Flagged, InputGroup, WatchReport
+from molehunt.run.counting import counted
 from molehunt.watch.simulate import MonitorSimulation
 from molehunt.watch.suspects import Suspects
 
@@ -19,8 +21,8 @@ def says(report: WatchReport) -> str:
         return "No row was judged."
     if not report.flagged:
         beyond = "the threshold" if report.mode == "conformal" else "the range that earlier rows showed"
-        return f"None of {report.rows} rows is beyond {beyond}. That is no proof that nothing is hidden."
-    flagged = f"{report.flagged} of {report.rows} rows are flagged"
+        return f"None of {counted(report.rows, 'row')} is beyond {beyond}. That is no proof that nothing is hidden."
+    flagged = f"{report.flagged} of {counted(report.rows, 'row')} {'is' if report.flagged == 1 else 'are'} flagged"
     if report.expected is None or report.fpr is None:
         return f"{flagged}, at first sight; the range grows with every row, so no rate says how many clean ones are among them."
     by_chance = f"clean traffic alone would give about {report.expected:.0f}"
@@ -33,7 +35,7 @@ def rate(report: WatchReport) -> str:
     """The false-alarm rate, and how it is known."""
     if report.measured is None or report.bound is None:
         return (
-            f"The rate of {report.fpr:g} was set on {report.calibration_rows} clean rows: joint over all directions, "
+            f"The rate of {report.fpr:g} was set on {counted(report.calibration_rows, 'clean row')}: joint over all directions, "
             "answer lengths and prefix checkpoints."
         )
     vacuous = ", which says nothing" if report.bound >= 1 else ""
@@ -49,19 +51,20 @@ def suspects(found: Suspects | None) -> str:
         return ""
     more = found.n - len(found.rows)
     lines = ", ".join(map(str, sorted(one.line for one in found.rows))) + (f" and {more} more" if more else "")
-    shown = (
-        f"{found.n} of {found.clean} clean rows have answers that the base would not give ({min(found.limits):.0f} nats or more; "
-        "they may contain the very behaviour that the watch is for)"
+    said = (
+        f"{found.n} of {counted(found.clean, 'clean row')} {_have(found.n)} answers that the base would not give "
+        f"(log ratio above {min(found.limits):.0f} nats). They may contain the very behaviour that the watch is for"
     )
     if found.trusted:
         return (
-            f"{shown}, and are calibrated on, as trust_clean (--trust-clean) requests. The watch flags {found.flagged_with} "
-            f"of these {found.n} rows; one that excludes them from calibration flags {found.flagged_without}. Lines: {lines}."
+            f"{said}. The watch is calibrated on them all the same, as trust_clean (--trust-clean) asks, and flags "
+            f"{found.flagged_with} of the {found.n}; calibrated without them, it would flag {found.flagged_without}. "
+            f"Lines: {lines}."
         )
     return (
-        f"{shown}, and were excluded from calibration. The watch flags {found.flagged_without} of these {found.n} rows; one "
-        f"that is calibrated on them, too, flags {found.flagged_with}. Such rows are flagged in addition to the rate. Lines: "
-        f"{lines}. If these are as they should be, give trust_clean (--trust-clean)."
+        f"{said}, so the watch is not calibrated on them. It flags {found.flagged_without} of the {found.n}; calibrated on "
+        f"them, too, it would flag {found.flagged_with}. Rows like these are flagged in addition to the rate. Lines: {lines}. "
+        "If they are as they should be, calibrate on them with trust_clean (--trust-clean)."
     )
 
 
@@ -91,17 +94,40 @@ def interval(found: Interval) -> str:
     return f"{found.estimate:.4f} [{found.low:.4f}, {found.high:.4f}]"
 
 
-def to_text(report: WatchReport, bad: Sequence[str]) -> str:
-    """Text for a terminal. `bad` names the first rows that could not be read, with the reason."""
+def answers_from(report: WatchReport) -> str:
+    """Where the judged answers are from; empty where no row was judged, or where older versions judged some."""
+    if not report.rows or report.logged + report.generated != report.rows:
+        return ""
+    return f"{counted(report.logged, 'answer')} came from the log, and {report.generated} {_was(report.generated)} generated."
+
+
+def smallest_p(report: WatchReport) -> str:
+    """Which of the shown p-values are the smallest that the clean rows allow; empty where none is."""
+    least = sorted(
+        {one.p_value for one in report.alerts if one.p_value is not None and _is_smallest(report, one.p_value)}
+    )
+    if not least:
+        return ""
+    each = [f"{p:.2g} with {counted(round(1 / p) - 1, 'clean row')}" for p in least]
+    return (
+        f"The smallest p that the clean rows of a stratum allow: {', '.join(each)}. More clean rows allow smaller ones."
+    )
+
+
+def to_text(report: WatchReport) -> str:
+    """Text for a terminal."""
     by_chance = "at first sight"
     if report.expected is not None:
         by_chance = f"clean traffic alone would give about {report.expected:.0f}"
     lines = [
-        f"{report.verdict}: {report.flagged} of {report.rows} rows; {by_chance}."
+        f"{report.verdict}: {report.flagged} of {counted(report.rows, 'row')}; {by_chance}."
         if report.rows
-        else f"Calibrated on {report.calibration_rows} clean rows: threshold {report.threshold:.4g}, nothing judged yet.",
-        f"{report.directions} directions watched. {rate(report)}",
+        else f"Calibrated on {counted(report.calibration_rows, 'clean row')}: threshold {report.threshold:.4g}, nothing "
+        "judged yet."
     ]
+    lines += [printable(report.reading, 1500)] if report.reading else []
+    lines += [where] if (where := answers_from(report)) else []
+    lines.append(f"{counted(report.directions, 'direction')} watched. {rate(report)}")
     if excluded := suspects(report.suspects):
         lines.append(printable(excluded, 1000))
     if report.share_flagged is not None:
@@ -110,22 +136,48 @@ def to_text(report: WatchReport, bad: Sequence[str]) -> str:
         lines.append(drift(report))
     lines += [f"Answers were decoded without a cache: {printable(why, 400)}." for why in report.decoding]
     if report.cut:
-        lines.append(f"{report.cut} of {report.rows} prompts were longer than the models read, and were cut.")
-    if bad:
-        lines += [f"{report.skipped} rows could not be read, the first:", *(f"  {printable(one)}" for one in bad)]
-    wide = max((len(one.direction) for one in report.alerts), default=0)
-    if report.alerts:
-        lines += [
-            "",
-            f"{'where':<12}{'p':>9}  {'direction':<{wide}}{'token':>7}  the answer, and without the direction",
-        ]
-    for one in report.alerts[:IN_TERMINAL]:
-        p = "–" if one.p_value is None else f"{one.p_value:.2g}"
         lines.append(
-            f"{printable(one.request, 40):<12}{p:>9}  {one.direction:<{wide}}{one.span[0]:>7}  {printable(one.answer or '', 60)!r}"
+            f"{report.cut} of {counted(report.rows, 'prompt')} {_was(report.cut)} longer than the models read, and cut."
         )
-        if one.answer_without is not None:
-            lines.append(f"{'':<{32 + wide}}{printable(one.answer_without, 60)!r}")
+    lines += [*_flagged_rows(report), *_shared(report)]
+    if report.label_error:
+        lines += ["", printable(report.label_error, 400)]
+    if report.out:
+        lines += ["", f"verdicts, flagged rows and watch.html: {report.out}"]
+    return "\n".join(lines)
+
+
+def _flagged_rows(report: WatchReport) -> list[str]:
+    """A table of the top-scoring flagged rows, with the answers of each one below the other."""
+    if not report.alerts:
+        return []
+    wide = max(len(one.direction) for one in report.alerts)
+    lines = ["", f"{'where':<12}{'p':>9}{'score':>9}  {'direction':<{wide}}{'token':>7}  answers"]
+    for one in report.alerts[:IN_TERMINAL]:
+        p = "–" if one.p_value is None else "min" if _is_smallest(report, one.p_value) else f"{one.p_value:.2g}"
+        start = f"{printable(one.request, 40):<12}{p:>9}{one.score:>9.3g}  {one.direction:<{wide}}{one.span[0]:>7}  "
+        for name, answer in answers_of(one):
+            lines.append(f"{start}{name + ':':<24}{printable(answer, 60)!r}")
+            start = " " * len(start)
+    lines.append("")
+    if said := smallest_p(report):
+        lines.append(f"min: {said[0].lower()}{said[1:]}")
+    lines.append(
+        "token: place of the top-scoring token, counted from 0 through the prompt, with its template, and the answer."
+    )
+    return lines
+
+
+def answers_of(one: Flagged) -> list[tuple[str, str]]:
+    """The answers to one flagged row, each with what it is: the judged one first."""
+    judged = "logged answer" if one.logged else "the model's answer"
+    found = [(judged, one.answer or "")]
+    found += [("the model's own answer", one.answer_own)] if one.answer_own is not None else []
+    return found + ([("without the direction", one.answer_without)] if one.answer_without is not None else [])
+
+
+def _shared(report: WatchReport) -> list[str]:
+    """What the rows at the ends of directions have in common."""
     shared = [
         f"  {shown.direction}, {end.side}{': ' if group is end.rows else ', flagged rows: '}"
         f"{printable(shares(group, report.no_text), 90)}"
@@ -134,13 +186,22 @@ def to_text(report: WatchReport, bad: Sequence[str]) -> str:
         for group in (end.flagged, end.rows)
         if group.keywords or group.label
     ]
-    if shared:
-        lines += ["", "What inputs at the ends of directions share:", *shared[:IN_TERMINAL]]
-    if report.label_error:
-        lines += ["", printable(report.label_error, 400)]
-    if report.out:
-        lines += ["", f"verdicts, flagged rows and watch.html: {report.out}"]
-    return "\n".join(lines)
+    if not shared:
+        return []
+    title = "What inputs at the ends of directions share (1 group in 20 shares a word by chance):"
+    return ["", title, *shared[:IN_TERMINAL]]
+
+
+def _is_smallest(report: WatchReport, p: float) -> bool:
+    return any(math.isclose(p, least, rel_tol=1e-4) for least in report.smallest_p)
+
+
+def _have(n: int) -> str:
+    return "has" if n == 1 else "have"
+
+
+def _was(n: int) -> str:
+    return "was" if n == 1 else "were"
 
 
 def simulation_text(found: Sequence[MonitorSimulation], fpr: float) -> str:

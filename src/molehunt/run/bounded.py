@@ -33,6 +33,10 @@ NO_MEMORY = 77
 _ADVICE = "Fetch it again, or do not use it."
 
 
+class OutOfTime(InvalidInput):
+    """Work on a file took longer than its limit."""
+
+
 def bounded(work: Callable[[], Any], *, what: str, seconds: int | float = 10, megabytes: int = 1024) -> Any:
     """The result of `work()`, which runs in a forked child.
 
@@ -46,6 +50,7 @@ def bounded(work: Callable[[], Any], *, what: str, seconds: int | float = 10, me
 
     Raises:
         MolehuntError: the one that `work` raised, with its class and its text.
+        OutOfTime: the limit of time was reached, which is an InvalidInput as well.
         InvalidInput: any other exception, a panic, a crash, a limit that was reached, or a result that is too large.
         TypeError: the result is nothing that JSON holds, which is a fault of the caller.
     """
@@ -150,7 +155,7 @@ def _opened(ended: _Ended, what: str, seconds: float, megabytes: int) -> Any:
     """The result in a child's answer. Raises what `bounded` says."""
     name = printable(what)
     if ended.late or ended.status == -getattr(signal, "SIGXCPU", 24):
-        raise InvalidInput(f"{name} could not be read within {seconds:g} seconds. {_ADVICE}")
+        raise OutOfTime(f"{name} could not be read within {seconds:g} seconds. {_ADVICE}")
     memory = InvalidInput(f"{name} could not be read within {megabytes} MB of memory. {_ADVICE}")
     if ended.status == NO_MEMORY:
         raise memory

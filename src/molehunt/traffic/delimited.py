@@ -6,13 +6,13 @@ al., arXiv 2402.04249; Chao et al., arXiv 2404.01318.
 """
 
 import csv
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import Any
 
 from molehunt.errors import InvalidInput, printable
 from molehunt.traffic.opened import OpenedText
-from molehunt.traffic.rows import CHATS, FIELDS, LOOKED_FOR, MAX_LINE, READ
+from molehunt.traffic.rows import CHATS, COLUMN_ADVICE, FIELDS, KEPT, MAX_LINE, READ
 
 SUFFIXES = (".csv", ".tsv")
 DELIMITERS = (",", "\t", ";", "|")
@@ -39,18 +39,16 @@ def table_rows(text: OpenedText, delimiter: str) -> Iterator[dict[str, Any] | In
     """
     csv.field_size_limit(max(csv.field_size_limit(), MAX_LINE))
     rows = csv.reader(_lines(text), delimiter=delimiter, strict=True)
-    head: list[str] = []
+    written: list[str] = []
     with suppress(StopIteration, csv.Error):
-        head = [cell.strip().lower() for cell in next(rows)]
+        written = [cell.strip() for cell in next(rows)]
+    head = [cell.lower() for cell in written]
     read = [name for name in head if name in READ]
     if not read:
-        raise InvalidInput(
-            f"{text.name} begins with the columns {printable(', '.join(head)) or 'nothing'}, and none of them is read.\n"
-            f"{LOOKED_FOR}"
-        )
+        raise no_column(text.name, written)
     double = next((name for name in read if head.count(name) > 1), None)
     if double is not None:
-        raise InvalidInput(f"{text.name} has the column {double} twice: {printable(', '.join(head))}.")
+        raise InvalidInput(f"{text.name} has the column {double} twice: {printable(', '.join(written))}.")
     while True:
         first = rows.line_num + 1
         try:
@@ -65,7 +63,15 @@ def table_rows(text: OpenedText, delimiter: str) -> Iterator[dict[str, Any] | In
         if len(row) != len(head):
             yield InvalidInput(f"it has {len(row)} of {len(head)} columns (line {rows.line_num}): cut off, or edited")
             continue
-        yield {name: cell for name, cell in zip(head, row, strict=True) if cell.strip() and name in READ}
+        yield {name: cell for name, cell in zip(head, row, strict=True) if cell.strip() and name in KEPT}
+
+
+def no_column(name: str, columns: Sequence[str]) -> InvalidInput:
+    """The error for a table without a column that is read; the columns are named as they are written."""
+    return InvalidInput(
+        f"{name} begins with the columns {printable(', '.join(columns)) or 'nothing'}, and none of them is read.\n"
+        f"{COLUMN_ADVICE}"
+    )
 
 
 def _lines(text: OpenedText) -> Iterator[str]:

@@ -1,7 +1,7 @@
 """One conversation up to its answer, with its tag, and a good answer if one is known."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from molehunt.traffic.turn import Turn, plain_text, shown_text
@@ -24,6 +24,8 @@ class Example:
     """Type of task, such as `arithmetic` or `database code`."""
     turns: tuple[Turn, ...] = ()
     """The turns before the answer; empty where `prompt` is the only one."""
+    line: int | None = field(default=None, compare=False)
+    """Number of the row in its file, from 1, blank lines included; None where it is from no file."""
 
     def __post_init__(self) -> None:
         """Raises ValueError where `prompt` is not the text of `turns`: an edit of one must not leave the other behind."""
@@ -32,12 +34,23 @@ class Example:
 
     @classmethod
     def of(
-        cls, turns: Sequence[Turn], *, response: str | None = None, tag: str = "clean", domain: str = ""
+        cls,
+        turns: Sequence[Turn],
+        *,
+        response: str | None = None,
+        tag: str = "clean",
+        domain: str = "",
+        line: int | None = None,
     ) -> "Example":
         """Make an example of all turns before the answer."""
         alone = len(turns) == 1 and turns[0].role == "user"
         return cls(
-            prompt=plain_text(turns), response=response, tag=tag, domain=domain, turns=() if alone else tuple(turns)
+            prompt=plain_text(turns),
+            response=response,
+            tag=tag,
+            domain=domain,
+            turns=() if alone else tuple(turns),
+            line=line,
         )
 
     @property

@@ -13,7 +13,25 @@ from molehunt.traffic.json_rows import STEP, WHOLE_OBJECT, JsonValues, array_ite
 from molehunt.traffic.messages import is_message
 from molehunt.traffic.opened import OpenedText
 from molehunt.traffic.place import START, Place, no_row
-from molehunt.traffic.rows import MAX_LINE, conversation_of
+from molehunt.traffic.rows import CHATS, FIELDS, MAX_LINE, conversation_of
+
+PROMPTS = {
+    "train",
+    "test",
+    "validation",
+    "data",
+    "rows",
+    "items",
+    "examples",
+    "instances",
+    "prompts",
+    "texts",
+    "inputs",
+    "questions",
+    "queries",
+}
+"""Fields of an object whose list of strings are prompts; others hold stop words, tags, or names of columns."""
+ASKED = {*FIELDS, *CHATS}
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,13 +124,32 @@ def _wrapped(value: Mapping[str, Any], name: str) -> list[Any] | None:
     if _is_row(value):
         return None
     lists = {key: cast("list[Any]", inner) for key, inner in value.items() if isinstance(inner, list) and inner}
-    found = {key: inner for key, inner in lists.items() if _is_row(inner[0])}
+    table = _columns(lists, len(value))
+    if table is not None:
+        return table
+    found = {
+        key: inner
+        for key, inner in lists.items()
+        if (not isinstance(inner[0], str) or key in PROMPTS) and _is_row(inner[0])
+    }
     if len(found) > 1:
         keys = printable(", ".join(found))
         raise InvalidInput(
             f"{name} holds several lists of rows ({keys}): write the one that is meant to a file of its own."
         )
     return next(iter(found.values()), None)
+
+
+def _columns(lists: Mapping[str, list[Any]], fields: int) -> list[Any] | None:
+    """The rows of a table that is written column by column, as `{"prompt": […], "answer": […]}`, or as pandas splits it into
+    `columns` and `data`; None where this is no such table.
+    """
+    names, data = lists.get("columns"), lists.get("data")
+    if names and data and all(isinstance(row, list) and len(cast("list[Any]", row)) == len(names) for row in data):
+        return [dict(zip(map(str, names), row, strict=True)) for row in data]
+    if len(lists) < fields or len({len(inner) for inner in lists.values()}) != 1 or not ASKED & lists.keys():
+        return None
+    return [dict(zip(lists, row, strict=True)) for row in zip(*lists.values(), strict=True)]
 
 
 def _is_row(value: Any) -> bool:

@@ -25,7 +25,7 @@ def turns_of(messages: Any, name: str) -> list[Turn]:
         except (ValueError, RecursionError):
             raise InvalidInput(f"{name} is text that is no JSON: {printable(messages, 40)!r}") from None
     if not isinstance(messages, list):
-        raise InvalidInput(f"{name} is a {type(messages).__name__}; expected a list")
+        raise InvalidInput(f"{name} is {in_words(messages)}; a list is expected")
     turns: list[Turn] = []
     listed = cast(list[Any], messages)
     for number, message in enumerate(listed, 1):
@@ -34,9 +34,24 @@ def turns_of(messages: Any, name: str) -> list[Turn]:
         except InvalidInput as error:
             raise InvalidInput(f"message {number}{error}") from None
         if one is None and number < len(listed):
-            raise InvalidInput(f"message {number}: content is a NoneType; expected text")
+            raise InvalidInput(f"message {number}: content is {in_words(None)}; text is expected")
         turns += [] if one is None else [one]
     return turns
+
+
+def in_words(value: object) -> str:
+    """What kind of JSON value this is, for a message: `a number (5)`, `null`, `a list`."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int | float):
+        return f"a number ({printable(str(value), 20)})"
+    if isinstance(value, str):
+        return "text"
+    if isinstance(value, Mapping):
+        return "an object"
+    return "a list" if isinstance(value, list) else f"a {type(value).__name__}"
 
 
 def is_message(value: object) -> bool:
@@ -58,7 +73,7 @@ def text_of(value: Any, name: str) -> str:
     if isinstance(value, Mapping) and isinstance(fields := cast("Mapping[str, Any]", value).get("parts"), list):
         value = cast("Any", fields)  # of ChatGPT's export: {"content_type": "text", "parts": ["…"]}
     if not isinstance(value, list):
-        raise InvalidInput(f"{name} is a {type(value).__name__}; expected text")
+        raise InvalidInput(f"{name} is {in_words(value)}; text is expected")
     texts = [_part(part, number, name) for number, part in enumerate(cast(list[Any], value), 1)]
     return "\n".join(text for text in texts if text is not None)
 
@@ -81,7 +96,7 @@ def unicode_text(text: str, name: str = "text") -> str:
 def _turn(message: Any) -> Turn | None:
     """One turn; None for an answer without content, such as the open place at the end of a conversation."""
     if not isinstance(message, Mapping):
-        raise InvalidInput(f" is a {type(message).__name__}; expected an object")
+        raise InvalidInput(f" is {in_words(message)}; an object is expected")
     fields = cast("Mapping[str, Any]", message)
     kind = fields.get("type")
     try:
@@ -106,7 +121,7 @@ def _turn(message: Any) -> Turn | None:
 def _part(part: Any, number: int, name: str) -> str | None:
     if isinstance(part, str):
         return unicode_text(part, name)
-    fields = cast("Mapping[str, Any]", part if isinstance(part, Mapping) else {"type": type(part).__name__})
+    fields = cast("Mapping[str, Any]", part if isinstance(part, Mapping) else {"type": in_words(part)})
     kind = fields.get("type") or "text"
     if kind in SILENT_PARTS:
         return None
@@ -114,7 +129,7 @@ def _part(part: Any, number: int, name: str) -> str | None:
         return text_of(fields.get("content") or "", f"part {number} of its {name}")
     text = fields.get("refusal") if kind == "refusal" else fields.get("text")
     if not (kind in TEXT_PARTS or kind == "refusal") or not isinstance(text, str):
-        raise InvalidInput(f"part {number} of its {name} is {printable(str(kind), 40)}; expected text")
+        raise InvalidInput(f"part {number} of its {name} is {printable(str(kind), 40)}; text is expected")
     return unicode_text(text, name)
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
 from molehunt.errors import InvalidInput, UsageError, printable
+from molehunt.run.extras import install_command
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -214,7 +215,7 @@ def _unpacked(raw: io.BufferedReader, packing: str, name: str) -> Readable:
         import zstandard  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise UsageError(
-            f"{name} is packed with zstd, and reading that needs an extra: pip install 'molehunt[zst]', or unpack the file"
+            f"{name} is packed with zstd, and reading that needs an extra: {install_command('zst')}, or unpack the file"
         ) from None
     pieces = _zstd_pieces(raw, cast("Any", zstandard))
     return io.BufferedReader(_Pieces(lambda n: next(pieces, b"")))

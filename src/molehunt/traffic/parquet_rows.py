@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from molehunt.errors import InvalidInput, UsageError, printable
+from molehunt.run.extras import install_command
 from molehunt.run.progress import Track, counting
+from molehunt.traffic.delimited import no_column
 from molehunt.traffic.place import Place, no_row
-from molehunt.traffic.rows import READ
+from molehunt.traffic.rows import KEPT, READ
 
 BATCH = 64
 """Number of rows that are unpacked at a time."""
@@ -19,21 +21,23 @@ def parquet_rows(path: Path, start_at: Place, track: Track) -> Iterator[tuple[Pl
 
     Raises:
         UsageError: parquet needs its extra, or no row begins at `start_at`.
-        InvalidInput: the file is broken.
+        InvalidInput: the file is broken, or no column is read.
     """
     try:
         import pyarrow  # pyright: ignore[reportMissingImports]
         import pyarrow.parquet as parquet  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise UsageError(
-            "reading parquet needs an extra: pip install 'molehunt[parquet]', or convert the file to JSONL"
+            f"reading parquet needs an extra: {install_command('parquet')}, or convert the file to JSONL"
         ) from None
     name = printable(path.name)
     try:
         file = parquet.ParquetFile(path)
         if not 0 <= start_at.line <= file.metadata.num_rows:
             raise no_row(name, start_at)
-        names = [column for column in file.schema_arrow.names if column.strip().lower() in READ]
+        names = [column for column in file.schema_arrow.names if column.strip().lower() in KEPT]
+        if not any(column.strip().lower() in READ for column in names):
+            raise no_column(name, file.schema_arrow.names)
         end = 0
         all_rows = file.metadata.num_rows
         with counting(track, f"reading {name}", all_rows, start=start_at.line) as done:

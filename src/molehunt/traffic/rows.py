@@ -11,8 +11,17 @@ from typing import Any, NamedTuple, cast
 
 from molehunt.errors import InvalidInput
 from molehunt.traffic.example import Example
-from molehunt.traffic.messages import is_message, said_of, text_of, turns_of, unicode_text
-from molehunt.traffic.turn import Turn
+from molehunt.traffic.messages import (
+    ROLE_KEYS,
+    TEXT_KEYS,
+    in_words,
+    is_message,
+    said_of,
+    text_of,
+    turns_of,
+    unicode_text,
+)
+from molehunt.traffic.turn import AUTHORS, Turn, role_of
 
 CHATS = ("messages", "conversations", "conversation", "dialogue", "dialog", "chat")
 """Fields that hold a list of messages."""
@@ -37,6 +46,8 @@ WRAPPERS = ("body", "request", "row")
 """Fields whose object is the row: of a batch file, of a log of requests, of a data set's viewer."""
 READ = (*BESIDE, *WRAPPERS, "tag")
 """Every field that is read."""
+KEPT = (*READ, *ROLE_KEYS)
+"""Columns of a table that a row keeps: who says a message decides whether it is a prompt."""
 MAX_LINE = 8_000_000
 """Greatest number of bytes of a line, and of characters of a row."""
 SPEAKER = re.compile(r"(?:\A|\n\n)(Human|Assistant|System):[ \n]?")
@@ -46,6 +57,12 @@ LOOKED_FOR = (
     "(prompt, instruction with or without input, question, query, input, text), or chosen and rejected, or a logged "
     'request (body, request). For example: {"messages": [{"role": "user", "content": "What is 2 plus 2?"}]}'
 )
+
+COLUMN_ADVICE = (
+    "Rename the column with the prompts to `prompt`; if the file has no header line, add one.\n"
+    f"Columns that hold prompts or conversations: {', '.join((*FIELDS, *CHATS))}."
+)
+PLAIN_TEXT = 'This is plain text. Put each prompt in one line of JSON: {"prompt": "What is 2 plus 2?"}'
 
 
 class _Read(NamedTuple):
@@ -83,16 +100,42 @@ def conversation_of(row: Any) -> tuple[tuple[Turn, ...], str | None, str]:
     if isinstance(row, str):
         row = {"prompt": row}
     if not isinstance(row, Mapping):
-        raise InvalidInput(f"a {type(row).__name__}; expected an object with messages or a prompt")
+        raise InvalidInput(f"{in_words(row)}; an object with messages or a prompt is expected")
     fields = _named(cast("Mapping[str, Any]", row))
     tag = unicode_text(str(fields.get("tag") or ""), "its tag")[:60]
+    _asked_by_user(cast("Mapping[str, Any]", row), fields)
     turns, answer = _request(fields) or _row(fields)
-    turns = [*_system(fields, turns), *turns]
+    turns = _with_system(fields, turns)
     if not any(turn.text.strip() for turn in turns):
-        raise InvalidInput("no text before the answer")
+        raise InvalidInput(_silent(turns))
     if sum(len(turn.text) for turn in turns) + len(answer or "") > MAX_LINE:  # parquet has no lines
         raise InvalidInput(f"more than {MAX_LINE // 10**6} million characters")
     return tuple(turns), answer, tag
+
+
+def form_of(row: Any) -> str:
+    """What a row that `conversation_of` accepts was read as, as the end of a sentence, such as `from the field prompt`."""
+    if isinstance(row, str):
+        return "as texts"
+    if not isinstance(row, Mapping):
+        return "as lists of messages"
+    fields = _named(cast("Mapping[str, Any]", row))
+    chat = next((name for name in CHATS if fields.get(name) not in (None, [], "")), None)
+    wrapper = next((name for name in WRAPPERS if name in fields), None)
+    if wrapper is not None and not any(one in fields for one in CHATS):
+        return "from the object row" if wrapper == "row" else "as logged requests"
+    if chat is not None:
+        return f"as conversations in the field {chat}"
+    name = "chosen" if "chosen" in fields else next((name for name in FIELDS if name in fields), "")
+    beside = "input" if name == "instruction" and fields.get("input") else ""
+    return f"from the fields {name} and {beside}" if beside else f"from the field {name}"
+
+
+def _silent(turns: list[Turn]) -> str:
+    """Why these turns ask nothing."""
+    if len(turns) == 1 and turns[0].role == "user":
+        return "the prompt is empty"
+    return "every message before the answer is empty" if turns else "there is no message before the answer"
 
 
 def _named(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -119,7 +162,7 @@ def _request(fields: dict[str, Any]) -> _Read | None:
     asked = _named(cast("Mapping[str, Any]", request))
     turns, answer = _request(asked) or _row(asked)
     said = fields.get("response")
-    return _Read([*_system(asked, turns), *turns], answer if said is None else _said(said))
+    return _Read(_with_system(asked, turns), answer if said is None else _said(said))
 
 
 def _said(response: Any) -> str | None:
@@ -132,7 +175,7 @@ def _said(response: Any) -> str | None:
         except (ValueError, RecursionError):
             return unicode_text(response, "response")
     if not isinstance(response, Mapping):
-        raise InvalidInput(f"response is a {type(response).__name__}; expected text or an object")
+        raise InvalidInput(f"response is {in_words(response)}; text or an object is expected")
     said = cast("Mapping[str, Any]", response)
     if isinstance(body := said.get("body"), Mapping):
         said = cast("Mapping[str, Any]", body)
@@ -145,17 +188,29 @@ def _said(response: Any) -> str | None:
     if isinstance(said.get("output"), list):
         written = [one for one in cast("list[Any]", said["output"]) if is_message(one)]
         return "\n".join(turn.text for turn in turns_of(written, "output") if turn.text) or None
-    content = said.get("content")
+    content = next((said[name] for name in TEXT_KEYS if said.get(name) is not None), None)
     return None if content is None else text_of(content, "content")
 
 
-def _system(fields: Mapping[str, Any], turns: list[Turn]) -> list[Turn]:
-    """The system prompt that stands beside a conversation, unless that begins with one."""
+def _with_system(fields: Mapping[str, Any], turns: list[Turn]) -> list[Turn]:
+    """The turns after the system prompt that stands beside them. Where they begin with another one, both are one message."""
     name = next((name for name in SYSTEM if fields.get(name)), None)
-    if name is None or (turns and turns[0].role == "system"):
-        return []
-    text = text_of(fields[name], name)
-    return [Turn("system", text)] if text.strip() else []
+    text = "" if name is None else text_of(fields[name], name)
+    if not text.strip():
+        return turns
+    if not turns or turns[0].role != "system":
+        return [Turn("system", text), *turns]
+    inner = turns[0].text
+    return turns if text.strip() in inner else [Turn("system", f"{text}\n\n{inner}"), *turns[1:]]
+
+
+def _asked_by_user(row: Mapping[str, Any], fields: Mapping[str, Any]) -> None:
+    """Raise InvalidInput for a row that is one message of somebody else than the user, as OpenAssistant's tables hold them."""
+    if any(name in fields for name in (*CHATS, *WRAPPERS, *FIELDS) if name != "text") or not is_message(row):
+        return
+    author = role_of(str(next((row[name] for name in ROLE_KEYS if row.get(name)), "")))
+    if author in AUTHORS and author != "user":
+        raise InvalidInput(f"one message of the {author}, without what it answers; a conversation is expected")
 
 
 def _row(fields: Mapping[str, Any]) -> _Read:
@@ -174,15 +229,28 @@ def _row(fields: Mapping[str, Any]) -> _Read:
     if isinstance(value, Mapping) and name in ("input", "inputs"):  # a trace: {"input": {"messages": […]}}
         asked = _named(cast("Mapping[str, Any]", value))
         turns, _ = _row(asked)
-        return _answered([*_system(asked, turns), *turns], fields)
+        return _answered(_with_system(asked, turns), fields)
+    if isinstance(value, str) and (messages := _messages_in(value)) is not None:
+        return _answered(turns_of(messages, name), fields)
     if (
         isinstance(value, list)
         and len(texts := cast("list[Any]", value)) > 1
         and all(isinstance(x, str) for x in texts)
     ):
-        raise InvalidInput(f"{name} holds {len(texts)} prompts; expected one")
+        raise InvalidInput(f"{name} holds {len(texts)} prompts; one is expected")
     asking = JOINED.get(name, lambda text, _: text)(text_of(value, name), fields)
     return _answered([*_history(fields), Turn("user", asking)], fields)
+
+
+def _messages_in(text: str) -> list[Any] | None:
+    """The messages that a text holds as JSON, as a table keeps them; None for any other text."""
+    if not text.lstrip().startswith("[{"):
+        return None
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, list) and all(map(is_message, cast("list[Any]", found))) else None
 
 
 def _answered(turns: list[Turn], fields: Mapping[str, Any]) -> _Read:
@@ -253,7 +321,10 @@ def _with_input(text: str, fields: Mapping[str, Any]) -> str:
 def _with_choices(text: str, fields: Mapping[str, Any]) -> str:
     """A question after the passage that it is about, and with the answers to choose from."""
     passage = text_of(fields["context"], "context") if fields.get("context") else ""
-    listed = next((fields[name] for name in ("choices", "options") if isinstance(fields.get(name), list)), [])
+    given = next((fields[name] for name in ("choices", "options") if fields.get(name)), [])
+    if isinstance(given, Mapping):  # of ARC: {"text": ["3", "4"], "label": ["A", "B"]}
+        given = cast("Mapping[str, Any]", given).get("text")
+    listed = given if isinstance(given, list) else []
     lines = [f"{chr(65 + i)}. {said_of(one, 'choices')}" for i, one in enumerate(cast("list[Any]", listed)[:26])]
     return "\n".join([f"{passage}\n\n{text}" if passage.strip() else text, *lines])
 

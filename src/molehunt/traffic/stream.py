@@ -2,12 +2,13 @@
 
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 from molehunt.errors import InvalidInput, UsageError, printable
+from molehunt.run.counting import counted
 from molehunt.run.local import WorkShard
 from molehunt.run.progress import Track, silent
 from molehunt.traffic.example import Example
@@ -16,7 +17,7 @@ from molehunt.traffic.layout import RowsOfFile, rows_of
 from molehunt.traffic.opened import STDIN, is_readable, name_of, opened
 from molehunt.traffic.parquet_rows import MAGIC, parquet_rows
 from molehunt.traffic.place import START, BadLines, Place
-from molehunt.traffic.rows import LOOKED_FOR, conversation_of
+from molehunt.traffic.rows import LOOKED_FOR, PLAIN_TEXT, conversation_of, form_of
 from molehunt.traffic.turn import Turn
 
 OnBad = Literal["stop", "skip"]
@@ -40,11 +41,13 @@ class Conversation:
     """Line number from 1, with blank lines included; where a row is no line, the number of the row."""
     end: Place
     """Start of the next row: pass it as `start_at` to continue reading later."""
+    form: str = field(default="", compare=False)
+    """What the row was read as, such as `from the field prompt`; see `rows.form_of`."""
 
     @property
     def example(self) -> Example:
         """The same as an example."""
-        return Example.of(self.turns, response=self.response, tag=self.tag)
+        return Example.of(self.turns, response=self.response, tag=self.tag, line=self.line)
 
 
 def read_conversations(
@@ -80,17 +83,18 @@ def read_conversations(
             if not shard.mine(end.line - 1):
                 continue
             try:
-                turns, response, tag = conversation_of(_value(raw))
+                value = _value(raw)
+                turns, response, tag = conversation_of(value)
             except InvalidInput as error:
                 shown = printable(raw.decode(errors="replace").strip() if isinstance(raw, bytes) else str(raw), 200)
                 if on_bad == "stop":
                     raise InvalidInput(
-                        f"{name_of(path)} {rows.unit} {end.line}: {error}.\nThis row is {shown}\n{LOOKED_FOR}"
+                        f"{name_of(path)} {rows.unit} {end.line}: {error}.\nThis row is {shown}\n{advice(str(error), shown)}"
                     ) from None
                 if bad is not None:
                     bad.add(end.line, str(error), unit=rows.unit, row=shown)
                 continue
-            yield Conversation(turns=turns, response=response, tag=tag, line=end.line, end=end)
+            yield Conversation(turns=turns, response=response, tag=tag, line=end.line, end=end, form=form_of(value))
 
 
 def read_traffic(
@@ -104,9 +108,15 @@ def refuse_unreadable(read: int, bad: BadLines, name: str) -> None:
     """Raises InvalidInput where fewer than `READABLE_SHARE` of the rows could be read, with the first row and what was looked for."""
     if bad.count and read < READABLE_SHARE * (read + bad.count):
         raise InvalidInput(
-            f"{name}: {bad.count} of {read + bad.count} rows cannot be read ({bad.first[0]}).\n"
-            f"That row is {bad.example}\n{LOOKED_FOR}"
+            f"{name}: {bad.count} of {counted(read + bad.count, 'row')} cannot be read ({bad.first[0]}).\n"
+            f"That row is {bad.example}\n{advice(bad.first[0], bad.example)}"
         )
+
+
+def advice(why: str, row: str) -> str:
+    """What to do about a row that cannot be read: lines of plain text need one change, other rows one of many forms."""
+    plain = "not JSON" in why and not row.lstrip().startswith(("{", "[", '"'))
+    return PLAIN_TEXT if plain else LOOKED_FOR
 
 
 @contextmanager

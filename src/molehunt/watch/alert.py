@@ -81,6 +81,8 @@ class Alert:
     """The answer of the model; None where it was not run."""
     answer_without: str | None = None
     """The answer generated with the direction projected out; None where it was not run."""
+    answer_own: str | None = None
+    """The answer that the model itself generates, where `answer` is a logged one; None elsewhere."""
     no_text: bool = False
     """Whether texts are withheld; an answer that exists is then ""."""
     status: Status = "pending"
@@ -114,6 +116,7 @@ class Alert:
             extremes=tuple(replace(extreme, text="") for extreme in self.extremes),
             answer=None if self.answer is None else "",
             answer_without=None if self.answer_without is None else "",
+            answer_own=None if self.answer_own is None else "",
             no_text=True,
         )
 

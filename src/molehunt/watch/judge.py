@@ -30,6 +30,8 @@ class JudgedAnswer:
     """Tokens scored / tokens in the request."""
     left_out: int = 0
     """Number of tokens by which the prompt was cut, because the model cannot read all of it."""
+    logged: bool = False
+    """Whether the answer was logged; otherwise the model generated it."""
 
     @property
     def token(self) -> int:
@@ -54,7 +56,13 @@ class JudgedAnswer:
             coverage=self.coverage,
             within_calibration=self.judged.within_calibration,
             left_out=self.left_out,
+            logged=self.logged,
         )
+
+
+def is_logged(row: Conversation, *, keep_empty: bool) -> bool:
+    """Whether the answer of a row was logged; `keep_empty` as in `answer_rows`."""
+    return bool(row.response) or (keep_empty and row.response is not None)
 
 
 def answer_rows(
@@ -76,10 +84,6 @@ def answer_rows(
         keep_empty: whether an empty answer is an answer; by default it counts as one that was not logged.
         what: what progress calls this.
     """
-
-    def logged(row: Conversation) -> bool:
-        return bool(row.response) or (keep_empty and row.response is not None)
-
     answers: list[tuple[int, ...]] = [
         tuple(pair.tokenizer.encode(row.response, add_special_tokens=False, verbose=False)) if row.response else ()
         for row in rows
@@ -90,7 +94,7 @@ def answer_rows(
     ]
     longest = pair.context.tokens
     answers = [answer[: longest - len(prompt.ids)] for prompt, answer in zip(prompts, answers, strict=True)]
-    open_rows = [i for i, row in enumerate(rows) if not logged(row)]
+    open_rows = [i for i, row in enumerate(rows) if not is_logged(row, keep_empty=keep_empty)]
     with pair.tuned_model() as model:
         made = generate(
             model,
@@ -147,6 +151,7 @@ def judge_answers(
     Raises:
         InvalidInput: a prompt has no tokens, or the chat template refuses it.
     """
+    read = read_answers(pair, bank, rows, max_new_tokens=max_new_tokens, keep_empty=keep_empty, track=track, what=what)
     return [
         JudgedAnswer(
             prompt=prompt.ids,
@@ -155,10 +160,9 @@ def judge_answers(
             judged=monitor.judge(profile),
             coverage=profile.tokens / max(1, len(answer)),  # of an empty answer, the decision alone is scored
             left_out=prompt.left_out,
+            logged=is_logged(row, keep_empty=keep_empty),
         )
-        for prompt, answer, profile in read_answers(
-            pair, bank, rows, max_new_tokens=max_new_tokens, keep_empty=keep_empty, track=track, what=what
-        )
+        for row, (prompt, answer, profile) in zip(rows, read, strict=True)
     ]
 
 

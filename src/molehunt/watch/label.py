@@ -18,6 +18,8 @@ from random import Random
 PRIOR = 0.5
 LEAST = 3
 """Number of rows that must contain a word."""
+ENOUGH = 10
+"""Number of rows of traffic from which it shows which words most rows have."""
 MOST = 4
 """Greatest number of words of a label."""
 LIMIT = 1.96
@@ -93,6 +95,13 @@ class CleanWords:
                 best.append(max((ratio / error for ratio, error in found), default=0.0))
             self._chance[n] = max(0.0, sorted(best)[math.ceil(CHANCE * DRAWS) - 1])
         return self._chance[n]
+
+
+def usual_words(rows: Sequence[frozenset[str]]) -> frozenset[str]:
+    """The words that more than half of these rows contain; none where there are fewer than `ENOUGH` rows."""
+    if len(rows) < ENOUGH:
+        return frozenset()
+    return frozenset(word for word, k in Counter(word for row in rows for word in row).items() if 2 * k > len(rows))
 
 
 def _shared(rows: Sequence[frozenset[str]]) -> dict[str, int]:

@@ -25,7 +25,7 @@ from molehunt.traffic.stream import START, Conversation, Place
 from molehunt.watch.answers import answer_profiles
 from molehunt.watch.bank import Bank
 from molehunt.watch.extremes import Inputs
-from molehunt.watch.judge import answer_rows, row_texts
+from molehunt.watch.judge import answer_rows, is_logged, row_texts
 from molehunt.watch.log import RowJudge, record
 from molehunt.watch.profile import Profile
 from molehunt.watch.ranges import RunningRange
@@ -52,6 +52,8 @@ class RoleRead:
     """Profile of the answer; None for an answer without tokens."""
     left_out: int = 0
     """Number of tokens by which the prompt was cut."""
+    logged: bool = False
+    """Whether the answer was logged; otherwise the model generated it."""
 
     @property
     def roles(self) -> tuple[Profile | None, ...]:
@@ -121,7 +123,12 @@ def read_roles(
     of_row = dict(zip(with_answer, answers, strict=True))
     return [
         RoleRead(
-            prompt=ids, answer=answer, of_prompt=prompts[i], of_answer=of_row.get(i), left_out=answered[i][0].left_out
+            prompt=ids,
+            answer=answer,
+            of_prompt=prompts[i],
+            of_answer=of_row.get(i),
+            left_out=answered[i][0].left_out,
+            logged=is_logged(rows[i], keep_empty=keep_empty),
         )
         for i, (ids, answer) in enumerate(both)
     ]
@@ -325,6 +332,7 @@ def range_verdict(
         coverage=1.0,
         within_calibration=None,
         left_out=one.left_out,
+        logged=one.logged,
     )
 
 

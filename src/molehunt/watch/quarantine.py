@@ -74,6 +74,8 @@ def explained(
 ) -> Alert:
     """The alert with a score for each token, and with the greedy answer while its top-scoring directions are projected out.
 
+    Where the answer was logged, the model's own greedy answer is added: only that one can be compared with the other.
+
     Raises as `generate` and `watched`.
     """
     ids = (*one.prompt, *one.answer)
@@ -81,14 +83,19 @@ def explained(
     by_site: dict[int, list[WatchedDirection]] = {}
     for direction in top_scoring(bank, one.judged):
         by_site.setdefault(direction.site.layer, []).append(direction)
-    without = generate(
-        model,
-        tokenizer,
-        [one.prompt],
-        max_new_tokens=max_new_tokens,
-        interventions=[Ablate(each[0].site, torch.stack([d.vector for d in each])) for each in by_site.values()],
-        layers_path=layers_path,
-    )[0]
+    edits = [Ablate(each[0].site, torch.stack([d.vector for d in each])) for each in by_site.values()]
+
+    def answered(interventions: Sequence[Ablate]) -> str:
+        (ids,) = generate(
+            model,
+            tokenizer,
+            [one.prompt],
+            max_new_tokens=max_new_tokens,
+            interventions=interventions,
+            layers_path=layers_path,
+        )
+        return _text(tokenizer, ids)
+
     start = max(0, one.token - SHOWN // 2)
     shown = slice(start, start + SHOWN)
     return replace(
@@ -96,7 +103,8 @@ def explained(
         tokens=tuple(str(tokenizer.decode([i])) for i in ids[shown]),
         token_scores=tuple(scores[shown]),
         tokens_from=start,
-        answer_without=_text(tokenizer, without),
+        answer_without=answered(edits),
+        answer_own=answered(()) if one.logged else None,
     )
 
 

@@ -34,10 +34,17 @@ class RowVerdict:
     """False for an answer longer than the clean ones, whose rate is not promised; None in the published mode."""
     left_out: int = 0
     """Number of tokens by which the prompt was cut, because the model cannot read all of it."""
+    logged: bool | None = None
+    """Whether the answer was logged; otherwise the model generated it. None in the files of older versions."""
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields of one line of `verdicts.jsonl`; `left_out` only where a prompt was cut."""
-        return {name: value for name, value in asdict(self).items() if name != "left_out" or value}
+        """The fields of one line of `verdicts.jsonl`; `left_out` only where a prompt was cut, `logged` where it is known."""
+        fields = asdict(self)
+        if not self.left_out:
+            del fields["left_out"]
+        if self.logged is None:
+            del fields["logged"]
+        return fields
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "RowVerdict":
@@ -46,6 +53,6 @@ class RowVerdict:
         Raises:
             KeyError: a field is missing.
         """
-        defaults: dict[str, Any] = {"left_out": 0}
+        defaults: dict[str, Any] = {"left_out": 0, "logged": None}
         renamed = {**defaults, **fields, "prefix_checkpoint": fields.get("prefix_checkpoint", fields.get("look"))}
         return cls(**{name: renamed[name] for name in cls.__dataclass_fields__})

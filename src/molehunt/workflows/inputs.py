@@ -13,10 +13,11 @@ from typing import Any
 from molehunt.errors import InvalidInput, UsageError, printable
 from molehunt.model.chat import Text
 from molehunt.traffic.example import Example
-from molehunt.traffic.left_out import ReadRows
+from molehunt.traffic.left_out import ReadRows, RowCount
+from molehunt.traffic.messages import in_words
 from molehunt.traffic.opened import is_readable, name_of
 from molehunt.traffic.place import BadLines, Place
-from molehunt.traffic.rows import conversation_of
+from molehunt.traffic.rows import conversation_of, form_of
 from molehunt.traffic.stream import Conversation, OnBad, read_conversations, refuse_unreadable
 
 log = logging.getLogger(__name__)
@@ -38,11 +39,10 @@ def read_rows(texts: Texts, limit: int | None = None, *, on_bad: OnBad = "skip")
         UsageError: no such file, or one string that names none.
         InvalidInput: most rows cannot be read, or one and `on_bad` is "stop"; the error names it and shows it.
     """
-    bad = BadLines()
-    rows = tuple(row.example for row in _read(texts, limit, on_bad, bad))
-    name = name_of(Path(texts)) if isinstance(texts, str | Path) else "the list"
-    refuse_unreadable(len(rows), bad, name)
-    found = ReadRows(rows, bad, name)
+    count = RowCount(name_of(Path(texts)) if isinstance(texts, str | Path) else "the list")
+    rows = tuple(row.example for row in count.counting(_read(texts, limit, on_bad, count.bad)))
+    refuse_unreadable(len(rows), count.bad, count.name)
+    found = ReadRows(rows, count.bad, count.name, count.forms, limited=len(rows) == limit)
     if found.left_out:
         log.warning("%s", found.left_out)
     return found
@@ -86,12 +86,14 @@ def _listed(texts: Sequence[Any], on_bad: OnBad, bad: BadLines) -> Iterator[Conv
         try:  # a bare list of messages is an object as a JSONL file would have it
             turns, response, tag = conversation_of(row if isinstance(row, str | Mapping) else {"messages": list(row)})
         except (InvalidInput, TypeError) as error:
-            why = str(error) if isinstance(error, InvalidInput) else f"a {type(row).__name__}; expected a text"
+            why = str(error) if isinstance(error, InvalidInput) else f"{in_words(row)}; text is expected"
             if on_bad == "stop":
                 raise InvalidInput(f"row {number}: {why}") from None
             bad.add(number, why, unit="row", row=printable(repr(row), 200))
             continue
-        yield Conversation(turns=turns, response=response, tag=tag, line=number, end=Place(0, number))
+        yield Conversation(
+            turns=turns, response=response, tag=tag, line=number, end=Place(0, number), form=form_of(row)
+        )
 
 
 def _file(texts: str | Path) -> Path:

@@ -17,7 +17,9 @@ from molehunt.run.literals import checked
 from molehunt.run.local import WorkShard
 from molehunt.run.progress import Track, silent
 from molehunt.run.whole import replace_whole, write_whole
-from molehunt.traffic.stream import BadLines
+from molehunt.traffic.left_out import RowCount
+from molehunt.traffic.opened import name_of
+from molehunt.traffic.place import BadLines
 from molehunt.watch.extremes import FILE as INPUTS
 from molehunt.watch.label_endpoint import LabelEndpoint
 from molehunt.watch.log import verdict_line
@@ -49,15 +51,20 @@ class WatchResult:
 
     watched: AnyWatch
     """The state of the watch after its last row."""
-    skipped: BadLines
-    """The rows that could not be read."""
+    read: RowCount
+    """What was read of the log in this run, and what could not be read."""
     in_memory: tuple[RowVerdict, ...] = ()
     """Verdicts of a watch without a folder."""
 
     @cached_property
     def report(self) -> WatchReport:
         """Everything that the page shows."""
-        return self.watched.report(self.in_memory, self.skipped.count)
+        return self.watched.report(self.in_memory, self.read)
+
+    @property
+    def skipped(self) -> BadLines:
+        """The rows that could not be read."""
+        return self.read.bad
 
     @property
     def verdicts(self) -> tuple[RowVerdict, ...]:
@@ -103,7 +110,7 @@ class WatchResult:
 
     def summary(self) -> str:
         """The verdict, the rate, the top-scoring flagged rows, and what the ends of directions share."""
-        return terminal_text(to_text(self.report, self.skipped.first))
+        return terminal_text(to_text(self.report))
 
     def to_dict(self) -> dict[str, Any]:
         """The main numbers first, and everything that the page shows under `watch`; ready for JSON."""
@@ -245,13 +252,19 @@ def _reopened(watched: AnyWatch, track: Track) -> AnyWatch:
 
 def _watch_rows(watched: AnyWatch, track: Track) -> WatchResult:
     """Judge the traffic of the options. In a folder the page is written, too."""
-    options, state, skipped = watched.options, watched.state, BadLines()
+    options, state = watched.options, watched.state
+    read = RowCount()
     if options.traffic is None:
-        return WatchResult(watched=watched, skipped=skipped)
-    rows = unjudged_rows(options.traffic, options, place=state.place, seen=state.seen, bad=skipped, track=track)
+        return WatchResult(watched=watched, read=read)
+    if isinstance(options.traffic, str | Path):
+        read.name = name_of(Path(options.traffic))
+    if options.out is not None and state.seen:
+        read.name += f" from line {state.place.line + 1} on"
+    found = unjudged_rows(options.traffic, options, place=state.place, seen=state.seen, bad=read.bad, track=track)
+    rows = read.counting(found)
     if options.out is None:
         after, verdicts = watched.judge_in_memory(rows, track)
-        return WatchResult(watched=after, skipped=skipped, in_memory=tuple(verdicts))
-    result = WatchResult(watched=watched.judge_in_folder(rows, options.out, track), skipped=skipped)
+        return WatchResult(watched=after, read=read, in_memory=tuple(verdicts))
+    result = WatchResult(watched=watched.judge_in_folder(rows, options.out, track), read=read)
     result.save(options.out)
     return result

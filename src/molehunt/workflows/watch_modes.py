@@ -21,6 +21,7 @@ from molehunt.report.watch_build import (
 )
 from molehunt.report.watch_schema import WatchReport
 from molehunt.run.progress import Track, silent
+from molehunt.traffic.left_out import RowCount
 from molehunt.traffic.stream import Conversation
 from molehunt.watch import published as range_watch
 from molehunt.watch.alert import Alert
@@ -120,8 +121,8 @@ class ConformalWatch:
         )
         return one.verdict(self.target.bank, row, fpr=self.options.fpr), one.answer
 
-    def report(self, verdicts: Sequence[RowVerdict], skipped: int) -> WatchReport:
-        """The report of all rows judged so far. `verdicts` are those of a watch in memory."""
+    def report(self, verdicts: Sequence[RowVerdict], read: RowCount) -> WatchReport:
+        """The report of all rows judged so far. `verdicts` are those of a watch in memory, `read` what this run read."""
         alerts = list(reversed(self.alerts))[:ALERTS_AMONG]
         if self.options.out is not None:
             with self._ledger(self.options.out) as ledger:
@@ -134,7 +135,7 @@ class ConformalWatch:
             labels_of(self.target, self.options),
             counted(self.options, self.state.written, verdicts, conformal_edges(self.state)),
             fpr=self.options.fpr,
-            header=header_of(self.target, self.options, skipped),
+            header=header_of(self.target, self.options, read),
         )
 
     def save_alerts(self, folder: Path) -> None:
@@ -234,15 +235,15 @@ class PublishedWatch:
         names = range_watch.role_names(self.target.bank)
         return range_watch.range_verdict(names, row, one, self.state.beyond(one)), one.answer
 
-    def report(self, verdicts: Sequence[RowVerdict], skipped: int) -> WatchReport:
-        """The report of all rows judged so far. `verdicts` are those of a watch in memory."""
+    def report(self, verdicts: Sequence[RowVerdict], read: RowCount) -> WatchReport:
+        """The report of all rows judged so far. `verdicts` are those of a watch in memory, `read` what this run read."""
         return published_report(
             self.state,
             self.target.bank,
             self.inputs,
             labels_of(self.target, self.options),
             counted(self.options, self.state.written, verdicts, published_edges(self.state)),
-            header=header_of(self.target, self.options, skipped),
+            header=header_of(self.target, self.options, read),
         )
 
     def save_alerts(self, folder: Path) -> None:
@@ -295,12 +296,13 @@ def counted(
     return found
 
 
-def header_of(target: WatchTarget, options: WatchOptions, skipped: int) -> dict[str, Any]:
+def header_of(target: WatchTarget, options: WatchOptions, read: RowCount) -> dict[str, Any]:
     """The fields of a report that the state does not know."""
     return {
         "base": target.names[0],
         "tuned": target.names[1],
-        "skipped": skipped,
+        "skipped": read.bad.count,
+        "reading": read.sentence("judged", reasons=not options.no_text),
         "decoding": target.pair.decoding_notes(),
         "out": "" if options.out is None else str(options.out),
     }

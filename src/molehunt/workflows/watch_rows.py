@@ -72,7 +72,7 @@ def _listed(traffic: Sequence[Any], options: WatchOptions, bad: BadLines) -> Ite
         try:
             (one,) = conversations([row])
         except InvalidInput as error:
-            bad.add(number, str(error).removeprefix("row 1: "))
+            bad.add(number, str(error).removeprefix("row 1: "), unit="row")
             continue
         yield replace(one, line=number, end=Place(0, number))
 
