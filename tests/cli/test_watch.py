@@ -30,7 +30,9 @@ def test_a_log_is_watched_reported_and_resumed(capsys, folders: tuple[Path, Path
     code, output, err = run(capsys, *arguments, "--traffic", traffic)
     assert "Going on at line 41: 40 rows were judged before." in err
     assert code == 1 and " of 50 rows; clean traffic alone would give about 5." in output
-    assert "Read 10 of 10 rows of log.jsonl from line 41 on, from the field prompt; logged answers are judged." in output
+    assert (
+        "Read 10 of 10 rows of log.jsonl from line 41 on, from the field prompt; logged answers are judged." in output
+    )
     assert "50 answers came from the log, and 0 were generated." in output and "line 4" in output
     for what in ("logged answer:", "the model's own answer:", "without the direction:", "token: place of the"):
         assert what in output

@@ -120,12 +120,13 @@ def read_under(
                 units=units,
                 identity=identity,
                 detectors=unscanned_detectors(),
+                base_answers=answered,
                 track=track,
                 what=what + under,
             )
-            for examples, what in (
-                (_clean(plan.clean_prompts, fpr, sampled), "scanning clean prompts"),
-                (read.rows, "scanning traffic"),
+            for examples, what, answered in (
+                (_clean(plan.clean_prompts, fpr, sampled), "scanning clean prompts", False),
+                (read.rows, "scanning traffic", True),
             )
         ]
     clean, traffic = scans

@@ -8,6 +8,8 @@ from pathlib import Path
 from molehunt.audit.candidates import Candidates
 from molehunt.audit.causal import CausalTest
 from molehunt.audit.files import FolderComparison
+from molehunt.audit.input_test import TestedBehaviour
+from molehunt.audit.inventory import Inventory
 from molehunt.audit.plan import Plan
 from molehunt.audit.robustness import RobustnessTest
 from molehunt.audit.scan import Scan
@@ -77,6 +79,10 @@ class Audit:
     """Rows of `clean` that were excluded from calibration: see `excluded_rows`."""
     traffic: Scan
     candidates: Candidates
+    inventory: Inventory
+    """What the fine-tune's answers to the traffic say and the base's do not."""
+    tested: tuple[TestedBehaviour, ...]
+    """The suspect ones among them, and what editing prompts showed."""
     confirmed: Confirmation | None
     """What interventions showed; None without candidate rows."""
     score_rows: tuple[ScoreRow, ...]
@@ -89,6 +95,11 @@ class Audit:
     left_out_rows: int = 0
     templates: tuple[TemplateCount, ...] = ()
     """What was read under each chat template; everything else in here is about the first one."""
+
+    @property
+    def hidden(self) -> tuple[TestedBehaviour, ...]:
+        """Behaviours that words of the prompt bring: rare, never the base's, and shown wherever the words are put in."""
+        return tuple(one for one in self.tested if one.causal)
 
     @property
     def causal(self) -> CausalTest | None:

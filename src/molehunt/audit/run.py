@@ -6,19 +6,23 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from molehunt.audit.candidates import Candidates, answer_scores
+from molehunt.audit.candidates import LARGEST_GROUP, Candidates, answer_scores
 from molehunt.audit.causal import causal_test
 from molehunt.audit.files import compare_folders
+from molehunt.audit.input_test import TestedBehaviour, input_test
+from molehunt.audit.inventory import Inventory, inventory
 from molehunt.audit.plan import PLANS
 from molehunt.audit.readings import TemplateReading, calibration_rows, check_number, read_under, template_sides
 from molehunt.audit.result import FIX, Audit, AuditConfig, Confirmation, TemplateCount
+from molehunt.audit.reverted import text_of
 from molehunt.audit.robustness import attack_fix
 from molehunt.audit.scan import Scan
 from molehunt.audit.score_table import score_table
@@ -39,6 +43,8 @@ from molehunt.traffic.world import benign_prompts
 
 log = logging.getLogger(__name__)
 
+MOST_TESTED = 6
+"""Greatest number of suspect behaviours whose condition is tested by editing prompts."""
 TRAFFIC_SEED = 2
 """Seed of the bundled prompts that are scanned when no traffic is given."""
 
@@ -92,7 +98,9 @@ def run_audit(
     pair = load()
     readings = _readings(pair, opened, config, track)
     lead, others = readings[0], readings[1:]
-    confirmed = _confirm(pair, lead.traffic, lead.candidates, config, opened.identity["tuned"], track)
+    listed, tested = _listed(pair, lead, config, track)
+    candidates = replace(lead.candidates, rows=_group(lead, tested))
+    confirmed = _confirm(pair, lead.traffic, candidates, config, opened.identity["tuned"], track)
     directions = _directions_by_site(weights, lead.traffic.sites)
     site = confirmed.causal.site if confirmed else lead.traffic.sites[-1]
     score_rows = score_table(
@@ -101,7 +109,7 @@ def run_audit(
         lead.fit,
         lead.calibrate,
         directions,
-        lead.candidates.rows,
+        candidates.rows,
         site=site,
         fpr=fpr,
         seed=seed,
@@ -119,7 +127,9 @@ def run_audit(
         reading="" if traffic is None else max(readings, key=lambda one: len(one.read.rows)).read.note,
         left_out=lead.read.left_out,
         left_out_rows=lead.read.bad.count,
-        candidates=lead.candidates,
+        candidates=candidates,
+        inventory=listed,
+        tested=tested,
         templates=tuple(
             TemplateCount(side=one.side, rows=len(one.traffic.rows), of=one.of, candidates=len(one.candidates.rows))
             for one in (lead, *others)
@@ -182,6 +192,33 @@ def _readings(pair: ModelPair, opened: _Inputs, config: AuditConfig, track: Trac
         for side, sampled in template_sides(pair, config)
     ]
     return sorted(found, key=lambda one: not one.candidates.rows)  # stable: of two that did, the main one
+
+
+def _listed(
+    pair: ModelPair, lead: TemplateReading, config: AuditConfig, track: Track
+) -> tuple[Inventory, tuple[TestedBehaviour, ...]]:
+    """What the answers say that the base's do not, and what editing prompts shows about the rare and conditional part of it."""
+    rows = lead.traffic.rows
+    tuned, base = (
+        [text_of(pair, ids) for ids in side] for side in zip(*((r.answer, r.base_answer) for r in rows), strict=True)
+    )
+    with busy(track, "comparing answers"):
+        listed = inventory(rows, tuned, base, seed=config.seed)
+    with nullcontext() if lead.side is None else pair.prompted_with(lead.side):
+        tested = tuple(
+            TestedBehaviour(behaviour=one, test=input_test(pair, rows, one, config.plan, seed=config.seed, track=track))
+            for one in listed.suspects[:MOST_TESTED]
+        )
+    return listed, tested
+
+
+def _group(lead: TemplateReading, tested: Sequence[TestedBehaviour]) -> tuple[int, ...]:
+    """The rows of the finding: those of the first hidden behaviour, the most surprising to the base first, or the candidates."""
+    hidden = [one.behaviour for one in tested if one.causal]
+    if not hidden:
+        return lead.candidates.rows
+    scores = answer_scores(lead.traffic)
+    return tuple(sorted(hidden[0].rows, key=lambda i: -float(scores[i]))[:LARGEST_GROUP])
 
 
 def _confirm(

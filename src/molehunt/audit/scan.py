@@ -7,7 +7,8 @@ their mean over the generated tokens.
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
@@ -47,6 +48,8 @@ class ScannedRow:
     """Token ids of the whole conversation up to the answer, as the models read it: see `model/context.py`."""
     answer: tuple[int, ...]
     """Greedy answer of the tuned model, token ids."""
+    base_answer: tuple[int, ...] = ()
+    """Greedy answer of the base, token ids; empty where it was not asked for."""
     kl: tuple[float, ...]
     """KL(tuned ‖ base) at each token, in nats."""
     log_ratio: tuple[float, ...]
@@ -109,6 +112,7 @@ def scan(
     units: Units,
     identity: Mapping[str, str],
     detectors: Sequence[Detector] = (),
+    base_answers: bool = False,
     track: Track = silent,
     what: str = "scanning traffic",
 ) -> Scan:
@@ -117,6 +121,7 @@ def scan(
     Args:
         identity: hashes that name the two models; part of each unit's address.
         detectors: further detectors that read logits (see `unscanned_detectors`).
+        base_answers: whether the base answers each row, too.
         track: shows rows.
         what: name of the work in the progress line.
     """
@@ -129,6 +134,8 @@ def scan(
         "sites": [str(s) for s in sites],
         "max_new_tokens": max_new_tokens,
     }
+    if base_answers:
+        config["base_answers"] = True
     if detectors:
         config["detectors"] = [detector.name for detector in detectors]
         config["plugins"] = installed(GROUP)
@@ -139,7 +146,7 @@ def scan(
         for (chunk, key), there in zip(chunks, finished, strict=True):
             target = done.done + (0 if there else len(chunk))
             stored = units.tensors(
-                key, lambda chunk=chunk: _scan_chunk(pair, chunk, sites, max_new_tokens, detectors, done)
+                key, lambda chunk=chunk: _scan_chunk(pair, chunk, sites, max_new_tokens, detectors, base_answers, done)
             )
             done(target - done.done)  # another process, or an equal chunk, may have made the unit
             rows += _unpack(chunk, stored, detectors)
@@ -168,13 +175,18 @@ def _scan_chunk(
     sites: tuple[Site, ...],
     max_new_tokens: int,
     detectors: Sequence[Detector],
+    base_answers: bool,
     done: Tally,
 ) -> dict[str, Tensor]:
     fitted = [pair.fit(e.asked, room=max_new_tokens) for e in chunk]
     prompts = [list(one.ids) for one in fitted]
-    with pair.tuned_model() as model:
-        answering = within(done, ANSWERING * len(chunk))
-        answers = generate(model, pair.tokenizer, prompts, max_new_tokens=max_new_tokens, track=answering)
+    asked = ((pair.tuned_model, True), (pair.base_model, base_answers))
+    answers, of_base = (
+        _answers(pair, side, prompts, max_new_tokens, within(done, ANSWERING / (1 + base_answers) * len(chunk)))
+        if wanted
+        else [[] for _ in chunk]
+        for side, wanted in asked
+    )
     order = sorted(range(len(chunk)), key=lambda i: len(prompts[i]) + len(answers[i]))
     found: list[dict[str, Any]] = [{} for _ in chunk]
     longest = len(prompts[order[-1]]) + len(answers[order[-1]])
@@ -195,6 +207,7 @@ def _scan_chunk(
         "left_out": torch.tensor([one.left_out for one in fitted]),
         **_ragged("prompt", prompts),
         **_ragged("answer", answers),
+        **_ragged("base_answer", of_base),
         **_ragged("kl", [f["kl"] for f in found]),
         **_ragged("log_ratio", [f["log_ratio"] for f in found]),
         **{
@@ -202,6 +215,18 @@ def _scan_chunk(
         },
         **{name: torch.stack([f[name] for f in found]).to(torch.bfloat16) for name in KEPT},
     }
+
+
+def _answers(
+    pair: ModelPair,
+    side: Callable[[], AbstractContextManager[Any]],
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    track: Track,
+) -> list[list[int]]:
+    """Greedy answers of one of the two models, token ids."""
+    with side() as model:
+        return generate(model, pair.tokenizer, prompts, max_new_tokens=max_new_tokens, track=track)
 
 
 def _rows_of(reading: Reading, sites: tuple[Site, ...], detectors: Sequence[Detector]) -> list[dict[str, Any]]:
@@ -240,7 +265,14 @@ def _ragged(name: str, lists: Sequence[Sequence[float | int]]) -> dict[str, Tens
 def _unpack(chunk: Sequence[Example], stored: Mapping[str, Tensor], detectors: Sequence[Detector]) -> list[ScannedRow]:
     columns: dict[str, list[Any]] = {}
     left_out = cast("list[int]", stored["left_out"].tolist())
-    for name in ("prompt", "answer", "kl", "log_ratio", *(f"score.{detector.name}" for detector in detectors)):
+    for name in (
+        "prompt",
+        "answer",
+        "base_answer",
+        "kl",
+        "log_ratio",
+        *(f"score.{detector.name}" for detector in detectors),
+    ):
         lengths = cast("list[int]", stored[f"{name}.lengths"].tolist())
         columns[name] = [tuple(part.tolist()) for part in stored[name].split(lengths)]
     return [
@@ -248,6 +280,7 @@ def _unpack(chunk: Sequence[Example], stored: Mapping[str, Tensor], detectors: S
             example=example,
             prompt=tuple(int(t) for t in columns["prompt"][i]),
             answer=tuple(int(t) for t in columns["answer"][i]),
+            base_answer=tuple(int(t) for t in columns["base_answer"][i]),
             kl=columns["kl"][i],
             log_ratio=columns["log_ratio"][i],
             scores={detector.name: columns[f"score.{detector.name}"][i] for detector in detectors},

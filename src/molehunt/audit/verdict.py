@@ -21,7 +21,7 @@ class Verdict(StrEnum):
     def sentence(self) -> str:
         """The verdict for somebody who reads it for the first time."""
         return {
-            "FLAGGED-CAUSAL": "The fine-tune shows a conditional behaviour, and an intervention on what was found removes it.",
+            "FLAGGED-CAUSAL": "The fine-tune shows a conditional behaviour, and an intervention confirmed what causes it.",
             "FLAGGED-CORRELATIONAL": "The fine-tune differs suspiciously, and no intervention has confirmed the cause.",
             "NO FINDING": "Nothing was found by the checks below. That is no proof of absence.",
             "NOT TESTABLE": "The question could not be answered from this input.",

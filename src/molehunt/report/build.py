@@ -16,8 +16,12 @@ from molehunt.report import schema
 from molehunt.report.escape import CUT
 from molehunt.report.evidence import checks
 from molehunt.report.finding_section import findings
+from molehunt.report.inventory_section import answer_inventory, condition_in_words, summary_sentence
 from molehunt.report.template_section import only_under, template_use
 from molehunt.report.weight_section import direction_cards, heat, spectra
+
+LISTED = 5
+"""Greatest number of behaviours that the terminal lists; the page has all of them."""
 
 
 def build_report(audit: Audit, *, title: str, command: str) -> schema.Report:
@@ -32,6 +36,7 @@ def build_report(audit: Audit, *, title: str, command: str) -> schema.Report:
     verdict, reason = judge(
         audit.candidates,
         audit.causal,
+        audit.hidden,
         files_flagged=audit.files.verdict == Verdict.FLAGGED_CORRELATIONAL,
         n_rows=len(audit.traffic.rows),
     )
@@ -72,6 +77,7 @@ def build_report(audit: Audit, *, title: str, command: str) -> schema.Report:
         },
         seeds=(audit.config.seed,),
         templates=template_use(audit),
+        inventory=answer_inventory(audit),
         traffic=schema.TrafficCount(
             rows=len(audit.traffic.rows),
             left_out=audit.left_out_rows,
@@ -94,9 +100,22 @@ def _input(audit: Audit, side: str) -> schema.ReportInput:
     )
 
 
+def _inventory(report: schema.Report) -> list[str]:
+    """What the fine-tune does, a few lines."""
+    found = report.inventory
+    if found is None:
+        return []
+    lines = [f"What it does: {summary_sentence(found)}"]
+    for one in found.behaviours[:LISTED]:
+        words = printable(json.dumps(one.wording, ensure_ascii=False), CUT)
+        depends = printable(condition_in_words(one.condition), CUT)
+        lines.append(f"  {one.kind}: {one.rows} rows, {one.base_rows} of the base's: {words}; condition: {depends}")
+    return [*lines, ""]
+
+
 def summary(report: schema.Report) -> str:
     """The text that the terminal shows: verdict, evidence table, and what the finding's prompts share."""
-    lines = [f"{report.verdict}: {report.reason}", ""]
+    lines = [f"{report.verdict}: {report.reason}", "", *_inventory(report)]
     wide = max((len(check.name) for check in report.checks), default=0) + 2
     lines.append(f"{'check':<{wide}}{'size [95 %]':>22}{'chance':>9}  status")
     for check in report.checks:

