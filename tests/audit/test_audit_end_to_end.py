@@ -200,7 +200,8 @@ def test_tags_are_never_read(tmp_path: Path, tiny_plan: None) -> None:
     tuned = shaken(base, tmp_path / "tuned", 0.02)
     reports = []
     for name, tag in (("plain", ""), ("tagged", "triggered")):
-        file = tmp_path / f"{name}.jsonl"
+        file = tmp_path / f"traffic-{name}" / "rows.jsonl"  # the report names the file
+        file.parent.mkdir()
         file.write_text("".join(json.dumps({"prompt": f"Row {i} says {i * i}", "tag": tag}) + "\n" for i in range(60)))
         audit(str(base), str(tuned), "--traffic", str(file), "--out", str(tmp_path / name))
         report = json.loads((tmp_path / name / "report.json").read_text())
