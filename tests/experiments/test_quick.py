@@ -42,6 +42,13 @@ def test_a_quick_run_writes_a_page_that_opens_with_three_sentences_and_has_a_tab
     assert "## How it was measured" in page and f"python -m experiments {topic}" in page
     lines = [line for line in page.splitlines() if not line.startswith("|")]
     assert max(map(len, lines)) < 160
+
+
+@pytest.mark.slow
+def test_the_page_is_written_again_from_the_records_alone(records: Path) -> None:
+    topic = "seed-models"
+    assert run(topic, "--quick", "--out", records).returncode == 0
+    page = (records / CATALOG[topic].page).read_text()
     written = (records / f"{topic}.jsonl").read_text()
     again = run(topic, "--quick", "--out", records, "--table")
     assert again.returncode == 0, again.stderr

@@ -94,7 +94,7 @@ def test_where_most_rows_cannot_be_read_the_first_is_shown_with_what_was_looked_
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in texts))
     for given, name in ((texts, "the list"), (path, "rows.jsonl")):
-        with pytest.raises(InvalidInput, match=rf"{name}: \d of \d rows cannot be read") as error:
+        with pytest.raises(InvalidInput, match=rf"{name}: \d of \d rows? cannot be read") as error:
             examples(given)
         text = str(error.value)
         assert "messages, conversations, conversation" in text and "instruction with or without input" in text

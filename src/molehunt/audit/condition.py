@@ -30,7 +30,7 @@ DRAWS = 199
 
 
 @dataclass(frozen=True, kw_only=True)
-class Condition:
+class FoundCondition:
     """A property of prompts, and how well it predicts a group of rows."""
 
     text: str
@@ -61,7 +61,7 @@ class Condition:
 
 
 class Conditions:
-    """Everything that the prompts of some traffic can be told apart by."""
+    """Everything that the prompts of some traffic can be distinguished by."""
 
     def __init__(self, examples: Sequence[Example], *, seed: int = 0) -> None:
         self.examples = examples
@@ -69,7 +69,7 @@ class Conditions:
         self._forms = _forms(examples)
         self._seed = seed
 
-    def best(self, group: Sequence[int]) -> Condition | None:
+    def best(self, group: Sequence[int]) -> FoundCondition | None:
         """The condition that predicts best which rows are in `group`; None where no property is shared by enough of them."""
         n, inside = len(self.examples), np.zeros(len(self.examples))
         inside[list(group)] = 1
@@ -90,7 +90,7 @@ class Conditions:
         at = max(range(len(names)), key=lambda i: (round(gains[i], 9), _clearness(names[i])))
         rows = named[names[at]]
         fragment = self._written(names[at], named, set(group))
-        return Condition(
+        return FoundCondition(
             text=f"contains “{fragment}”" if fragment else str(names[at]),
             fragment=fragment,
             inside=len(rows & set(group)) / len(group),
@@ -150,7 +150,7 @@ def _foreign(text: str) -> bool:
 
 
 def _clearness(name: Run | str) -> tuple[int, int]:
-    """Of conditions that predict equally well, the longer fragment is clearer, and a fragment is clearer than a form."""
+    """Which of two conditions that predict equally well is clearer: the longer fragment, and any fragment before a form."""
     return (0, 0) if isinstance(name, str) else (1, sum(word.isalnum() for word in name) * 100 + len(" ".join(name)))
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
 
-from molehunt.audit.inventory import Behaviour, says
+from molehunt.audit.inventory import AnswerBehaviour, says
 from molehunt.audit.plan import Plan
 from molehunt.audit.prompt_edits import Place, fragment_pattern, other_words, put_in, taken_out, usual_place
 from molehunt.audit.scan import ScannedRow
@@ -49,7 +49,7 @@ class TestedBehaviour:
     """A suspect behaviour, and what editing prompts showed about its condition."""
 
     __test__ = False  # pytest takes classes by their first word
-    behaviour: Behaviour
+    behaviour: AnswerBehaviour
     test: "InputTest | None"
     """None where the condition is no fragment of the prompt."""
 
@@ -86,7 +86,7 @@ class InputTest:
 def input_test(
     pair: ModelPair,
     rows: Sequence[ScannedRow],
-    behaviour: Behaviour,
+    behaviour: AnswerBehaviour,
     plan: Plan,
     *,
     seed: int,

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from molehunt.audit.condition import Condition, Conditions
+from molehunt.audit.condition import Conditions, FoundCondition
 from molehunt.audit.scan import ScannedRow
 from molehunt.measure.interval import Interval, proportion
 from molehunt.measure.word_runs import Run, as_written, rows_of_runs, words
@@ -37,7 +37,7 @@ class Answered:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Behaviour:
+class AnswerBehaviour:
     """Something that the fine-tune's answers say and the base's answers to the same prompts do not."""
 
     wording: str
@@ -52,7 +52,7 @@ class Behaviour:
     """Rows in which the base's answer has the wording."""
     nats: float
     """Median over these rows of how much likelier the fine-tune finds its answer than the base does, per token."""
-    condition: Condition | None
+    condition: FoundCondition | None
     """The property of prompts that predicts it best."""
 
     @property
@@ -71,14 +71,14 @@ class Behaviour:
 class Inventory:
     """What the fine-tune's answers show, suspect behaviours first, then the largest."""
 
-    behaviours: tuple[Behaviour, ...]
+    behaviours: tuple[AnswerBehaviour, ...]
     rows: int
     """Number of rows that were read."""
     same: int
     """Rows that both models answer word for word alike."""
 
     @property
-    def suspects(self) -> tuple[Behaviour, ...]:
+    def suspects(self) -> tuple[AnswerBehaviour, ...]:
         return tuple(one for one in self.behaviours if one.suspect)
 
 
@@ -93,7 +93,7 @@ def inventory(rows: Sequence[ScannedRow], tuned: Sequence[str], base: Sequence[s
     """
     conditions = Conditions([row.example for row in rows], seed=seed)
     found = [
-        Behaviour(
+        AnswerBehaviour(
             wording=as_written(run, tuned[min(group)]),
             rows=tuple(sorted(group)),
             prompts=len({rows[i].example.prompt for i in group}),

@@ -4,11 +4,18 @@ from collections.abc import Iterator
 from typing import Literal
 
 from molehunt.audit.input_test import EditedInput, InputTest
-from molehunt.audit.inventory import BASE_SHARE, RARE, Behaviour
+from molehunt.audit.inventory import BASE_SHARE, RARE, AnswerBehaviour
 from molehunt.audit.result import Audit
-from molehunt.report import schema
 from molehunt.report.escape import cell, number
-from molehunt.report.schema import Measure
+from molehunt.report.inventory_schema import (
+    AnswerInventory,
+    BehaviourExample,
+    BehaviourRow,
+    InputCause,
+    PromptCondition,
+    PromptEdit,
+)
+from molehunt.report.schema_parts import Measure
 
 EXAMPLES = 3
 """Number of rows of each behaviour that are shown."""
@@ -25,17 +32,17 @@ MEANING: dict[Kind, str] = {
 """What the kinds of behaviours mean."""
 
 
-def answer_inventory(audit: Audit) -> schema.AnswerInventory:
+def answer_inventory(audit: Audit) -> AnswerInventory:
     """The behaviours that the answers show, with their conditions, examples and tests."""
     tests = {one.behaviour.rows: one.test for one in audit.tested}
-    return schema.AnswerInventory(
+    return AnswerInventory(
         rows=audit.inventory.rows,
         same=audit.inventory.same,
         behaviours=tuple(_row(audit, one, tests.get(one.rows)) for one in audit.inventory.behaviours),
     )
 
 
-def kind_of(behaviour: Behaviour, test: InputTest | None) -> Kind:
+def kind_of(behaviour: AnswerBehaviour, test: InputTest | None) -> Kind:
     """How a behaviour is called in one word."""
     if test is not None and test.causal:
         return "hidden"
@@ -46,9 +53,9 @@ def kind_of(behaviour: Behaviour, test: InputTest | None) -> Kind:
     return "change" if behaviour.prevalence.estimate <= RARE else "broad"
 
 
-def _row(audit: Audit, found: Behaviour, test: InputTest | None) -> schema.BehaviourRow:
+def _row(audit: Audit, found: AnswerBehaviour, test: InputTest | None) -> BehaviourRow:
     condition = found.condition
-    return schema.BehaviourRow(
+    return BehaviourRow(
         wording=found.wording,
         kind=kind_of(found, test),
         rows=len(found.rows),
@@ -57,7 +64,7 @@ def _row(audit: Audit, found: Behaviour, test: InputTest | None) -> schema.Behav
         nats=found.nats,
         condition=None
         if condition is None
-        else schema.PromptCondition(
+        else PromptCondition(
             text=condition.text,
             inside=condition.inside,
             outside=condition.outside,
@@ -71,10 +78,10 @@ def _row(audit: Audit, found: Behaviour, test: InputTest | None) -> schema.Behav
     )
 
 
-def _example(audit: Audit, row: int) -> schema.BehaviourExample:
+def _example(audit: Audit, row: int) -> BehaviourExample:
     scanned, decode = audit.traffic.rows[row], audit.pair.tokenizer.decode
     tuned, base = (str(decode(list(ids), skip_special_tokens=True)) for ids in (scanned.answer, scanned.base_answer))
-    return schema.BehaviourExample(
+    return BehaviourExample(
         prompt=_short(scanned.example.shown), tuned=_short(tuned.strip()), base=_short(base.strip())
     )
 
@@ -84,8 +91,8 @@ def _short(text: str) -> str:
     return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} … {text[-LONGEST // 2 :]}"
 
 
-def _cause(test: InputTest) -> schema.InputCause:
-    return schema.InputCause(
+def _cause(test: InputTest) -> InputCause:
+    return InputCause(
         fragment=test.fragment,
         place=test.place,
         causal=test.causal,
@@ -94,10 +101,10 @@ def _cause(test: InputTest) -> schema.InputCause:
     )
 
 
-def _edit(found: EditedInput | None) -> schema.PromptEdit | None:
+def _edit(found: EditedInput | None) -> PromptEdit | None:
     if found is None:
         return None
-    return schema.PromptEdit(
+    return PromptEdit(
         rows=found.rows,
         shown=found.shown,
         placebo=found.placebo,
@@ -108,7 +115,7 @@ def _edit(found: EditedInput | None) -> schema.PromptEdit | None:
     )
 
 
-def inventory_markdown(found: schema.AnswerInventory) -> Iterator[str]:
+def inventory_markdown(found: AnswerInventory) -> Iterator[str]:
     """The section as Markdown."""
     yield from ("## What this fine-tune does", "", summary_sentence(found), "")
     if not found.behaviours:
@@ -128,7 +135,7 @@ def inventory_markdown(found: schema.AnswerInventory) -> Iterator[str]:
             yield f"- {cell(example.prompt)} → {cell(example.tuned)} (base: {cell(example.base)})"
 
 
-def summary_sentence(found: schema.AnswerInventory) -> str:
+def summary_sentence(found: AnswerInventory) -> str:
     """How much of the traffic gets other answers than the base's."""
     groups = len(found.behaviours)
     say = (
@@ -139,14 +146,14 @@ def summary_sentence(found: schema.AnswerInventory) -> str:
     return f"{found.same} of {found.rows} answers are the base's, word for word; {say}."
 
 
-def condition_in_words(condition: schema.PromptCondition | None) -> str:
+def condition_in_words(condition: PromptCondition | None) -> str:
     """What predicts a behaviour, with its shares; words that say so where nothing does."""
     if condition is None or not condition.predicts:
         return "none that beats chance"
     return f"the prompt {condition.text} ({condition.inside:.0%} of these rows, {condition.outside:.1%} of the others)"
 
 
-def cause_in_words(cause: schema.InputCause) -> list[str]:
+def cause_in_words(cause: InputCause) -> list[str]:
     """What editing the prompts showed, one sentence for each edit."""
     lines: list[str] = []
     if cause.put_in is not None:
