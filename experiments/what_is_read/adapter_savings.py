@@ -21,6 +21,8 @@ from experiments.what_is_read.zoo import zoo_model
 TENSORS = "adapter_model.safetensors"
 SEVERAL = ("llama", "gpt2", "gemma3", "qwen3_moe", "gemma3_with_vision", "mamba")
 PLAIN = ("llama", "gemma3")
+RENAMED = ("qwen3_moe", "gemma3_with_vision")
+"""Architectures whose stored names transformers converts; PEFT hands the names of an adapter through the same tables."""
 RANK = 4
 Options = Callable[[nn.Module, list[str]], dict[str, Any]]
 
@@ -129,6 +131,11 @@ def beside_weights(use: bool, architecture: str, folder: Path) -> Case:
     return replace(made, options=("--no-adapter",), tuned_model=made.base_model, running=None)
 
 
+def unprefixed(architecture: str, folder: Path) -> Case:
+    """Factors without the prefix that PEFT's own names have."""
+    return renamed(lambda name: name.removeprefix("base_model.model."), architecture, folder)
+
+
 def renamed(change: Callable[[str], str], architecture: str, folder: Path) -> Case:
     """Factors under other names than `save_pretrained` gives them."""
     made = adapter()(architecture, folder)
@@ -207,11 +214,12 @@ ADAPTERS: tuple[Saving, ...] = (
     Saving(name="lora-bf16", what="LoRA with its factors in bf16", make=halved, on=SEVERAL),
     Saving(
         name="beside-used", what="LoRA beside full weights, with `--adapter`", make=lambda a, f: beside_weights(True, a, f),
-        on=PLAIN, finding="adapter", may=("directions",), why="directions come from weights or from an adapter",
+        on=PLAIN, finding="adapter", may=("directions", "watch"), why="directions come from weights or from an adapter",
     ),
     Saving(
         name="beside-ignored", what="LoRA beside full weights, with `--no-adapter`",
-        make=lambda a, f: beside_weights(False, a, f), on=PLAIN, finding="adapter",
+        make=lambda a, f: beside_weights(False, a, f), on=PLAIN, finding="adapter", may=("watch",),
+        why="without the adapter nothing changed",
     ),
     Saving(
         name="lora-default", what="LoRA whose keys have the adapter's name, as a raw state dict has them",
@@ -219,8 +227,12 @@ ADAPTERS: tuple[Saving, ...] = (
     ),
     Saving(
         name="lora-unprefixed", what="LoRA without `base_model.model.` in its keys",
-        make=lambda a, f: renamed(lambda name: name.removeprefix("base_model.model."), a, f), on=SEVERAL, finding=".",
+        make=unprefixed, on=tuple(name for name in SEVERAL if name not in RENAMED), finding=".",
         may=("files", "directions", "read", "audit", "watch"), why="PEFT loads none of its factors", loads=False,
+    ),
+    Saving(
+        name="lora-unprefixed-renamed", on=tuple(name for name in SEVERAL if name in RENAMED), make=unprefixed,
+        what="the same where transformers' conversion tables give PEFT the names",
     ),
 )  # fmt: skip
 """Adapters for decoders; encoders and encoder–decoders are refused before an adapter matters."""

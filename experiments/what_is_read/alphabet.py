@@ -60,7 +60,7 @@ def tokenizer(added: int = 0) -> Any:
     )
     found.chat_template = TEMPLATE
     if added:
-        found.add_tokens([f"<extra_{i}>" for i in range(added)])
+        found.add_tokens([f"<|extra_{i}|>" for i in range(added)])
     return found
 
 

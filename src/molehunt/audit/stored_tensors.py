@@ -28,23 +28,33 @@ def tensor_differences(base: Checkpoint, tuned: Checkpoint, track: Track) -> tup
         ShapeMismatch: a tensor differs in shape: this is another model's base.
     """
     rows: list[FolderDifference] = []
-    try:
-        views = LoadedView.of(base), LoadedView.of(tuned)
-        for view in views:
-            view.must_be_complete()
-    except NotTestable as error:
+    ours, theirs = _complete_view(base), _complete_view(tuned)
+    if isinstance(ours, LoadedView) and isinstance(theirs, LoadedView):
+        tensors, found = _as_loaded(ours, theirs, track)
+    else:
         for side in (base, tuned):
             side.layout.refuse_unheld()
-        rows.append(_row("architecture", "", "", f"compared by stored names alone: {str(error).splitlines()[0]}"))
+        if isinstance(ours, LoadedView):  # the base writes text, and the fine-tune does not
+            rows.append(_side_row("tuned", "architecture", str(theirs), "finding"))
+        else:
+            rows.append(_row("architecture", "", "", f"compared by stored names alone: {ours}"))
         tensors, found = _by_stored_names(base, tuned, track)
-    else:
-        tensors, found = _as_loaded(*views, track)
     rows += found
     for side, quantisation in (("base", base.quantisation), ("tuned", tuned.quantisation)):
         if quantisation is not None:
             exact = "can be undone exactly" if quantisation.exact else "cannot be undone exactly: weights NOT TESTABLE"
             rows.append(_row("quantisation", quantisation.method, "", f"{side}: {exact}"))
     return tensors, rows
+
+
+def _complete_view(side: Checkpoint) -> LoadedView | str:
+    """A folder as transformers loads it, or why it cannot load it as a language model."""
+    try:
+        view = LoadedView.of(side)
+        view.must_be_complete()
+    except NotTestable as error:
+        return str(error).splitlines()[0]
+    return view
 
 
 def _as_loaded(base: LoadedView, tuned: LoadedView, track: Track) -> tuple[int, list[FolderDifference]]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from molehunt.audit.weight_comparison import TensorRow
-from molehunt.checkpoint.noise_floor import noise_floor
+from molehunt.checkpoint.noise_floor import noise_floor, within_rounding
 from molehunt.direction.direction import Directions
 from molehunt.direction.weight import change_directions, difference_norm, frobenius_norm, subtract_, widened
 from molehunt.errors import InvalidInput, MolehuntError, NotTestable, ShapeMismatch, printable
@@ -78,6 +78,9 @@ def tensor_row(
     size = frobenius_norm(before)
     quantised = math.hypot(base.rounding(name), tuned.rounding(theirs))
     matrix = before.ndim == 2 and min(before.shape) > 1
+    if not matrix and within_rounding(before, base.dtype(name), after, tuned.dtype(theirs)):
+        rel = difference_norm(before, after) / size if size else None
+        return replace(row, layer=None, role=None, status="below noise floor", rel_norm=rel)
     if not matrix or (role is None and not quantised):
         return changed(replace(row, layer=None, role=None), difference_norm(before, after), size)
     floor = math.hypot(noise_floor(before, base.dtype(name)), noise_floor(after, tuned.dtype(theirs)), quantised)

@@ -44,6 +44,15 @@ def rounding_of(weight: Float[Tensor, "d_out d_in"], stored: torch.dtype) -> tup
     return float(columns.amax()) ** 0.5 + widest**0.5, float(columns.sum())
 
 
+def within_rounding(before: Tensor, stored: torch.dtype, after: Tensor, stored_after: torch.dtype) -> bool:
+    """Whether rounding to the two formats explains the difference of every entry; false for formats of unknown spacing."""
+    if stored not in MANTISSA or stored_after not in MANTISSA:
+        return False
+    one, other = before.detach().double(), after.detach().double()
+    spacing = _spacing(one, stored) + _spacing(other, stored_after)
+    return bool(((one - other).abs() <= spacing / 2).all())
+
+
 def _spacing(value: Tensor, stored: torch.dtype) -> Tensor:
     """Distance to the next number that the format can hold, for each entry."""
     if stored in MANTISSA:

@@ -35,7 +35,8 @@ def adapter_by_row(model: nn.Module, names: list[str]) -> Generator[None, None, 
     from peft.tuners import lora
 
     def name_rows(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        return args, {**kwargs, "adapter_names": names}
+        each = len(args[0]) // len(names)  # OPT hands its MLP the tokens of all rows in one dimension, row after row
+        return args, {**kwargs, "adapter_names": [name for name in names for _ in range(each)]}
 
     handles = [
         module.register_forward_pre_hook(name_rows, with_kwargs=True)

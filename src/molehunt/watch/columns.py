@@ -3,7 +3,7 @@
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -62,6 +62,8 @@ class Columns:
         self._parts: list[Tensor | None] = [None] * len(places)
         self._steps: list[list[Tensor]] = []
         self._positions: Int[Tensor, "batch pos"] | None = None
+        self.rows = 1
+        """Number of rows of the batch that is running."""
         self.passed = 0
         """Number of tokens of each row, padding included, that reached the watched places in the last pass."""
 
@@ -108,8 +110,10 @@ class Columns:
         """Drop all activations: the batch that they belong to is gone."""
         self._parts, self._steps = [None] * len(self._parts), []
 
-    def see(self, place: int, acts: Float[Tensor, "batch _ width"]) -> None:
+    def see(self, place: int, acts: Float[Tensor, "batch _ width"] | Float[Tensor, "tokens width"]) -> None:
         """Take the activations that a forward pass computed at a place."""
+        if acts.ndim == 2:  # OPT hands its MLP the tokens of all rows in one dimension, row after row
+            acts = acts.unflatten(0, (self.rows, -1))
         self.passed = acts.shape[1]
         if self._positions is not None:
             acts = acts.flatten(0, 1).index_select(0, self._positions.flatten()).unflatten(0, self._positions.shape)
@@ -172,7 +176,10 @@ def watched(model: nn.Module, bank: Bank, *, layers_path: str | None = None) -> 
     def at_input(place: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         return lambda module, args: found.see(place, args[0])
 
-    handles = []
+    def count_rows(module: nn.Module, args: tuple[Any, ...]) -> None:
+        found.rows = len(args[0])
+
+    handles = [cast("Any", model).get_input_embeddings().register_forward_pre_hook(live(count_rows))]
     try:
         for place, name in enumerate(bank.read, len(bank.write)):
             named = modules_named(model, name)

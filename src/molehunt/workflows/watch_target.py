@@ -76,6 +76,11 @@ def open_target(
     if isinstance(base, ModelPair):
         check_base(before, after, track)
     weights = compare_weights(before, after, track=track)
+    if after.kind == "model" and adapter and weights.outcome == "NO FINDING":
+        raise NotTestable(
+            "The watch reads directions from weights or from an adapter, not from both in one folder.\nMove the adapter "
+            "(adapter_config.json and its weights) to a folder of its own, or leave it out with adapter (--no-adapter)."
+        )
     _refuse_unwatched(weights)
     bank = Bank.of((row.directions for row in weights.matrices if row.directions is not None), before.model_type)
     return WatchTarget(
