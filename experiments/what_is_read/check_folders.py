@@ -10,7 +10,6 @@ from experiments.what_is_read.cell import Cell, no_answer, wrong
 from experiments.what_is_read.command import Ran, run
 from experiments.what_is_read.planted import Change, changes
 
-
 TINY = 1e-6
 """Norm of a change of small biases that rounding to fp16 explains: its spacing is constant below 6e-5."""
 

@@ -23,6 +23,10 @@ VERDICTS = ("NO FINDING", "FLAGGED-CAUSAL", "FLAGGED-CORRELATIONAL", "UNSTABLE",
 LOGGED, CLEAN = 50, 200
 
 
+MIXERS_ALONE = "The fine-tune changed only mix_in"
+"""What the watch says of a state-space model whose adapter reaches no matrix that writes: these are no linear modules."""
+
+
 def check_read(case: Case, saving: Saving, *, no_decoder: bool) -> Cell:
     """Logits of both sides are those of the models in memory, which are those that transformers and PEFT load."""
     adapter = {"--adapter": True, "--no-adapter": False}.get("".join(case.options))
@@ -117,6 +121,8 @@ def check_watch(case: Case, saving: Saving, folder: Path, *, no_decoder: bool) -
     words = ["watch", str(case.base), str(case.tuned), "--traffic", str(log), "--clean", str(clean)]
     words += ["--fpr", "0.1", "--clean-rows", str(CLEAN), "--max-new-tokens", "3", *case.options]
     ran = run([*words, "--out", str(folder / "watch"), "--json"])
+    if ran.code == 3 and MIXERS_ALONE in ran.reason:
+        return Cell(status="NOT TESTABLE", why=ran.reason)
     answer = no_answer(ran, "watch", saving, no_decoder=no_decoder)
     if answer is not None:
         return answer

@@ -174,3 +174,37 @@ def test_no_number_in_json_is_infinite(base: Path, tmp_path: Path, factor: float
     found = compare_weights(base, tuned)
     json.loads(found.to_json())
     assert all(row.status != "changed" or row.rel_norm is not None for row in found.others)
+
+
+def test_a_body_without_its_head_is_a_finding(tmp_path: Path) -> None:
+    from zoo import zoo_model
+
+    model = zoo_model("qwen2", tie_word_embeddings=False)
+    model.save_pretrained(tmp_path / "base")
+    model.model.save_pretrained(tmp_path / "tuned")
+    found = compare_folders(tmp_path / "base", tmp_path / "tuned")
+    assert found.exit_code == 1
+    assert any("gives no text" in row.why for row in found.rows if row.severity == "finding")
+
+
+def test_an_encoder_decoder_under_other_names_is_a_finding(tmp_path: Path) -> None:
+    from zoo import zoo_model
+
+    for side in ("base", "tuned"):
+        zoo_model("t5").save_pretrained(tmp_path / side)
+    file = tmp_path / "tuned" / "model.safetensors"
+    save_file({f"_orig_mod.{name}": value for name, value in load_file(file).items()}, file, metadata={"format": "pt"})
+    found = compare_folders(tmp_path / "base", tmp_path / "tuned")
+    assert any(row.key == "names" and row.severity == "finding" for row in found.rows)
+    assert compare_folders(tmp_path / "base", tmp_path / "base").exit_code == 0
+
+
+def test_a_bias_that_was_rounded_to_fp16_changed_by_rounding_alone() -> None:
+    from molehunt.checkpoint.noise_floor import within_rounding
+
+    before = torch.tensor([3e-6, -2e-7, 0.5, 0.0, 1e-3])
+    after = before.to(torch.float16)
+    assert within_rounding(before, torch.float32, after, torch.float16)
+    moved = after.clone()
+    moved[2] += 0.01
+    assert not within_rounding(before, torch.float32, moved, torch.float16)

@@ -1,5 +1,6 @@
 import json
 import shutil
+import warnings
 from contextlib import ExitStack
 
 import pytest
@@ -388,3 +389,27 @@ def test_a_device_that_is_not_there(tmp_path, name: str) -> None:
     save(tiny_model("llama"), tmp_path / "base")
     with pytest.raises(UsageError, match=rf"device {name}"):
         ModelPair.load(tmp_path / "base", tmp_path / "base", device=name)
+
+
+def test_rows_with_and_without_an_adapter_are_not_mixed_up_where_rows_are_joined() -> None:
+    """OPT's MLP takes the tokens of all rows in one dimension."""
+    from peft import LoraConfig, get_peft_model
+
+    from molehunt.model.mixed_rows import BASE_ROWS, adapter_by_row, mixes_rows
+    from zoo import zoo_model
+
+    config = LoraConfig(target_modules=["fc2", "out_proj"], r=4, init_lora_weights=False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        model: Any = get_peft_model(zoo_model("opt"), config).eval()
+    assert mixes_rows(model)
+    row = torch.tensor([[5, 9, 11, 7]])
+    with torch.no_grad():
+        adapted = model(row).logits[0]
+        with model.disable_adapter():
+            plain = model(row).logits[0]
+        with adapter_by_row(model, [BASE_ROWS, "default"]):
+            mixed = model(row.repeat(2, 1)).logits
+    torch.testing.assert_close(mixed[0], plain)
+    torch.testing.assert_close(mixed[1], adapted)
+    assert not torch.allclose(plain, adapted)

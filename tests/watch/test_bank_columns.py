@@ -16,6 +16,7 @@ from molehunt.watch.bank import Bank
 from molehunt.watch.columns import watched
 from tiny_models import ARCHITECTURES, N_LAYERS, hooks, prompts, tiny_model, with_lora
 from watched_banks import bank_of, changes
+from zoo import zoo_model
 
 IDS = torch.tensor(prompts(lengths=(7, 7)))
 
@@ -163,3 +164,20 @@ def test_the_random_control_has_the_same_shape_and_other_rows() -> None:
         torch.testing.assert_close(rows.norm(dim=1), bank.read[name].norm(dim=1))
     for rows in control.write.values():
         torch.testing.assert_close(rows @ rows.mT, torch.eye(len(rows)), rtol=0, atol=1e-4)
+
+
+def test_matrices_that_take_the_tokens_of_all_rows_in_one_dimension() -> None:
+    """OPT's MLP does, and its directions read the same as those of a pass over one row."""
+    model = zoo_model("opt")
+    found = change_directions(torch.randn(32, 48), k=2, floor=0.0, name="model.decoder.layers.1.fc2.weight", seed=0)
+    bank = Bank.of([found], "opt", k=2)
+    rows = torch.tensor([[5, 9, 11, 7], [3, 8, 6, 12]])
+    with torch.no_grad(), watched(model, bank) as columns:
+        model(rows)
+        together = columns.take()
+        alone = []
+        for row in rows:
+            model(row[None])
+            alone.append(columns.take()[0])
+    assert together.shape == (2, 4, len(bank.names))
+    torch.testing.assert_close(together, torch.stack(alone))

@@ -143,6 +143,11 @@ def _by_stored_names(base: Checkpoint, tuned: Checkpoint, track: Track) -> tuple
     packed = base.quantisation is not None or tuned.quantisation is not None
     shapes = [(name, base.shape(name), tuned.shape(name)) for name in track(both, "comparing shapes", len(both))]
     rows += _shapes(shapes, packed=packed)
+    if len(both) < len(only_base):
+        why = f"{len(only_base)} of the base's {len(both) + len(only_base)} tensors are missing under their names, such as"
+        rows.append(
+            _side_row("tuned", "names", f"{why} {printable(only_base[0], 80)}: loaders would not find them", "finding")
+        )
     rows += [_row(name, "present", "(absent)", "only in the base: tied, or missing") for name in only_base]
     why = "only in the fine-tune: ignored by loaders, or untied"
     rows += [_row(name, "(absent)", "present", why) for name in only_tuned]
