@@ -2,6 +2,7 @@ import json
 import shutil
 import warnings
 from contextlib import ExitStack
+from typing import Any
 
 import pytest
 import torch
