@@ -1,4 +1,4 @@
-"""The bundled smoke grid, whole, as a user runs it: a real organism and its twin, full and LoRA, every method and control."""
+"""The bundled smoke grid, whole, as a user runs it: a real organism and its twin, every method and control."""
 
 import contextlib
 import io
@@ -13,29 +13,23 @@ from molehunt.detect.recipe import detector_recipes
 pytestmark = pytest.mark.slow
 
 
-def test_the_smoke_grid_finds_what_was_planted_and_not_its_twin(tmp_path: Path) -> None:
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed), pytest.raises(SystemExit) as left:
-        main(
-            [
-                "bench",
-                "--grid",
-                "smoke",
-                "--workers",
-                "2",
-                "--out",
-                str(tmp_path / "o"),
-                "--docs",
-                str(tmp_path / "docs"),
-            ]
-        )
+def bench(*options: str) -> None:
+    with contextlib.redirect_stdout(io.StringIO()), pytest.raises(SystemExit) as left:
+        main(["bench", "--grid", "smoke", *options])
     assert left.value.code == 0
+
+
+def test_the_smoke_grid_finds_what_was_planted_and_not_its_twin(tmp_path: Path) -> None:
+    """The full fine-tune of the grid; its LoRA is the other shard, and takes as long."""
+    out, docs = str(tmp_path / "o"), tmp_path / "docs"
+    bench("--shard", "1/2", "--out", out)
+    bench("--finished", "--out", out, "--docs", str(docs))
     board = json.loads((tmp_path / "o" / "leaderboard.json").read_text())
-    assert board["planned"] == len(board["cells"]) == 2
+    assert board["planned"] == 2 and len(board["cells"]) == 1
     assert all(cell["asr"]["estimate"] > 0.9 for cell in board["cells"])
     rows = {(r["track"], r["method"], r["where"], r["how"]): r for r in board["rows"]}
     assert {recipe.name for recipe in detector_recipes() if recipe.bench} <= {method for _, method, _, _ in rows}
     for track in ("R0", "R1", "R2"):
         best = rows[track, "answer log ratio", "generated", "sum"]
         assert best["tpr"]["estimate"] > 0.8 and best["twin"]["estimate"] < 0.2, track
-    assert (tmp_path / "docs" / "bench-smoke.md").read_text().startswith("# Leaderboard of the grid smoke")
+    assert (docs / "bench-smoke.md").read_text().startswith("# Leaderboard of the grid smoke")
