@@ -118,9 +118,9 @@ def reasons(cells: Sequence[Entry]) -> list[str]:
         if one.status != "works":
             place = "anything" if one.architecture in NO_DECODER and one.status != "WRONG" else one.saving
             why = ENCODER if place == "anything" else known.get(one.saving, "")
-            groups.setdefault((MARKS[one.status], place, plain(one.why) if one.status == "WRONG" else why), []).append(
-                one
-            )
+            groups.setdefault(
+                (MARKS[one.status], place, plain(one.why) if one.status == "WRONG" or not why else why), []
+            ).append(one)
     rows, messages = list[list[str]](), list[list[str]]()
     for (mark, place, why), some in sorted(groups.items(), key=lambda item: (item[0][0] != "✗", item[0][1])):
         commands = [command for command in COMMANDS if any(one.command == command for one in some)]
