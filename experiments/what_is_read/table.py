@@ -39,7 +39,7 @@ Audits have {clean} clean prompts and {logged} rows of traffic. Both are run for
 A refusal counts as right only where the way of saving leaves no choice: names that no loader finds, pickles, layouts that need a package \
 or a GPU, and models that are no decoders.
 
-Written by `python -m experiments what-is-read`; the command ends with exit code 1 if a cell is wrong. One architecture: `--only NAME`.
+Written by `python -m experiments what-is-read`; the command ends with exit code 1 if a cell is wrong. One architecture: `python -m experiments what-is-read --only NAME`.
 """
 
 
