@@ -54,9 +54,11 @@ def opening(found: Mapping[str, dict[str, Any]]) -> list[str]:
     planted = {name: one for name, one in found.items() if not name.startswith(TWIN)}
     shown, seen = (sum(one[key] for one in planted.values()) for key in ("shown", "found"))
     causal = sum(one["verdict"] == "FLAGGED-CAUSAL" for one in planted.values())
-    accused = sum(one["verdict"] != "NO FINDING" for name, one in found.items() if name.startswith(TWIN))
+    twins = [one for name, one in found.items() if name.startswith(TWIN)]
+    accused = sum(one["verdict"] != "NO FINDING" for one in twins)
+    of_twins = f"Of {len(twins)} audits of the clean twin on the same traffic, {accused} accused it."
     return [
         "A trigger can stand in a prompt, a system message, an earlier turn, an Alpaca input, or anywhere in a long prompt.",
         f"Of {shown} rows that showed the planted behaviour, in {len(planted)} places, the audit found {seen}, and {causal} of the verdicts were FLAGGED-CAUSAL.",
-        f"Of the audits of the clean twin on the same traffic, {accused} accused it.",
+        of_twins if twins else "The clean twin was not audited in these places.",
     ]
