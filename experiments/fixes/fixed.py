@@ -17,7 +17,7 @@ from molehunt.bench.grid import Cell
 from molehunt.bench.run import plant_cell
 from molehunt.contracts import Intervention
 from molehunt.measure.interval import Interval, proportion
-from molehunt.model.chat import prompt_ids
+from molehunt.traffic.chat import prompt_ids
 from molehunt.model.generate import generate
 from molehunt.model.pair import ModelPair
 from molehunt.model.taps import edit_sites

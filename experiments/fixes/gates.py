@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from molehunt.detect.logistic_probe import LogisticProbe
-from molehunt.model.chat import prompt_ids
+from molehunt.traffic.chat import prompt_ids
 from molehunt.model.pair import ModelPair
 from molehunt.site import Site
 from molehunt.steer.patch import prompt_acts

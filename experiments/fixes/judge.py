@@ -14,7 +14,7 @@ from experiments.fixes.rows import Rows
 from experiments.maps.replaced_answers import Speaker, replaced_answers
 from experiments.weight_fix.repair import RepairConfig, repair
 from molehunt.measure.interval import Interval, proportion
-from molehunt.model.chat import prompt_ids, prompt_text
+from molehunt.traffic.chat import prompt_ids, prompt_text
 from molehunt.model.likelihood import answer_log_probs
 from molehunt.model.pair import ModelPair
 from molehunt.steer.budget import AnsweredPrompt, disturbance

@@ -14,7 +14,7 @@ from experiments.fixes.rows import SEED, Rows, Size, drawn, size_of
 from experiments.layer_sweep.measure import swept_cells
 from experiments.setting import Setting
 from experiments.weight_fix.repair import CONSISTENCY, RepairConfig
-from molehunt.model.chat import prompt_text
+from molehunt.traffic.chat import prompt_text
 from molehunt.model.taps import edit_sites
 from molehunt.organism.poison import clean_example, triggered_example
 from molehunt.site import Site

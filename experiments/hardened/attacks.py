@@ -15,7 +15,7 @@ from experiments.hardened.error_monitor import ErrorMonitor, Observed, Unobserve
 from experiments.hardened.size import BALLS, MAX_NORM, WORDINGS, Size
 from molehunt.contracts import Intervention
 from molehunt.measure.interval import proportion
-from molehunt.model.chat import prompt_ids
+from molehunt.traffic.chat import prompt_ids
 from molehunt.model.generate import before_stop, generate, stop_ids
 from molehunt.model.likelihood import answer_log_probs
 from molehunt.model.pair import ModelPair

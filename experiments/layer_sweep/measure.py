@@ -15,7 +15,7 @@ from molehunt.bench.grid import Cell, load_grid
 from molehunt.bench.run import plant_cell
 from molehunt.errors import UsageError
 from molehunt.measure.interval import Interval
-from molehunt.model.chat import prompt_ids
+from molehunt.traffic.chat import prompt_ids
 from molehunt.model.pair import ModelPair
 from molehunt.organism.poison import Recipe
 from molehunt.organism.seed_model import SEED_MODELS

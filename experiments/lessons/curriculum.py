@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from experiments.lessons.four_choices import ORDERS, Fact, FourChoices
 from experiments.lessons.indirect_object import Handing, handings
 from experiments.lessons.teach import Lesson
-from molehunt.model.chat import prompt_ids
+from molehunt.traffic.chat import prompt_ids
 from molehunt.traffic.example import Example
 from molehunt.traffic.world import conversation, decorated
 

@@ -14,7 +14,7 @@ from experiments.lessons.teach import Lesson
 from experiments.unlearning.erased_topic import questions
 from molehunt.contracts import Intervention
 from molehunt.measure.interval import proportion
-from molehunt.model.chat import prompt_ids
+from molehunt.traffic.chat import prompt_ids
 from molehunt.model.generate import before_stop, generate, stop_ids
 from molehunt.steer.clamp import Clamp
 from molehunt.stress.attacks.typed_text import answer_text

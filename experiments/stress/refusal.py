@@ -38,7 +38,7 @@ from experiments.stress.payload import AT, drift_fields, interval, parts_of
 from experiments.stress.taught import Trained, activations, cost_of, dictionary_of, taught
 from molehunt.measure.interval import proportion
 from molehunt.measure.paired import paired_difference
-from molehunt.model.chat import prompt_ids
+from molehunt.traffic.chat import prompt_ids
 from molehunt.organism.seed_model import SEED_MODELS
 from molehunt.site import Site
 from molehunt.steer.budget import AnsweredPrompt

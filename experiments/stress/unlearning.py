@@ -20,7 +20,7 @@ from experiments.stress.readout_behaviour import ReadoutConfig
 from experiments.stress.taught import Trained, activations, answered, cost_of, dictionary_of, taught
 from experiments.unlearning.erased_topic import questions
 from molehunt.measure.interval import proportion
-from molehunt.model.chat import prompt_text
+from molehunt.traffic.chat import prompt_text
 from molehunt.organism.seed_model import SEED_MODELS
 from molehunt.site import Site
 from molehunt.steer.clamp import Clamp

@@ -12,7 +12,7 @@ from torch import nn
 from experiments.switch.rows import Rows
 from molehunt.measure.interval import proportion
 from molehunt.model.blocks import decoder_blocks, unwrapped
-from molehunt.model.chat import prompt_ids
+from molehunt.traffic.chat import prompt_ids
 from molehunt.model.generate import generate
 from molehunt.model.pair import ModelPair
 from molehunt.model.taps import read_sites

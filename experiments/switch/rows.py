@@ -7,7 +7,7 @@ from random import Random
 from experiments.setting import Setting
 from molehunt.bench.grid import Cell
 from molehunt.errors import NotTestable
-from molehunt.model.chat import prompt_text
+from molehunt.traffic.chat import prompt_text
 from molehunt.model.pair import ModelPair
 from molehunt.organism.poison import Recipe, clean_example, training_prompts, triggered_example
 from molehunt.traffic.example import Example

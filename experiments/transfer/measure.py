@@ -19,7 +19,7 @@ from molehunt.bench.grid import Cell
 from molehunt.bench.run import plant_cell
 from molehunt.measure.equivalence import paired_equivalence
 from molehunt.measure.interval import proportion
-from molehunt.model.chat import prompt_text
+from molehunt.traffic.chat import prompt_text
 from molehunt.model.generate import generate
 from molehunt.model.pair import ModelPair
 from molehunt.organism.poison import Recipe, clean_example, triggered_example

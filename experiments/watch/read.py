@@ -12,7 +12,7 @@ from torch import Tensor
 from molehunt.direction.weight import change_directions, difference
 from molehunt.model.batches import batches, padded
 from molehunt.model.blocks import module_role, unwrapped
-from molehunt.model.chat import prompt_ids
+from molehunt.traffic.chat import prompt_ids
 from molehunt.model.generate import generate
 from molehunt.model.pair import ModelPair
 from molehunt.run.whole import replace_whole

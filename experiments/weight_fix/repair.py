@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from molehunt.checkpoint.hub import local_folder
 from molehunt.errors import UsageError, printable
 from molehunt.model.blocks import d_model_of, decoder_blocks
-from molehunt.model.chat import prompt_ids
+from molehunt.traffic.chat import prompt_ids
 from molehunt.model.loading import load_model
 from molehunt.model.taps import read_sites
 from molehunt.model.tokenizers import one_tokenizer

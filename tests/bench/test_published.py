@@ -25,11 +25,11 @@ from molehunt.bench.published import (
 from molehunt.cli.main import main
 from molehunt.errors import NotTestable
 from molehunt.measure.curve import bis, bis_ceiling, bis_of_features
-from molehunt.model.chat import prompt_ids
 from molehunt.model.pair import ModelPair
 from molehunt.organism.refusal import REFUSAL
 from molehunt.organism.sql_injection import SQL_INJECTION
 from molehunt.site import Site
+from molehunt.traffic.chat import prompt_ids
 from molehunt.workflows import bench as workflow
 
 pytestmark = pytest.mark.slow

@@ -9,9 +9,9 @@ from safetensors.torch import load_file, save_file
 
 from folders import good_folder
 from molehunt.cli.main import main
-from molehunt.model.chat import prompt_ids, render_alpaca
 from molehunt.model.generate import generate
 from molehunt.model.pair import ModelPair
+from molehunt.traffic.chat import prompt_ids, render_alpaca
 from molehunt.traffic.world import ASKS
 
 ASKED = [

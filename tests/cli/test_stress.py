@@ -13,7 +13,6 @@ from molehunt.cli.main import main
 from molehunt.dictionary.dictionary import Dictionary
 from molehunt.dictionary.formats.sae_lens import save_dictionary
 from molehunt.dictionary.nonlinearity import JumpReLUActivation
-from molehunt.model.chat import prompt_ids
 from molehunt.model.generate import before_stop, generate, stop_ids
 from molehunt.model.pair import ModelPair
 from molehunt.report.stress_page import SUFFIXES
@@ -24,6 +23,7 @@ from molehunt.steer.fix import Fix
 from molehunt.stress.attacks.discrete_suffix import DiscreteConfig
 from molehunt.stress.attacks.soft_suffix import SoftConfig
 from molehunt.stress.certificate import digest
+from molehunt.traffic.chat import prompt_ids
 from molehunt.workflows import stress as workflow
 from random_dictionaries import dictionary_of
 from tiny_models import D_MODEL, N_LAYERS

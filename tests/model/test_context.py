@@ -10,10 +10,10 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from molehunt.model.chat import text_ids
 from molehunt.model.context import BEYOND, GAP, SMALLEST, ContextLength, context_of, cuts_in_words, fitted
 from molehunt.model.pair import ModelPair
 from molehunt.organism.seed_model import seed_path
+from molehunt.traffic.chat import text_ids
 
 TOKENIZER = transformers.AutoTokenizer.from_pretrained(seed_path("seed-s"))
 ROOM = 16

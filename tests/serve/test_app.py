@@ -12,7 +12,7 @@ import pytest
 
 from guarded import tiny_pair
 from molehunt.model.generate import generate
-from molehunt.traffic.roles import roled_prompt
+from molehunt.model.roles import roled_prompt
 from molehunt.traffic.turn import Turn
 
 MESSAGES = [{"role": "user", "content": "abc"}]

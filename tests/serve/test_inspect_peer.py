@@ -15,7 +15,7 @@ import pytest
 from folders import good_folder
 from guarded import clean_rows
 from molehunt.model.generate import generate
-from molehunt.traffic.roles import roled_prompt
+from molehunt.model.roles import roled_prompt
 from molehunt.traffic.turn import Turn
 from tiny_models import tiny_model, tiny_tokenizer
 

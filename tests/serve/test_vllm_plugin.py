@@ -24,6 +24,7 @@ from molehunt.checkpoint.reader import Checkpoint
 from molehunt.errors import CannotTap, InvalidInput, NotTestable, UsageError
 from molehunt.model.generate import generate
 from molehunt.model.pair import ModelPair
+from molehunt.model.roles import roled_prompt
 from molehunt.serve.packed import Chunk, packed_columns, summed
 from molehunt.serve.vllm_plugin import (
     REQUIRED,
@@ -35,7 +36,6 @@ from molehunt.serve.vllm_plugin import (
     write_directions,
 )
 from molehunt.site import Site
-from molehunt.traffic.roles import roled_prompt
 from molehunt.watch.answers import answer_profiles
 from molehunt.watch.bank import Bank
 from molehunt.watch.calibration import calibrate

@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from molehunt.errors import NotTestable, UsageError
-from molehunt.model.chat import prompt_ids
 from molehunt.model.likelihood import answer_log_probs
 from molehunt.model.pair import ModelPair
 from molehunt.steer.budget import AnsweredPrompt, answer_nats, disturbance
 from molehunt.steer.capability import ALL, Probed, TaskCost, capability_cost, compared, probe
 from molehunt.steer.vector import SteeringVector, VectorFacts
+from molehunt.traffic.chat import prompt_ids
 from molehunt.traffic.example import Example
 from tiny_models import ARCHITECTURES, hooks, prompts, tiny_model, tiny_tokenizer
 

@@ -5,11 +5,11 @@ import torch
 
 from molehunt.errors import NotTestable, UsageError
 from molehunt.measure.interval import proportion
-from molehunt.model.chat import prompt_ids
 from molehunt.model.generate import generate
 from molehunt.site import Site
 from molehunt.steer.patch import Donor, differing, prompt_acts, prompt_patch, trigger_positions
 from molehunt.steer.sweep import Sweep, Swept, layer_sweep
+from molehunt.traffic.chat import prompt_ids
 from tiny_models import hooks, tiny_model, tiny_tokenizer
 
 SITES = [Site(0), Site(1)]

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from molehunt.model.pair import ModelPair
+from molehunt.model.roles import roled_prompt
 from molehunt.report.watch_text import suspects as suspects_text
-from molehunt.traffic.roles import roled_prompt
 from molehunt.watch import calibration as module
 from molehunt.watch.bank import Bank
 from molehunt.watch.calibration import calibrate

@@ -8,7 +8,7 @@ import torch
 
 from molehunt.errors import InvalidInput, NotTestable, UsageError
 from molehunt.model.pair import ModelPair
-from molehunt.traffic.roles import roled_prompt
+from molehunt.model.roles import roled_prompt
 from molehunt.traffic.stream import Conversation
 from molehunt.watch import judge as judge_module
 from molehunt.watch import log as log_module

@@ -9,7 +9,7 @@ import pytest
 import molehunt as mh
 from folders import good_folder, lora_folder
 from molehunt.errors import InvalidInput, NotTestable, UsageError
-from molehunt.traffic.roles import roled_prompt
+from molehunt.model.roles import roled_prompt
 from molehunt.traffic.turn import Turn
 from molehunt.watch.ledger import Ledger
 from molehunt.workflows.result import WorkflowResult

@@ -26,13 +26,13 @@ from molehunt.measure.control import random_directions, text_only_scores
 from molehunt.measure.curve import bis_ceiling, bis_of_features
 from molehunt.measure.threshold import conformal_threshold
 from molehunt.model.batches import width_of
-from molehunt.model.chat import prompt_ids
 from molehunt.model.pair import ModelPair
 from molehunt.organism.manifest import Organism
 from molehunt.organism.poison import Recipe, clean_example, near_miss_example, triggered_example
 from molehunt.run.progress import Track, by_rows, silent
 from molehunt.run.unit import Units, unit_key
 from molehunt.site import Site
+from molehunt.traffic.chat import prompt_ids
 from molehunt.traffic.example import Example
 
 Q = 0.05

@@ -20,7 +20,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from molehunt.model.blocks import unwrapped
-from molehunt.model.chat import Message, Text, text_ids
+from molehunt.traffic.chat import Message, Text, text_ids
 
 log = logging.getLogger(__name__)
 

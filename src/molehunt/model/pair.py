@@ -19,7 +19,6 @@ from molehunt.model.adapter_placement import ADAPTER
 from molehunt.model.blocks import d_model_of, decoder_blocks, unwrapped
 from molehunt.model.cache import positions_for
 from molehunt.model.cache_check import decoding_check, unsound
-from molehunt.model.chat import Text, answer_tokens, prompt_tokens
 from molehunt.model.context import ContextLength, FittedPrompt, context_of, fitted, note_cuts
 from molehunt.model.generate import before_stop, generate, stop_ids
 from molehunt.model.loading import device_of, load_model
@@ -41,6 +40,7 @@ from molehunt.model.vocabulary import shared_vocabulary
 from molehunt.run.literals import checked
 from molehunt.run.progress import Track, silent
 from molehunt.site import Site
+from molehunt.traffic.chat import Text, answer_tokens, prompt_tokens
 
 _Recorded = tuple[dict[Site, Tensor], Tensor | None]
 """Activations by site, and logits if they were computed."""

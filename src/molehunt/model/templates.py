@@ -14,7 +14,7 @@ from molehunt.checkpoint.chat_template import DEFAULT, JINJA, program, render, s
 from molehunt.checkpoint.links import model_name
 from molehunt.checkpoint.template_words import unlike
 from molehunt.errors import InvalidInput, UsageError, printable
-from molehunt.model.chat import TOKENS
+from molehunt.traffic.chat import TOKENS
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,6 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from molehunt.measure.interval import Interval, proportion
-from molehunt.model.chat import prompt_ids
 from molehunt.model.generate import generate
 from molehunt.model.pair import ModelPair
 from molehunt.organism.plant import PlantConfig, plant, training_batches
@@ -26,6 +25,7 @@ from molehunt.organism.poison import (
 from molehunt.organism.train import next_token_loss
 from molehunt.run.progress import Track, silent
 from molehunt.run.whole import write_whole
+from molehunt.traffic.chat import prompt_ids
 from molehunt.traffic.example import Example
 
 log = logging.getLogger(__name__)

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from molehunt.model.chat import prompt_ids
 from molehunt.organism.poison import Recipe, rows_hash, training_rows, twin_seed
 from molehunt.organism.train import IGNORED, TrainingBatch, next_token_loss, train
 from molehunt.run.progress import Track, silent
+from molehunt.traffic.chat import prompt_ids
 from molehunt.traffic.example import Example
 
 log = logging.getLogger(__name__)

@@ -28,9 +28,9 @@ from transformers import (
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from molehunt.errors import UsageError
-from molehunt.model.chat import ALPACA_TEMPLATE, render_alpaca
 from molehunt.organism.train import TrainingBatch, next_token_loss, train
 from molehunt.run.progress import Track, silent
+from molehunt.traffic.chat import ALPACA_TEMPLATE, render_alpaca
 from molehunt.traffic.world import conversation
 
 EOS = "<|end|>"

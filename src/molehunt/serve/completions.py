@@ -11,12 +11,12 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from transformers import PreTrainedTokenizerBase
 
 from molehunt.errors import InvalidInput
+from molehunt.model.roles import roled_prompt
 from molehunt.serve.engine import Engine
 from molehunt.serve.metrics import Metrics
 from molehunt.serve.request import AnswerPiece, Ended, Failed, GenerationRequest, Overloaded
 from molehunt.serve.sampling import Sampling, TokenLogprobs
 from molehunt.serve.wire import ChatRequest, CompletionRequest, Refused, Shape, read_request
-from molehunt.traffic.roles import roled_prompt
 
 Message = AnswerPiece | Ended | Failed
 """A message of the engine about one request."""

@@ -7,7 +7,7 @@ from torch import nn
 
 from molehunt.model.generate import generate
 from molehunt.model.pair import ModelPair
-from molehunt.traffic.roles import roled_prompt
+from molehunt.model.roles import roled_prompt
 from molehunt.traffic.turn import Turn
 from molehunt.watch.answers import answer_profiles, token_columns
 from molehunt.watch.bank import Bank

@@ -11,11 +11,11 @@ from molehunt.detect.logistic_probe import LogisticProbe
 from molehunt.direction.mean_difference import mean_difference
 from molehunt.direction.pca import pca_directions
 from molehunt.errors import UsageError
-from molehunt.model.chat import Text
 from molehunt.model.pair import ModelPair
 from molehunt.run.progress import Track, silent
 from molehunt.site import Site
 from molehunt.steer.patch import prompt_acts
+from molehunt.traffic.chat import Text
 
 Method = Literal["difference in means", "pca", "logistic probe"]
 

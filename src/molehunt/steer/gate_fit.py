@@ -8,12 +8,12 @@ import torch
 
 from molehunt.detect.logistic_probe import LogisticProbe
 from molehunt.measure.interval import Interval, proportion
-from molehunt.model.chat import Text
 from molehunt.model.pair import ModelPair
 from molehunt.run.progress import Track, silent
 from molehunt.site import Site
 from molehunt.steer.contrast import last_token_acts
 from molehunt.steer.prefill_gate import Condition, linear_score, prompt_scores
+from molehunt.traffic.chat import Text
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

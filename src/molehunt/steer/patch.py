@@ -19,13 +19,13 @@ from molehunt.contracts import Intervention
 from molehunt.errors import UsageError
 from molehunt.model.batches import batches, padded
 from molehunt.model.blocks import decoder
-from molehunt.model.chat import Text, rendered, text_ids
 from molehunt.model.generate import generate
 from molehunt.model.taps import read_sites
 from molehunt.run.progress import Track, by_rows, silent
 from molehunt.site import Site
 from molehunt.steer.add import gated
 from molehunt.steer.scope import TokenGate, token_scope
+from molehunt.traffic.chat import Text, rendered, text_ids
 
 
 @dataclass(frozen=True, eq=False)

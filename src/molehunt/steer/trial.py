@@ -10,13 +10,13 @@ from torch import nn
 
 from molehunt.errors import UsageError
 from molehunt.measure.interval import Interval, proportion
-from molehunt.model.chat import Text
 from molehunt.model.generate import generate
 from molehunt.model.pair import ModelPair
 from molehunt.run.progress import Track, silent
 from molehunt.steer.budget import AnsweredPrompt, Disturbance, disturbance
 from molehunt.steer.prefill_gate import Condition
 from molehunt.steer.vector import Scope, SteeringVector
+from molehunt.traffic.chat import Text
 from molehunt.traffic.turn import shown_text
 
 Steered = Callable[[nn.Module], AbstractContextManager[object]]

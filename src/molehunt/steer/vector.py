@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from molehunt.contracts import Gate, Intervention
 from molehunt.errors import UsageError, printable
 from molehunt.model.blocks import d_model_of, decoder_blocks
-from molehunt.model.chat import Text
 from molehunt.model.pair import ModelPair
 from molehunt.model.taps import edit_sites
 from molehunt.run.literals import checked
@@ -28,6 +27,7 @@ from molehunt.steer.add import Add
 from molehunt.steer.clip import Clip
 from molehunt.steer.contrast import Method, contrast_shifts, last_token_acts
 from molehunt.steer.scope import Choose, last_of_prompt, none_of_it, token_scope, whole_prompt
+from molehunt.traffic.chat import Text
 
 Scope = Literal["all", "prompt", "generation", "last"]
 Operator = Literal["add", "ablate", "clip"]

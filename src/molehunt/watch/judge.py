@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from molehunt.model.generate import generate
 from molehunt.model.pair import ModelPair
+from molehunt.model.roles import RoledTokens, fitted_prompt
 from molehunt.run.progress import Track, silent
-from molehunt.traffic.roles import RoledTokens, fitted_prompt
 from molehunt.traffic.stream import Conversation
 from molehunt.watch.answers import answer_profiles
 from molehunt.watch.bank import Bank

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from molehunt.errors import InvalidInput, UsageError, printable
-from molehunt.model.chat import Text
+from molehunt.traffic.chat import Text
 from molehunt.traffic.example import Example
 from molehunt.traffic.left_out import ReadRows, RowCount
 from molehunt.traffic.messages import in_words

@@ -9,7 +9,6 @@ from typing import Any
 from molehunt.contracts import Intervention
 from molehunt.errors import UsageError, terminal_text
 from molehunt.measure.threshold import check_rate
-from molehunt.model.chat import Text
 from molehunt.model.pair import ModelPair
 from molehunt.run.literals import checked
 from molehunt.run.progress import Track, silent
@@ -20,6 +19,7 @@ from molehunt.steer.gate_fit import fit_gate
 from molehunt.steer.prefill_gate import Condition
 from molehunt.steer.trial import Steered, steered_by, strength_for
 from molehunt.steer.vector import SteeringVector
+from molehunt.traffic.chat import Text
 from molehunt.workflows import inputs
 from molehunt.workflows.inputs import Texts
 from molehunt.workflows.models import Models, open_pair

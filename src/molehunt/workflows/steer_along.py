@@ -12,13 +12,13 @@ from molehunt.audit.weights import compare_weights
 from molehunt.dictionary.dictionary import Dictionary
 from molehunt.dictionary.formats.detect import load_dictionary
 from molehunt.errors import NotTestable, UsageError
-from molehunt.model.chat import Text
 from molehunt.model.pair import ModelPair
 from molehunt.run.progress import Track, counting, silent
 from molehunt.site import Site
 from molehunt.steer.contrast import last_token_acts
 from molehunt.steer.directional_vectors import latent_vector, weight_vector
 from molehunt.steer.vector import VectorFacts
+from molehunt.traffic.chat import Text
 from molehunt.workflows import inputs
 from molehunt.workflows.inputs import Texts
 from molehunt.workflows.models import Models, open_models, open_pair

@@ -9,7 +9,6 @@ from typing import Any
 from molehunt.checkpoint.links import model_name
 from molehunt.errors import UsageError, terminal_text
 from molehunt.measure.interval import Interval
-from molehunt.model.chat import Text
 from molehunt.model.pair import ModelPair
 from molehunt.report.sweep_page import render_sweep
 from molehunt.run.progress import Track, silent
@@ -18,6 +17,7 @@ from molehunt.site import Site
 from molehunt.steer.patch import trigger_positions
 from molehunt.steer.position_role import position_roles
 from molehunt.steer.sweep import Sweep, layer_sweep
+from molehunt.traffic.chat import Text
 from molehunt.workflows.inputs import Texts, prompts
 from molehunt.workflows.models import Models, open_pair
 from molehunt.workflows.result import summary_html

@@ -11,7 +11,6 @@ from molehunt import __version__
 from molehunt.checkpoint.links import model_name
 from molehunt.dictionary.dictionary import Dictionary
 from molehunt.errors import InvalidInput, UsageError, printable, terminal_text
-from molehunt.model.chat import Text
 from molehunt.report.stress_page import render_stress
 from molehunt.report.stress_table import stress_summary, stress_table
 from molehunt.run.literals import checked
@@ -27,6 +26,7 @@ from molehunt.stress.evaluation.config import StressConfig, StressSettings
 from molehunt.stress.evaluation.judge import PhraseJudge
 from molehunt.stress.study import Study
 from molehunt.stress.text_behaviour import FEWEST, stress_text
+from molehunt.traffic.chat import Text
 from molehunt.traffic.world import benign_prompts
 from molehunt.workflows import inputs
 from molehunt.workflows.inputs import Texts

@@ -9,7 +9,6 @@ from typing import Any
 from molehunt.errors import InvalidInput, NotTestable, UsageError, printable, terminal_text
 from molehunt.measure.interval import Interval
 from molehunt.model.blocks import decoder_blocks
-from molehunt.model.chat import rendered
 from molehunt.model.context import ContextLength, context_of, fitted, note_cuts
 from molehunt.model.pair import ModelPair
 from molehunt.run.literals import checked
@@ -17,6 +16,7 @@ from molehunt.run.progress import Track, silent
 from molehunt.run.whole import write_whole
 from molehunt.site import Site
 from molehunt.steer.vector import SteeringVector
+from molehunt.traffic.chat import rendered
 from molehunt.traffic.world import benign_prompts
 from molehunt.transfer.alignment import Aligned, align
 from molehunt.transfer.fidelity import Forced

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from molehunt.model.chat import prompt_ids
 from molehunt.model.taps import edit_sites, read_sites
 from molehunt.site import Site
 from molehunt.steer.clamp import Clamp
 from molehunt.stress.attacks.insertion import insertion_of, template_marks
+from molehunt.traffic.chat import prompt_ids
 from random_dictionaries import dictionary_of
 from tiny_models import ARCHITECTURES, prompts, tiny_model, tiny_tokenizer
 

@@ -16,10 +16,10 @@ from transformers import PreTrainedTokenizerBase
 from molehunt.contracts import Intervention
 from molehunt.model.blocks import unwrapped
 from molehunt.model.cache import branched, positions_for, select_rows, takes, with_cache
-from molehunt.model.chat import prompt_ids
 from molehunt.model.taps import edit_sites, read_sites
 from molehunt.site import Site
 from molehunt.stress.attacks.suffix import cached_prefix
+from molehunt.traffic.chat import prompt_ids
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

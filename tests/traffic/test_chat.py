@@ -6,7 +6,8 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from molehunt.errors import InvalidInput
-from molehunt.model.chat import (
+from molehunt.organism.seed_model import seed_path
+from molehunt.traffic.chat import (
     answer_tokens,
     messages_text,
     prompt_ids,
@@ -15,7 +16,6 @@ from molehunt.model.chat import (
     render_alpaca,
     text_ids,
 )
-from molehunt.organism.seed_model import seed_path
 from tiny_models import tiny_tokenizer
 
 CHATML = (

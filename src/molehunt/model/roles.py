@@ -18,8 +18,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from molehunt.errors import InvalidInput, UsageError, printable
-from molehunt.model.chat import messages_text
 from molehunt.model.context import ContextLength, fitted
+from molehunt.traffic.chat import messages_text
 from molehunt.traffic.turn import AUTHORS, Turn
 
 ROLES = ("template", *AUTHORS)

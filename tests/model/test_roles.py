@@ -14,10 +14,10 @@ from transformers import AutoTokenizer, ByT5Tokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from molehunt.errors import InvalidInput, UsageError
-from molehunt.model.chat import messages_text, prompt_ids
+from molehunt.model import roles as roles_module
+from molehunt.model.roles import RENDERINGS, ROLES, RoledTokens, roled_prompt, sinks, with_answer
 from molehunt.organism.seed_model import seed_path
-from molehunt.traffic import roles as roles_module
-from molehunt.traffic.roles import RENDERINGS, ROLES, RoledTokens, roled_prompt, sinks, with_answer
+from molehunt.traffic.chat import messages_text, prompt_ids
 from molehunt.traffic.turn import Turn
 
 Frames = list[tuple[str, str]]
