@@ -47,7 +47,7 @@ def work(n: int) -> tuple[int, int]:
 
 def test_without_ray_the_way_out_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(UsageError, match=r"pip install 'molehunt\[ray\]', or use --executor local"):
+    with pytest.raises(UsageError, match=r"pip install .*\[ray\]', or use --executor local"):
         RayExecutor().map(work, [1], "working")
 
 

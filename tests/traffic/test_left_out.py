@@ -14,6 +14,7 @@ from molehunt.traffic.stream import read_conversations
 from molehunt.workflows.inputs import read_rows
 
 USER, ASSISTANT = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}
+TOOL = {"type": "function", "function": {"name": "weather", "parameters": {}}}
 REQUEST = {"request": {"messages": [USER]}, "response": {"choices": [{"message": ASSISTANT}]}}
 
 
@@ -27,6 +28,15 @@ def log(path: Path, rows: list[Any]) -> Path:
     [
         ([REQUEST] * 3, "Read 3 of 3 rows of t.jsonl, as logged requests; logged answers are not used."),
         ([{"prompt": "Hi"}], "Read 1 of 1 row of t.jsonl, from the field prompt."),
+        (
+            [{"messages": [USER], "tools": [TOOL]}, {"messages": [USER], "tools": []}],
+            "Read 2 of 2 rows of t.jsonl, 1 as conversations in the field messages, 1 as conversations in the field "
+            "messages without their tools.",
+        ),
+        (
+            [{"body": {"messages": [USER], "functions": [TOOL], "documents": [{"text": "a"}]}}],
+            "Read 1 of 1 row of t.jsonl, as logged requests without their functions and documents.",
+        ),
         ([{"instruction": "Do", "input": "it"}] * 2, "Read 2 of 2 rows of t.jsonl, from the fields instruction and input."),
         (
             [{"messages": [USER]}, {"messages": [USER, ASSISTANT]}, {"text": "Hi"}],

@@ -16,13 +16,13 @@ from molehunt.checkpoint.gguf_facts import FACTS, conversions
 from molehunt.checkpoint.gguf_header import GgufHeader, read_gguf_header
 from molehunt.errors import InvalidInput, NotTestable, UsageError, printable
 from molehunt.run.bounded import bounded
+from molehunt.run.extras import install_command
 from molehunt.run.progress import Track, busy, silent
 
 VERSION = 2
 """Part of each cached folder's name. Raise it when the conversion comes to give other folders."""
 SHARD = 2 * 10**9
 """Number of bytes after which another safetensors file is begun."""
-INSTALL = "pip install 'molehunt[gguf]'"
 
 
 def gguf_file(path: str | Path) -> Path | None:
@@ -87,7 +87,9 @@ def _checked(file: Path) -> GgufHeader:
     try:
         import gguf as _gguf  # noqa: F401  # pyright: ignore[reportUnusedImport]
     except ImportError:
-        raise UsageError(f"{printable(file.name)} is a GGUF file; reading it needs an extra: {INSTALL}") from None
+        raise UsageError(
+            f"{printable(file.name)} is a GGUF file; reading it needs an extra: {install_command('gguf')}"
+        ) from None
     found: GgufHeader = _header_in_child(file)
     from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
 

@@ -7,6 +7,7 @@ import typer
 
 from molehunt.cli.options import Adapter, AsJson, Base, Clean, CleanRows, Device, Fpr, NoText, Seed, TrustClean, Tuned
 from molehunt.cli.output import show_json
+from molehunt.run.extras import install_command
 
 KEY = "MOLEHUNT_KEY"
 OUT = Path("serve")
@@ -106,7 +107,7 @@ def serve(
     except ModuleNotFoundError as error:
         if error.name not in EXTRA:
             raise
-        raise UsageError("the server needs more packages: pip install 'molehunt[serve]'") from None
+        raise UsageError(f"the server needs more packages: {install_command('serve')}") from None
     options = ServeOptions(
         action=action, edit=edit, host=host, port=port, name=name, clean=clean, clean_rows=clean_rows, fpr=fpr,
         trust_clean=trust_clean, max_new_tokens=max_new_tokens, ledger=ledger, no_text=no_text, log_text=log_text,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from molehunt.errors import NotTestable, UsageError, printable
+from molehunt.run.extras import install_command
 from molehunt.run.local import WorkShard
 from molehunt.run.progress import Track, silent
 
@@ -99,5 +100,5 @@ def _ray() -> Any:
     try:
         import ray  # pyright: ignore[reportMissingImports]
     except ImportError as error:
-        raise UsageError("Ray is not installed. Run: pip install 'molehunt[ray]', or use --executor local.") from error
+        raise UsageError(f"Ray is not installed. Run: {install_command('ray')}, or use --executor local.") from error
     return ray

@@ -12,6 +12,7 @@ from molehunt.errors import UsageError, printable
 from molehunt.measure.equivalence import Equivalence, paired_equivalence
 from molehunt.model.blocks import unwrapped
 from molehunt.model.pair import ModelPair
+from molehunt.run.extras import install_command
 from molehunt.steer.vector import Operator, Ranges, SteeringVector
 
 
@@ -64,7 +65,7 @@ def capability(
         from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
         from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
     except ImportError:
-        raise UsageError("capability tasks need an extra: pip install 'molehunt[exports]'") from None
+        raise UsageError(f"capability tasks need an extra: {install_command('exports')}") from None
     manager = TaskManager(include_path=None if include is None else str(include))
     unknown = [task for task in tasks if task not in manager.all_tasks]
     if unknown:

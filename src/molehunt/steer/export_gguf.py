@@ -21,6 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from molehunt.errors import InvalidInput, UsageError, printable
+from molehunt.run.extras import install_command
 from molehunt.run.whole import replace_whole
 from molehunt.steer.vector import SteeringVector, VectorFacts
 
@@ -58,7 +59,7 @@ def write_gguf(vector: SteeringVector, path: Path, *, model_hint: str) -> Export
     try:
         import gguf
     except ImportError:
-        raise UsageError("writing a control vector needs an extra: pip install 'molehunt[exports]'") from None
+        raise UsageError(f"writing a control vector needs an extra: {install_command('exports')}") from None
     blocks = tuple(layer for layer in sorted(vector.vectors) if layer > 0)
     left_out = tuple({*vector.vectors} - {*blocks})
     if not blocks:

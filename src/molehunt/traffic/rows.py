@@ -46,7 +46,9 @@ WRAPPERS = ("body", "request", "row")
 """Fields whose object is the row: of a batch file, of a log of requests, of a data set's viewer."""
 READ = (*BESIDE, *WRAPPERS, "tag")
 """Every field that is read."""
-KEPT = (*READ, *ROLE_KEYS)
+UNREAD = ("tools", "functions", "documents")
+"""Fields that a chat template could write before the turns, and that no verb gives it: `form_of` names them."""
+KEPT = (*READ, *ROLE_KEYS, *UNREAD)
 """Columns of a table that a row keeps: who says a message decides whether it is a prompt."""
 MAX_LINE = 8_000_000
 """Greatest number of bytes of a line, and of characters of a row."""
@@ -114,12 +116,37 @@ def conversation_of(row: Any) -> tuple[tuple[Turn, ...], str | None, str]:
 
 
 def form_of(row: Any) -> str:
-    """What a row that `conversation_of` accepts was read as, as the end of a sentence, such as `from the field prompt`."""
+    """What a row that `conversation_of` accepts was read as, as the end of a sentence, such as `from the field prompt`.
+
+    Fields that belong to a prompt and are not read stand at its end, such as `without their tools`.
+    """
     if isinstance(row, str):
         return "as texts"
     if not isinstance(row, Mapping):
         return "as lists of messages"
-    fields = _named(cast("Mapping[str, Any]", row))
+    fields = cast("Mapping[str, Any]", row)
+    unread = " and ".join(name for name in UNREAD if _holds(fields, name))
+    return f"{_form(_named(fields))} without their {unread}" if unread else _form(_named(fields))
+
+
+def _holds(row: Mapping[str, Any], name: str) -> bool:
+    """Whether a row, or a request inside it, has a field that holds something."""
+    rows = [row]
+    while rows:
+        one = rows.pop()
+        if one.get(name) not in (None, "", [], {}, "[]"):
+            return True
+        rows += [inside for wrapper in WRAPPERS if isinstance(inside := _parsed(one.get(wrapper)), Mapping)]
+    return False
+
+
+def _parsed(request: Any) -> Any:
+    """A request, which logs also write as text. Raises ValueError or RecursionError for text that is no JSON."""
+    return json.loads(request) if isinstance(request, str) and request.lstrip().startswith("{") else request
+
+
+def _form(fields: Mapping[str, Any]) -> str:
+    """What a row with these fields is read as."""
     chat = next((name for name in CHATS if fields.get(name) not in (None, [], "")), None)
     wrapper = next((name for name in WRAPPERS if name in fields), None)
     if wrapper is not None and not any(one in fields for one in CHATS):
@@ -151,12 +178,10 @@ def _request(fields: dict[str, Any]) -> _Read | None:
     name = next((name for name in WRAPPERS if name in fields), None)
     if name is None or any(one in fields for one in CHATS):
         return None
-    request = fields[name]
-    if isinstance(request, str) and request.lstrip().startswith("{"):
-        try:
-            request = json.loads(request)
-        except (ValueError, RecursionError):
-            raise InvalidInput(f"{name} is text that is no JSON") from None
+    try:
+        request = _parsed(fields[name])
+    except (ValueError, RecursionError):
+        raise InvalidInput(f"{name} is text that is no JSON") from None
     if not isinstance(request, Mapping):
         return None
     asked = _named(cast("Mapping[str, Any]", request))

@@ -18,6 +18,7 @@ from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, IntegrityError, SQLAlchemyError
 
 from molehunt.errors import InvalidInput, MolehuntError, UsageError, printable
+from molehunt.run.extras import install_command
 from molehunt.watch.alert import ID, Alert, Status
 
 SCHEMA = 1
@@ -333,7 +334,7 @@ def _postgres(location: URL) -> tuple[Engine, Engine]:
     try:
         engine = sa.create_engine(location, hide_parameters=True, pool_pre_ping=True, pool_timeout=WAIT_S)
     except ImportError:
-        raise UsageError("PostgreSQL needs a driver: pip install 'molehunt[postgres]'") from None
+        raise UsageError(f"PostgreSQL needs a driver: {install_command('postgres')}") from None
     event.listen(engine, "begin", _begin_on_postgres)
     return engine, engine
 
