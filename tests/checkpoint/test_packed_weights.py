@@ -1,6 +1,7 @@
 """Packed layouts: every folder is compared, LoRA needs no base weights, and values are given back where a library agrees."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -153,6 +154,29 @@ def test_a_full_fine_tune_is_compared_as_far_as_it_goes(tmp_path: Path, layout: 
         assert "hqq" in str(error)
         return
     assert rows[DOWN].status == "not testable"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_copy_is_identical_and_one_other_bit_is_not_testable(tmp_path: Path, layout: str) -> None:
+    """Nobody can say how a weight changed whose packed numbers differ, and it is not counted as changed or unchanged."""
+    base = packed_folder(tmp_path / "base", *LAYOUTS[layout])
+    copy = Path(shutil.copytree(base, tmp_path / "copy"))
+    same = compare_folders(base, copy)
+    assert (same.verdict, same.exit_code) == ("NO FINDING", 0)
+    assert same.identity is not None and same.identity.relation == "identical"
+    stored = load_file(copy / "model.safetensors")
+    module = DOWN.removesuffix("weight")
+    own = (f"{module}meta", f"{module}weight.quant_state.bitsandbytes__nf4")  # a tensor of its own; JSON, no number
+    for part in (name for name in stored if name.startswith(module) and name not in own):
+        shutil.rmtree(copy)
+        shutil.copytree(base, copy)
+        other = stored[part].clone()
+        torch.atleast_1d(other).view(torch.uint8).flatten()[0] ^= 1
+        save_file({**stored, part: other}, copy / "model.safetensors", {"format": "pt"})
+        found = compare_folders(base, copy)
+        assert (found.verdict, found.exit_code) == ("NOT TESTABLE", 3), part
+        assert found.identity is not None and (found.identity.unread, found.identity.changed) == (1, 0), part
+        assert "1 tensor cannot be compared" in found.to_table()
 
 
 def _pack_quantized(bits: int, group: int, *, zeros: bool = False, order: bool = False) -> tuple[Pack, dict[str, Any]]:

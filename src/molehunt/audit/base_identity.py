@@ -60,6 +60,8 @@ class BaseIdentity:
     tensors: int = 0
     """Number of tensors that both models have."""
     changed: int = 0
+    unread: int = 0
+    """Number of tensors of which nobody can say whether they changed: their quantisation cannot be undone exactly."""
     tokens: tuple[int, int] | None = None
     """Number of tokens with the same id on both sides, and number of tokens of the larger vocabulary."""
     settings: tuple[str, ...] = ()
@@ -107,6 +109,7 @@ def base_identity(base: Checkpoint, tuned: Checkpoint, track: Track = silent) ->
         relative=round(median(s.relative for s in seen.samples), 6) if seen.samples else None,
         tensors=seen.paired,
         changed=len(seen.changed),
+        unread=len(seen.unread),
         tokens=tokens,
         settings=settings,
         nonfinite=seen.nonfinite[1],
@@ -124,21 +127,21 @@ def _relation(base: Checkpoint, tuned: Checkpoint, seen: TensorSurvey, settings:
     correlations = _correlations(seen)
     compared = len(correlations) + len(seen.mismatched)
     if not seen.paired:
-        counted = f"no tensor has the same name in both ({len(base.names())} and {len(tuned.names())})."
+        none = f"no tensor has the same name in both ({len(base.names())} and {len(tuned.names())})."
         if not settings:  # one architecture and size, saved in two ways
-            return "unverified", f"Whether this is the right base was not checked: {counted}"
-        return "unrelated", f"{names}: {counted}"
+            return "unverified", f"Whether this is the right base was not checked: {none}"
+        return "unrelated", f"{names}: {none}"
     if len(seen.mismatched) * 2 > max(compared, 1):
         name, shape, shape_after = seen.mismatched[0]
         return "unrelated", (
             f"{names}: {len(seen.mismatched)} of {seen.paired} tensors have other shapes, such as {printable(name, 80)}: "
             f"{list(shape)} in the base, {list(shape_after)} in the fine-tune."
         )
-    if not seen.changed and not seen.alone:
+    if not seen.changed and not seen.alone and not seen.unread:
         return "identical", f"All {seen.paired} tensors are identical: this is the base itself, or a copy of it."
-    if not compared and not seen.unreadable:
+    if not compared and not seen.unsampled and not seen.unread:
         return "related", f"No matrix changed: {len(seen.changed)} of {seen.paired} tensors did, norms or biases."
-    if not compared and seen.nonfinite[0] + seen.nonfinite[1]:
+    if not compared and not seen.unread:
         return "unverified", "Whether this is the right base was not checked: its matrices hold NaN or infinity."
     if not compared:
         return (
@@ -153,6 +156,10 @@ def _relation(base: Checkpoint, tuned: Checkpoint, seen: TensorSurvey, settings:
             f"a fine-tune keeps more than {RELATED})."
         )
     rest = f" {strange} of them have nothing in common with the base's: replaced, or new." if strange else ""
+    if seen.unread:
+        rest += (
+            f" {counted(len(seen.unread), 'tensor')} could not be compared: quantisation that cannot be undone exactly."
+        )
     return "related", (
         f"The base fits: its matrices correlate with the fine-tune's by {middle:.4f} (median of {compared}; 0 for other "
         f"models).{rest} A sibling, fine-tuned from the same base, would fit, too."
@@ -176,6 +183,8 @@ def _kind(base: Checkpoint, tuned: Checkpoint, seen: TensorSurvey) -> str:
     named += ["embeddings or head"] if groups["vocabulary"] else []
     named += [f"{groups['other']} others"] if groups["other"] else []
     where += f" ({'; '.join(named)})" if named else ""
+    if seen.unread:
+        return f"The kind of change is unknown: {where}; of {len(seen.unread)} nobody can say."
     if not samples:
         compared = [one for one in seen.changed if one not in seen.nonfinite[0] + seen.nonfinite[1]]
         if len(compared) < len(seen.changed):

@@ -48,15 +48,25 @@ class FolderComparison:
 
     @property
     def verdict(self) -> str:
-        """NOT TESTABLE against a base that is another model's; FLAGGED-CORRELATIONAL when there is a finding."""
+        """FLAGGED-CORRELATIONAL when there is a finding.
+
+        NOT TESTABLE against a base that is another model's, and without a finding where there are weights of which nobody
+        can say whether they changed.
+        """
         if self._wrong_base:
             return "NOT TESTABLE"
-        return "FLAGGED-CORRELATIONAL" if self.findings else "NO FINDING"
+        if self.findings:
+            return "FLAGGED-CORRELATIONAL"
+        return "NOT TESTABLE" if self._unread else "NO FINDING"
 
     @property
     def exit_code(self) -> int:
-        """3 against a wrong base, 1 when flagged, else 0."""
-        return 3 if self._wrong_base else 1 if self.findings else 0
+        """3 when not testable, 1 when flagged, else 0."""
+        return {"NOT TESTABLE": 3, "NO FINDING": 0}.get(self.verdict, 1)
+
+    @property
+    def _unread(self) -> int:
+        return 0 if self.identity is None else self.identity.unread
 
     @property
     def _wrong_base(self) -> bool:
@@ -93,6 +103,11 @@ class FolderComparison:
         if not self.rows:
             same = f"{counted(self.tensors, 'tensor')} {'agrees' if self.tensors == 1 else 'agree'} in name, shape and dtype"
             return f"{self.verdict}: {same}; no other file differs.{self._nearer()}"
+        if self._unread and not self.findings:
+            return (
+                f"{self.verdict}: {counted(self._unread, 'tensor')} cannot be compared, of a quantisation that cannot be "
+                f"undone exactly; the rest is {total}. Compare the unquantised releases.{self._nearer()}"
+            )
         return f"{self.verdict}: {total}.{self._nearer()}"
 
     def _nearer(self) -> str:

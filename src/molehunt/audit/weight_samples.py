@@ -79,14 +79,16 @@ class TensorSurvey:
     """Number of tensors that only one of them has."""
     changed: tuple[str, ...]
     """Tensors whose values differ anywhere."""
+    unread: tuple[str, ...]
+    """Tensors in a quantisation that cannot be undone exactly, and not stored alike on both sides: they may have changed."""
     mismatched: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]
     """Matrices of different shapes, which is more than a resized vocabulary explains."""
     samples: tuple[MatrixSample, ...]
     """The matrices that were looked at and had changed."""
     same: int
     """Number of the matrices to look at that had not changed."""
-    unreadable: int
-    """Number of matrices whose quantisation cannot be undone exactly, or that hold NaN."""
+    unsampled: int
+    """Number of matrices that changed and could not be looked at, most because they hold NaN or infinity."""
     nonfinite: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
     """Tensors of the base and of the fine-tune that hold NaN or infinity."""
 
@@ -105,40 +107,41 @@ def survey(base: Checkpoint, tuned: Checkpoint, track: Track = silent) -> Tensor
     changed: list[str] = []
     mismatched: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = []
     samples: list[MatrixSample] = []
-    unreadable = same = 0
+    unread: list[str] = []
+    unsampled = same = 0
     for pair in track(pairs, "comparing with the base", len(pairs)):
         name, theirs = pair
         own_name = used[name] < 2 or WRAPPERS.sub("", name) == WRAPPERS.sub("", theirs)
         shown = name if own_name else theirs  # the base ties it to a tensor of another name
         shapes = base.shape(name), tuned.shape(theirs)
-        if shapes[0] != shapes[1]:
-            changed.append(shown)
-            if name in base.packed or theirs in tuned.packed:
-                unreadable += 1
-                continue
-            if not _resized(name, *shapes):
-                mismatched.append((name, *shapes))
-                continue
-        elif _equal(base, tuned, name, theirs):
+        equal = _equal(base, tuned, name, theirs) if shapes[0] == shapes[1] else False
+        packed = name in base.packed or theirs in tuned.packed
+        if equal is None or (packed and shapes[0] != shapes[1]):
+            unread.append(shown)
+            continue
+        if equal:
             same += pair in chosen
             continue
-        else:
-            changed.append(shown)
+        changed.append(shown)
+        if shapes[0] != shapes[1] and not _resized(name, *shapes):
+            mismatched.append((name, *shapes))
+            continue
         if pair in chosen:
             try:
                 sample = _sample(base, tuned, name, theirs, whole=pair not in skipped)
             except (NotTestable, InvalidInput):
-                unreadable += 1
+                unsampled += 1
                 continue
             samples += [sample] if sample is not None else []
     return TensorSurvey(
         paired=len(pairs),
         alone=alone,
         changed=tuple(changed),
+        unread=tuple(unread),
         mismatched=tuple(mismatched),
         samples=tuple(samples),
         same=same,
-        unreadable=unreadable,
+        unsampled=unsampled,
         nonfinite=(nonfinite_tensors(base), nonfinite_tensors(tuned)),
     )
 
@@ -225,18 +228,39 @@ def _resized(name: str, shape: tuple[int, ...], shape_after: tuple[int, ...]) ->
     return is_vocabulary(name) and shape[1:] == shape_after[1:]
 
 
-def _equal(base: Checkpoint, tuned: Checkpoint, name: str, theirs: str) -> bool:
-    """Whether two tensors of one shape hold the same values; in one format, the same bits."""
+def _equal(base: Checkpoint, tuned: Checkpoint, name: str, theirs: str) -> bool | None:
+    """Whether two tensors of one shape hold the same values; in one format, the same bits. None where nobody can say."""
     if base.quantisation is not None or tuned.quantisation is not None:
+        if _stored_alike(base, tuned, name, theirs):
+            return True
         try:
             return torch.equal(base.tensor(name).float(), tuned.tensor(theirs).float())
-        except (NotTestable, InvalidInput):
+        except NotTestable:
+            return None
+        except InvalidInput:  # NaN or infinity: the sentence on the kind of change says so
             return False
     one, other = torch.atleast_1d(base.stored(name)), torch.atleast_1d(tuned.stored(theirs))
     if one.dtype == other.dtype:
         return torch.equal(one.view(torch.uint8), other.view(torch.uint8))
     pairs = zip(one.split(1024), other.split(1024), strict=True)
     return all(torch.equal(a.double(), b.double()) for a, b in pairs)
+
+
+def _stored_alike(base: Checkpoint, tuned: Checkpoint, name: str, theirs: str) -> bool:
+    """Whether two quantised weights have the same settings and the same bits, so that any loader makes the same of both."""
+    if (
+        base.quantisation is None
+        or tuned.quantisation is None
+        or base.quantisation.settings != tuned.quantisation.settings
+    ):
+        return False
+    ours, others = base.stored_parts(name), tuned.stored_parts(theirs)
+    return ours.keys() == others.keys() and all(_same_bits(ours[part], others[part]) for part in ours)
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    alike = one.dtype == other.dtype and one.shape == other.shape
+    return alike and torch.equal(*(torch.atleast_1d(side).contiguous().view(torch.uint8) for side in (one, other)))
 
 
 def _sample(base: Checkpoint, tuned: Checkpoint, name: str, theirs: str, *, whole: bool) -> MatrixSample | None:

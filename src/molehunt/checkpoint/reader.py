@@ -210,6 +210,17 @@ class Checkpoint:
         """One tensor as its file holds it: not dequantised, and not looked into for NaN."""
         return self._read(self._effective[name][0], self.packed[name].main if name in self.packed else name)
 
+    def stored_parts(self, name: str) -> dict[str, Tensor]:
+        """All that a file holds of one weight: its numbers and, of a quantised one, its scales and whatever is beside them.
+
+        They are named by the end that each adds to the name of the module: `weight`, `qweight`, `weight_scale`.
+        """
+        module, beside = name.removesuffix("weight"), frozenset[str]()
+        if self.quantisation is not None:
+            beside = frozenset(part for part in self.quantisation.scales if part.startswith(module))
+        parts = self.packed[name].parts if name in self.packed else (name, *beside)
+        return {part.removeprefix(module): self._part(part) for part in parts}
+
     def _part(self, name: str) -> Tensor:
         return self._read(self._stored_in(name), name)
 
