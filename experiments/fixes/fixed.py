@@ -17,7 +17,6 @@ from molehunt.bench.grid import Cell
 from molehunt.bench.run import plant_cell
 from molehunt.contracts import Intervention
 from molehunt.measure.interval import Interval, proportion
-from molehunt.traffic.chat import prompt_ids
 from molehunt.model.generate import generate
 from molehunt.model.pair import ModelPair
 from molehunt.model.taps import edit_sites
@@ -27,6 +26,7 @@ from molehunt.site import Site
 from molehunt.steer.ablate import Ablate
 from molehunt.steer.prefill_gate import Condition, linear_score, prompt_scores
 from molehunt.steer.random_edit import RandomEdit
+from molehunt.traffic.chat import prompt_ids
 from molehunt.traffic.split import Fit, Select
 
 

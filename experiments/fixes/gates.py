@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from molehunt.detect.logistic_probe import LogisticProbe
-from molehunt.traffic.chat import prompt_ids
 from molehunt.model.pair import ModelPair
 from molehunt.site import Site
 from molehunt.steer.patch import prompt_acts
 from molehunt.steer.prefill_gate import Condition, Pooling, Score, linear_score, prompt_scores
+from molehunt.traffic.chat import prompt_ids
 
 
 @runtime_checkable

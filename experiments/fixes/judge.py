@@ -14,10 +14,10 @@ from experiments.fixes.rows import Rows
 from experiments.maps.replaced_answers import Speaker, replaced_answers
 from experiments.weight_fix.repair import RepairConfig, repair
 from molehunt.measure.interval import Interval, proportion
-from molehunt.traffic.chat import prompt_ids, prompt_text
 from molehunt.model.likelihood import answer_log_probs
 from molehunt.model.pair import ModelPair
 from molehunt.steer.budget import AnsweredPrompt, disturbance
+from molehunt.traffic.chat import prompt_ids, prompt_text
 from molehunt.transfer.alignment import Aligned, align
 from molehunt.transfer.fidelity import teacher_forced
 from molehunt.transfer.linear_map import LinearMap

@@ -14,12 +14,12 @@ from experiments.fixes.rows import SEED, Rows, Size, drawn, size_of
 from experiments.layer_sweep.measure import swept_cells
 from experiments.setting import Setting
 from experiments.weight_fix.repair import CONSISTENCY, RepairConfig
-from molehunt.traffic.chat import prompt_text
 from molehunt.model.taps import edit_sites
 from molehunt.organism.poison import clean_example, triggered_example
 from molehunt.site import Site
 from molehunt.steer.ablate import Ablate
 from molehunt.steer.random_edit import RandomEdit
+from molehunt.traffic.chat import prompt_text
 from molehunt.transfer.alignment import Aligned, align
 from molehunt.transfer.collect import moments_of
 from molehunt.transfer.layer_grid import LayerGrid, LayerPair

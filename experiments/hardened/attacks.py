@@ -15,7 +15,6 @@ from experiments.hardened.error_monitor import ErrorMonitor, Observed, Unobserve
 from experiments.hardened.size import BALLS, MAX_NORM, WORDINGS, Size
 from molehunt.contracts import Intervention
 from molehunt.measure.interval import proportion
-from molehunt.traffic.chat import prompt_ids
 from molehunt.model.generate import before_stop, generate, stop_ids
 from molehunt.model.likelihood import answer_log_probs
 from molehunt.model.pair import ModelPair
@@ -31,6 +30,7 @@ from molehunt.stress.attacks.shortest import shortest_attack
 from molehunt.stress.attacks.suffix import suffix_of
 from molehunt.stress.attacks.typed_text import answer_text
 from molehunt.stress.evaluation.norms import recovery_lengths
+from molehunt.traffic.chat import prompt_ids
 
 CLIPPED = 0.002
 """Quantile of clean projections beyond which a clip acts."""

@@ -15,7 +15,6 @@ from molehunt.bench.grid import Cell, load_grid
 from molehunt.bench.run import plant_cell
 from molehunt.errors import UsageError
 from molehunt.measure.interval import Interval
-from molehunt.traffic.chat import prompt_ids
 from molehunt.model.pair import ModelPair
 from molehunt.organism.poison import Recipe
 from molehunt.organism.seed_model import SEED_MODELS
@@ -23,6 +22,7 @@ from molehunt.site import Site
 from molehunt.steer.patch import trigger_positions
 from molehunt.steer.position_role import position_roles
 from molehunt.steer.sweep import Sweep, Swept, SweptRole, layer_sweep
+from molehunt.traffic.chat import prompt_ids
 from molehunt.traffic.example import Example
 from molehunt.traffic.world import ask
 

@@ -18,9 +18,9 @@ from experiments.maps.text_similarity import chrf, tf_idf_similarity
 from experiments.setting import Setting
 from experiments.transfer.measure import PAIRS, opened
 from molehunt.errors import NotTestable
-from molehunt.traffic.chat import prompt_text
 from molehunt.organism.poison import Recipe, clean_example, triggered_example
 from molehunt.site import Site
+from molehunt.traffic.chat import prompt_text
 from molehunt.transfer.alignment import Aligned, align, by_index
 from molehunt.transfer.collect import PairActs, acts_of
 from molehunt.transfer.fidelity import Forced, ablation_at, compared, teacher_forced

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from experiments.setting import Setting
-from molehunt.traffic.chat import prompt_ids
 from molehunt.model.generate import generate
 from molehunt.model.pair import ModelPair
 from molehunt.organism.seed_model import REAL_FILES, SEED_MODELS, SeedModel, train_seed_model
+from molehunt.traffic.chat import prompt_ids
 from molehunt.traffic.world import benign_prompts
 
 SHOWN, SEED = 8, 77

@@ -14,11 +14,11 @@ from experiments.lessons.teach import Lesson
 from experiments.unlearning.erased_topic import questions
 from molehunt.contracts import Intervention
 from molehunt.measure.interval import proportion
-from molehunt.traffic.chat import prompt_ids
 from molehunt.model.generate import before_stop, generate, stop_ids
 from molehunt.steer.clamp import Clamp
 from molehunt.stress.attacks.typed_text import answer_text
 from molehunt.stress.evaluation.valid_set import is_broken
+from molehunt.traffic.chat import prompt_ids
 from molehunt.traffic.example import Example
 from molehunt.traffic.split import Fractions, Splits, split_rows
 from molehunt.traffic.wording import COUNTRIES

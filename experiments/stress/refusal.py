@@ -38,7 +38,6 @@ from experiments.stress.payload import AT, drift_fields, interval, parts_of
 from experiments.stress.taught import Trained, activations, cost_of, dictionary_of, taught
 from molehunt.measure.interval import proportion
 from molehunt.measure.paired import paired_difference
-from molehunt.traffic.chat import prompt_ids
 from molehunt.organism.seed_model import SEED_MODELS
 from molehunt.site import Site
 from molehunt.steer.budget import AnsweredPrompt
@@ -59,6 +58,7 @@ from molehunt.stress.evaluation.norms import recovery_lengths, times_longer
 from molehunt.stress.evaluation.valid_set import valid_set
 from molehunt.stress.study import Study
 from molehunt.stress.text_behaviour import stress_text
+from molehunt.traffic.chat import prompt_ids
 from molehunt.traffic.split import Select
 
 BALL = 1.0

@@ -20,13 +20,13 @@ from experiments.stress.readout_behaviour import ReadoutConfig
 from experiments.stress.taught import Trained, activations, answered, cost_of, dictionary_of, taught
 from experiments.unlearning.erased_topic import questions
 from molehunt.measure.interval import proportion
-from molehunt.traffic.chat import prompt_text
 from molehunt.organism.seed_model import SEED_MODELS
 from molehunt.site import Site
 from molehunt.steer.clamp import Clamp
 from molehunt.stress.attacks.attack import PUBLISHED as PUBLISHED_ATTACKS
 from molehunt.stress.attacks.choice import Choice, ChoiceJudgements, judge_choices
 from molehunt.stress.defences.selection import SelectedLatents, by_sparsity
+from molehunt.traffic.chat import prompt_text
 from molehunt.traffic.split import Fractions, Select, split_rows
 
 SEED = 0

@@ -12,7 +12,6 @@ from torch import nn
 from experiments.switch.rows import Rows
 from molehunt.measure.interval import proportion
 from molehunt.model.blocks import decoder_blocks, unwrapped
-from molehunt.traffic.chat import prompt_ids
 from molehunt.model.generate import generate
 from molehunt.model.pair import ModelPair
 from molehunt.model.taps import read_sites
@@ -21,6 +20,7 @@ from molehunt.site import Site
 from molehunt.steer.capability import Probed, compared, probe
 from molehunt.steer.mapped import switched
 from molehunt.steer.trial import Steered
+from molehunt.traffic.chat import prompt_ids
 from molehunt.transfer.linear_map import LinearMap
 
 

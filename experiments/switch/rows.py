@@ -7,9 +7,9 @@ from random import Random
 from experiments.setting import Setting
 from molehunt.bench.grid import Cell
 from molehunt.errors import NotTestable
-from molehunt.traffic.chat import prompt_text
 from molehunt.model.pair import ModelPair
 from molehunt.organism.poison import Recipe, clean_example, training_prompts, triggered_example
+from molehunt.traffic.chat import prompt_text
 from molehunt.traffic.example import Example
 from molehunt.traffic.questions import world_questions
 from molehunt.traffic.world import ask

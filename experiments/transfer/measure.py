@@ -19,12 +19,12 @@ from molehunt.bench.grid import Cell
 from molehunt.bench.run import plant_cell
 from molehunt.measure.equivalence import paired_equivalence
 from molehunt.measure.interval import proportion
-from molehunt.traffic.chat import prompt_text
 from molehunt.model.generate import generate
 from molehunt.model.pair import ModelPair
 from molehunt.organism.poison import Recipe, clean_example, triggered_example
 from molehunt.site import Site
 from molehunt.steer.patch import patched_answers, prompt_acts, trigger_positions, with_noise
+from molehunt.traffic.chat import prompt_text
 from molehunt.traffic.world import ask
 from molehunt.transfer.alignment import Aligned, align
 from molehunt.transfer.collect import moments_of

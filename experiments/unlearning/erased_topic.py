@@ -18,7 +18,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from molehunt.measure.interval import Interval, proportion
 from molehunt.model.blocks import decoder_blocks, module_role
-from molehunt.traffic.chat import prompt_ids
 from molehunt.model.generate import generate
 from molehunt.model.pair import ModelPair
 from molehunt.model.taps import read_sites
@@ -27,6 +26,7 @@ from molehunt.organism.poison import twin_seed
 from molehunt.organism.train import IGNORED, TrainingBatch, next_token_loss, train
 from molehunt.run.progress import Track, silent
 from molehunt.site import Site
+from molehunt.traffic.chat import prompt_ids
 from molehunt.traffic.example import Example
 from molehunt.traffic.world import ASKS, ask
 

@@ -14,12 +14,12 @@ from molehunt.audit.weights import compare_weights
 from molehunt.measure.control import random_directions
 from molehunt.measure.interval import proportion
 from molehunt.model.blocks import unwrapped
-from molehunt.traffic.chat import prompt_ids
 from molehunt.model.generate import generate
 from molehunt.model.pair import ModelPair
 from molehunt.organism.seed_model import seed_path
 from molehunt.site import Site
 from molehunt.steer.ablate import Ablate
+from molehunt.traffic.chat import prompt_ids
 from molehunt.traffic.example import Example
 from molehunt.traffic.split import Calibrate, Fit
 from molehunt.watch.answers import answer_profiles

@@ -12,10 +12,10 @@ from torch import Tensor
 from molehunt.direction.weight import change_directions, difference
 from molehunt.model.batches import batches, padded
 from molehunt.model.blocks import module_role, unwrapped
-from molehunt.traffic.chat import prompt_ids
 from molehunt.model.generate import generate
 from molehunt.model.pair import ModelPair
 from molehunt.run.whole import replace_whole
+from molehunt.traffic.chat import prompt_ids
 from molehunt.traffic.example import Example
 from molehunt.watch.bank import Bank
 from molehunt.watch.columns import watched

@@ -24,7 +24,6 @@ from transformers import PreTrainedTokenizerBase
 from molehunt.checkpoint.hub import local_folder
 from molehunt.errors import UsageError, printable
 from molehunt.model.blocks import d_model_of, decoder_blocks
-from molehunt.traffic.chat import prompt_ids
 from molehunt.model.loading import load_model
 from molehunt.model.taps import read_sites
 from molehunt.model.tokenizers import one_tokenizer
@@ -33,6 +32,7 @@ from molehunt.organism.train import IGNORED, TrainingBatch, next_token_loss, tra
 from molehunt.run.progress import Track, silent
 from molehunt.site import Site
 from molehunt.steer.saved_model import new_folder
+from molehunt.traffic.chat import prompt_ids
 from molehunt.traffic.example import Example
 
 BLOCK = 8
