@@ -12,7 +12,7 @@ class Plan:
 
     name: str
     clean_prompts: int
-    """Number of bundled benign prompts; they set every threshold."""
+    """Number of bundled benign prompts, or greatest number of the user's clean rows; they set every threshold."""
     traffic_limit: int
     """Greatest number of rows of the traffic that are read."""
     max_new_tokens: int

@@ -7,11 +7,12 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from random import Random
 
-from molehunt.audit.candidates import Candidates, answer_scores, excluded_rows, find_candidates
+from molehunt.audit.candidates import Candidates, find_candidates
+from molehunt.audit.reference import FIT_SHARE, Reference, ReferenceKind, calibration_rows, of_one_kind, reference_for
 from molehunt.audit.result import AuditConfig
 from molehunt.audit.scan import Scan, scan, unscanned_detectors
 from molehunt.errors import NotTestable
-from molehunt.measure.threshold import rows_for_rate
+from molehunt.measure.threshold import check_clean_rows, rows_for_rate
 from molehunt.model.pair import ModelPair
 from molehunt.model.templates import Side
 from molehunt.run.counting import counted
@@ -19,15 +20,12 @@ from molehunt.run.progress import Track
 from molehunt.run.unit import Units
 from molehunt.traffic.example import Example
 from molehunt.traffic.left_out import ReadRows, askable
-from molehunt.traffic.split import Calibrate, Fit
 from molehunt.traffic.world import benign_prompts
 
 log = logging.getLogger(__name__)
 
 CLEAN_SEED = 1
 """Seed of the bundled prompts that set thresholds."""
-FIT_SHARE = 1 / 3
-"""Share of the clean prompts that detectors are fitted on; the others set thresholds."""
 FEWEST_ROWS = 50
 """Number of rows of traffic under which nothing is claimed."""
 SAMPLE_ROWS = 1000
@@ -46,11 +44,8 @@ class TemplateReading:
     """The rows that the template accepts."""
     of: int
     """Number of rows of the traffic, sampled or not."""
-    clean: Scan
-    excluded: tuple[int, ...]
-    """Rows of `clean` that were excluded from calibration: see `excluded_rows`."""
-    fit: Fit[int]
-    calibrate: Calibrate[int]
+    reference: Reference
+    """What the traffic is compared with."""
     traffic: Scan
     candidates: Candidates
 
@@ -111,8 +106,10 @@ def read_under(
         identity = {**identity, "template": templates.named(side).digest}
     with nullcontext() if side is None else pair.prompted_with(side):
         read = readable(pair, sample(rows, seed) if sampled else rows)
-        scans = [
-            scan(
+        kind, prompts = _clean(pair, read, config, sampled)
+
+        def scanned(examples: Sequence[Example], what: str, *, base_answers: bool) -> Scan:
+            return scan(
                 pair,
                 examples,
                 sites=plan.sites(pair.n_layers),
@@ -120,35 +117,22 @@ def read_under(
                 units=units,
                 identity=identity,
                 detectors=unscanned_detectors(),
-                base_answers=answered,
+                base_answers=base_answers,
                 track=track,
                 what=what + under,
             )
-            for examples, what, answered in (
-                (_clean(plan.clean_prompts, fpr, sampled), "scanning clean prompts", False),
-                (read.rows, "scanning traffic", True),
-            )
-        ]
-    clean, traffic = scans
-    excluded = excluded_rows(answer_scores(clean), fpr)
-    fit, calibrate = _clean_splits(len(clean.rows), excluded, seed)
-    thresholds = Calibrate(tuple(answer_scores(clean)[list(calibrate.rows)].tolist()))
+
+        clean = scanned(prompts, "scanning clean prompts", base_answers=False) if prompts else None
+        traffic = scanned(read.rows, "scanning traffic", base_answers=True)
+    reference = reference_for(traffic, clean, kind, fpr=fpr, seed=seed)
     return TemplateReading(
         side=side,
         read=read,
         of=len(rows.rows),
-        clean=clean,
-        excluded=excluded,
-        fit=fit,
-        calibrate=calibrate,
+        reference=reference,
         traffic=traffic,
-        candidates=find_candidates(traffic, thresholds, clean, fpr=fpr, seed=seed),
+        candidates=find_candidates(traffic, reference.thresholds, reference.scan, fpr=reference.fpr, seed=seed),
     )
-
-
-def calibration_rows(n: int) -> int:
-    """How many of so many clean prompts set the thresholds."""
-    return n - round(n * FIT_SHARE)
 
 
 def check_number(read: ReadRows) -> None:
@@ -177,14 +161,19 @@ def sample(rows: ReadRows, seed: int) -> ReadRows:
     return replace(rows, rows=tuple(rows.rows[i] for i in kept))
 
 
-def _clean(n: int, fpr: float, sampled: bool) -> Sequence[Example]:
-    """Clean prompts; of a sample as many as its threshold needs, with some to spare."""
-    needed = math.ceil(1.3 * rows_for_rate(fpr) / (1 - FIT_SHARE))
-    return benign_prompts(n, seed=CLEAN_SEED)[: max(SAMPLE_CLEAN, needed) if sampled else n]
+def _clean(
+    pair: ModelPair, read: ReadRows, config: AuditConfig, sampled: bool
+) -> tuple[ReferenceKind, Sequence[Example]]:
+    """Rows to compare the traffic with, and what they are; of a sample as many as its threshold needs, with some to spare.
 
-
-def _clean_splits(n: int, excluded: Sequence[int], seed: int) -> tuple[Fit[int], Calibrate[int]]:
-    rows = [i for i in range(n) if i not in set(excluded)]
-    order = Random(seed).sample(rows, len(rows))
-    cut = round(len(rows) * FIT_SHARE)
-    return Fit(tuple(order[:cut])), Calibrate(tuple(order[cut:]))
+    None where only the traffic itself is of its kind. Raises NotTestable where the template refuses too many clean rows.
+    """
+    if config.clean is not None:
+        clean = askable(config.clean, lambda row: pair.fit(row.asked))
+        check_clean_rows(len(clean.rows), calibration_rows, config.fpr)
+        return "clean rows", clean.rows
+    bundled = benign_prompts(config.plan.clean_prompts, seed=CLEAN_SEED)
+    if not of_one_kind(read.rows, bundled):
+        return "the traffic itself", ()
+    needed = math.ceil(1.3 * rows_for_rate(config.fpr) / (1 - FIT_SHARE))
+    return "bundled prompts", bundled[: max(SAMPLE_CLEAN, needed)] if sampled else bundled

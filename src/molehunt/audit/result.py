@@ -11,6 +11,7 @@ from molehunt.audit.files import FolderComparison
 from molehunt.audit.input_test import TestedBehaviour
 from molehunt.audit.inventory import Inventory
 from molehunt.audit.plan import Plan
+from molehunt.audit.reference import Reference
 from molehunt.audit.robustness import RobustnessTest
 from molehunt.audit.scan import Scan
 from molehunt.audit.score_table import ScoreRow
@@ -19,6 +20,7 @@ from molehunt.checkpoint.reader import AdapterChoice, Checkpoint
 from molehunt.model.pair import ModelPair
 from molehunt.model.templates import Side, TemplateChoice
 from molehunt.steer.fix import Fix
+from molehunt.traffic.left_out import ReadRows
 
 DEFAULT_FPR = 0.01
 FIX = "fix.safetensors"
@@ -31,6 +33,8 @@ class AuditConfig:
 
     plan: Plan
     """How much is read."""
+    clean: ReadRows | None = None
+    """Rows without the behaviour, of the traffic's kind; None where the user has none."""
     fpr: float = DEFAULT_FPR
     """False-positive rate, per prompt, of the clean threshold."""
     seed: int = 0
@@ -74,9 +78,8 @@ class Audit:
     files: FolderComparison
     weights: WeightComparison
     pair: ModelPair
-    clean: Scan
-    excluded: tuple[int, ...]
-    """Rows of `clean` that were excluded from calibration: see `excluded_rows`."""
+    reference: Reference
+    """What the traffic is compared with."""
     traffic: Scan
     candidates: Candidates
     inventory: Inventory
@@ -128,7 +131,8 @@ class Audit:
     @property
     def tokens(self) -> int:
         """Prompt and answer tokens that went through both models in the scan."""
-        return sum(len(r.prompt) + len(r.answer) for s in (self.clean, self.traffic) for r in s.rows)
+        scans = [self.traffic] if self.reference.kind == "the traffic itself" else [self.reference.scan, self.traffic]
+        return sum(len(row.prompt) + len(row.answer) for one in scans for row in one.rows)
 
     @property
     def peak_rss_mb(self) -> float:

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import logging
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -20,7 +19,8 @@ from molehunt.audit.files import compare_folders
 from molehunt.audit.input_test import TestedBehaviour, input_test
 from molehunt.audit.inventory import Inventory, inventory
 from molehunt.audit.plan import PLANS
-from molehunt.audit.readings import TemplateReading, calibration_rows, check_number, read_under, template_sides
+from molehunt.audit.readings import TemplateReading, check_number, read_under, template_sides
+from molehunt.audit.reference import calibration_rows
 from molehunt.audit.result import FIX, Audit, AuditConfig, Confirmation, TemplateCount
 from molehunt.audit.reverted import text_of
 from molehunt.audit.robustness import attack_fix
@@ -30,7 +30,7 @@ from molehunt.audit.weight_comparison import WeightComparison
 from molehunt.audit.weights import compare_weights
 from molehunt.checkpoint.reader import Checkpoint
 from molehunt.detect.recipe import GROUP
-from molehunt.measure.threshold import check_clean_rows, check_rate, rows_for_rate
+from molehunt.measure.threshold import check_clean_rows, check_rate, lowest_rate, rows_for_rate
 from molehunt.model.pair import ModelPair
 from molehunt.run.catalog import installed
 from molehunt.run.folder import RunFolder
@@ -84,17 +84,18 @@ def run_audit(
     Raises:
         MolehuntError: a folder is broken, or the two are no pair.
         UsageError: no threshold is set at the rate `fpr`.
-        NotTestable: the base is another model's, fewer than `FEWEST_ROWS` rows of traffic, or too few clean prompts
-            for `fpr`.
+        NotTestable: the base is another model's, fewer than `FEWEST_ROWS` rows of traffic, or too few clean rows for
+            `fpr`.
     """
     start = time.monotonic()
     _check_rate(config)
     opened = _open(folders, traffic, config, out, track)
-    plan, fpr, seed = config.plan, config.fpr, config.seed
     files = compare_folders(*folders, adapter=config.adapter, track=track)
     if files.identity is not None:
         files.identity.must_be_related()
-    weights = compare_weights(*opened.checkpoints, k=plan.directions, seed=seed, units=opened.run.units, track=track)
+    weights = compare_weights(
+        *opened.checkpoints, k=config.plan.directions, seed=config.seed, units=opened.run.units, track=track
+    )
     pair = load()
     readings = _readings(pair, opened, config, track)
     lead, others = readings[0], readings[1:]
@@ -104,15 +105,15 @@ def run_audit(
     directions = _directions_by_site(weights, lead.traffic.sites)
     site = confirmed.causal.site if confirmed else lead.traffic.sites[-1]
     score_rows = score_table(
-        lead.clean,
+        lead.reference.scan,
         lead.traffic,
-        lead.fit,
-        lead.calibrate,
+        lead.reference.fit,
+        lead.reference.calibrate,
         directions,
         candidates.rows,
         site=site,
-        fpr=fpr,
-        seed=seed,
+        fpr=lead.reference.fpr,
+        seed=config.seed,
     )
     found = Audit(
         base=opened.checkpoints[0],
@@ -121,8 +122,7 @@ def run_audit(
         files=files,
         weights=weights,
         pair=pair,
-        clean=lead.clean,
-        excluded=lead.excluded,
+        reference=lead.reference,
         traffic=lead.traffic,
         reading="" if traffic is None else max(readings, key=lambda one: len(one.read.rows)).read.note,
         left_out=lead.read.left_out,
@@ -144,9 +144,12 @@ def run_audit(
 
 
 def _check_rate(config: AuditConfig) -> None:
-    """Refuse a rate that the clean prompts of the plan cannot hold, before a folder is read."""
+    """Refuse a rate that the clean rows cannot hold, before a folder is read."""
     check_rate(config.fpr)
-    lowest = math.ceil(1e6 / (calibration_rows(config.plan.clean_prompts) + 1)) / 1e6
+    if config.clean is not None:
+        check_clean_rows(len(config.clean.rows), calibration_rows, config.fpr)
+        return
+    lowest = lowest_rate(calibration_rows(config.plan.clean_prompts))
     larger = [plan for plan in PLANS.values() if plan.clean_prompts > config.plan.clean_prompts]
     enough = [plan.name for plan in larger if calibration_rows(plan.clean_prompts) >= rows_for_rate(config.fpr)]
     advice = f"Give fpr (--fpr) of at least {lowest:g}" + (f", or the plan {enough[0]}." if enough else ".")
@@ -169,11 +172,12 @@ def _open(
         identity = {"base": checkpoints[0].content_hash(), "tuned": checkpoints[1].content_hash()}
     settings = {
         **identity,
-        "traffic": hashlib.sha256(json.dumps(keys_of(read.rows)).encode()).hexdigest(),
+        "traffic": _digest(read),
         "plan": config.plan.name,
         "fpr": config.fpr,
         "seed": config.seed,
         "adapter": config.adapter,
+        **({"clean": _digest(config.clean)} if config.clean is not None else {}),
         **({"template": config.template} if config.template else {}),
         **({"plugins": plugins} if (plugins := installed(GROUP)) else {}),
     }
@@ -181,6 +185,11 @@ def _open(
     run = RunFolder.create(out or Path("molehunt-runs") / name, settings)
     run.write_env()
     return _Inputs(checkpoints=checkpoints, identity=identity, read=read, run=run)
+
+
+def _digest(read: ReadRows) -> str:
+    """SHA-256 of everything that some rows ask, in hex."""
+    return hashlib.sha256(json.dumps(keys_of(read.rows)).encode()).hexdigest()
 
 
 def _readings(pair: ModelPair, opened: _Inputs, config: AuditConfig, track: Track) -> list[TemplateReading]:

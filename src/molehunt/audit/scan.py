@@ -87,6 +87,12 @@ class Scan:
         """Activations of `model` (tuned, base) at `position` (decision, peak, generated) of every row, in fp32."""
         return self.acts[f"{model}.{position}"][:, self.sites.index(site)].float()
 
+    def part(self, rows: Sequence[int]) -> "Scan":
+        """The rows of these numbers, in that order."""
+        at = list(rows)
+        acts = {name: values[at] for name, values in self.acts.items()}
+        return Scan(rows=tuple(self.rows[i] for i in at), acts=acts, sites=self.sites)
+
     def delta(self, position: str, site: Site) -> Float[Tensor, "rows d_model"]:
         """Activations of the tuned model minus those of the base."""
         return self.at("tuned", position, site) - self.at("base", position, site)

@@ -19,6 +19,13 @@ def audit(
             show_default="bundled benign prompts",
         ),
     ] = None,
+    clean: Annotated[
+        Path | None,
+        typer.Option(
+            help="Rows of the same kind without the behaviour; they set the threshold.",
+            show_default="bundled prompts for traffic of their kind, else the traffic itself",
+        ),
+    ] = None,
     plan: Annotated[
         Literal["quick", "full"],
         typer.Option(help="Amount of evidence: full reads more rows, more blocks and longer answers."),
@@ -52,6 +59,7 @@ def audit(
         base,
         tuned,
         traffic=traffic,
+        clean=clean,
         plan=plan,
         out=out,
         fpr=fpr,

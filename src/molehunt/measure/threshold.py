@@ -45,6 +45,11 @@ def rows_for_rate(fpr: float) -> int:
     return math.ceil(1 / _exactly(fpr)) - 1
 
 
+def lowest_rate(n: int) -> float:
+    """The lowest false-positive rate, rounded up to six decimals, that so many clean scores can hold."""
+    return math.ceil(10**6 / (n + 1)) / 10**6
+
+
 def check_rate(fpr: float) -> None:
     """Raises UsageError for a false-positive rate that no workflow takes."""
     if not 0 < fpr <= HIGHEST_RATE:

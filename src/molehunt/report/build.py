@@ -32,7 +32,6 @@ def build_report(audit: Audit, *, title: str, command: str) -> schema.Report:
         title: headline of the page.
         command: the command that repeats the audit.
     """
-    n_clean = len(audit.clean.rows) - len(audit.excluded)
     verdict, reason = judge(
         audit.candidates,
         audit.causal,
@@ -42,6 +41,8 @@ def build_report(audit: Audit, *, title: str, command: str) -> schema.Report:
     )
     if only := only_under(audit):
         reason += f" It shows {only}."
+    if verdict == Verdict.NO_FINDING and audit.reference.assumption:
+        reason += f" No clean rows set the threshold, but the traffic itself: {audit.reference.assumption}."
     return schema.Report(
         title=title,
         base=_input(audit, "base"),
@@ -49,9 +50,9 @@ def build_report(audit: Audit, *, title: str, command: str) -> schema.Report:
         verdict=verdict,
         reason=reason,
         calibration=schema.Calibration(
-            text=f"{n_clean} bundled benign prompts",
-            n_clean=n_clean,
-            fpr=audit.config.fpr,
+            text=audit.reference.text,
+            n_clean=len(audit.reference.scan.rows) - len(audit.reference.excluded),
+            fpr=audit.reference.fpr,
             threshold=audit.candidates.threshold,
             organisms=calibration_in_words(),
         ),

@@ -21,7 +21,7 @@ def checks(audit: Audit) -> tuple[Check, ...]:
         *_decoding(audit),
         *_vocabulary(audit),
         *_traffic(audit),
-        _clean_prompts(audit),
+        _reference(audit),
         *(_score(audit, row) for row in audit.score_rows),
         *_causal(audit),
     )
@@ -86,13 +86,22 @@ def _traffic(audit: Audit) -> list[Check]:
     return [Check(name="traffic", status=status, result=" ".join(said))] if said else []
 
 
-def _clean_prompts(audit: Audit) -> Check:
-    excluded = [audit.clean.rows[i].example.prompt for i in audit.excluded]
+def _reference(audit: Audit) -> Check:
+    """What set the thresholds, and why not something else."""
+    used = audit.reference
+    if used.kind == "the traffic itself":
+        return Check(
+            name="reference",
+            status="note",
+            result=f"thresholds are from {used.text}",
+            why=used.assumption,
+        )
+    excluded = [used.scan.rows[i].example.prompt for i in used.excluded]
     shown = "; ".join(f"“{prompt[:60]}”" for prompt in excluded[:EXCLUDED_SHOWN])
     return Check(
-        name="clean prompts",
+        name=used.kind,
         status="note" if excluded else "pass",
-        result=f"{len(excluded)} of {len(audit.clean.rows)} stand as far above the others as a finding does"
+        result=f"{len(excluded)} of {len(used.scan.rows)} stand as far above the others as a finding does"
         + (f" and were left out of the thresholds: {shown}" if excluded else ""),
         why="the model does it there, too, or clean text holds the trigger" if excluded else "",
     )
@@ -108,7 +117,7 @@ def _score(audit: Audit, row: ScoreRow) -> Check:
         status=status,
         result=f"{row.where}: {over}",
         size=Measure.from_interval(row.found or row.above),
-        chance=Measure(value=audit.config.fpr),
+        chance=Measure(value=audit.reference.fpr),
         chance_name="clean text",
         why=f"{row.above.estimate:.1%} of all traffic is over it",
     )

@@ -49,7 +49,7 @@ def findings(audit: Audit) -> tuple[schema.Finding, ...]:
             chance=Measure.from_interval(proportion(elsewhere, len(others))),
             baseline=Measure.from_interval(text_alone.found),
             baseline_name="rarest word of the prompt, no model",
-            fpr=audit.config.fpr,
+            fpr=audit.reference.fpr,
             strength=audit.candidates.strength,
             shared=tuple(
                 schema.PromptFragment(text=s.text, in_group=s.in_group, elsewhere=s.elsewhere) for s in shared

@@ -29,7 +29,7 @@ def _verdict(report: Report) -> list[str]:
         "",
         cell(report.reason),
         "",
-        f"False-positive rate {report.calibration.fpr:.1%} per prompt on {report.calibration.n_clean} clean prompts. "
+        f"False-positive rate {report.calibration.fpr:.1%} per prompt on {report.calibration.text}. "
         f"{cell(report.calibration.organisms)}",
     ]
 

@@ -89,6 +89,7 @@ def audit(
     tuned: str | Path | None = None,
     *,
     traffic: Texts | None = None,
+    clean: Texts | None = None,
     plan: Literal["quick", "full"] = "quick",
     out: Path | str | None = None,
     fpr: float = DEFAULT_FPR,
@@ -108,6 +109,9 @@ def audit(
         traffic: prompts or whole conversations, with or without rare bad ones: a file (JSONL, JSON, CSV or parquet; `-`
             for standard input), a list of strings, or a list of conversations. At least 50 rows; bundled benign prompts
             by default. No labels are needed or read. Rows that cannot be read are left out and counted.
+        clean: rows of the traffic's kind without the behaviour, such as traffic of another month; they set the threshold,
+            and the plan says how many are read. Without them, bundled prompts set it for traffic about their own made-up
+            world, and for other traffic its own rows do, of which nine in ten are taken not to show the behaviour.
         plan: `quick` or `full`, which reads more rows and longer answers.
         out: run folder; by default one named after the fine-tune and the settings, under `molehunt-runs`.
         fpr: false-positive rate, per prompt, of the clean threshold; above 0 and at most 0.2.
@@ -135,11 +139,18 @@ def audit(
     sizes = plan_named(plan)
     folders, adapter, load = _models(base, tuned, adapter, device, track)
     rows = None if traffic is None else read_rows(traffic, sizes.traffic_limit)
-    config = AuditConfig(plan=sizes, fpr=fpr, seed=seed, adapter=adapter_choice(adapter), template=template)
+    config = AuditConfig(
+        plan=sizes,
+        clean=None if clean is None else read_rows(clean, sizes.clean_prompts),
+        fpr=fpr,
+        seed=seed,
+        adapter=adapter_choice(adapter),
+        template=template,
+    )
     found = run_audit(folders, load, rows, config, out=None if out is None else Path(out), track=track)
     if command is None:
         again = traffic if isinstance(traffic, str | Path) and str(traffic) != STDIN else _written(found, rows)
-        command = _command(found, again)
+        command = _command(found, again, clean)
     title = title or f"{model_name(found.tuned.path)} against {model_name(found.base.path)}"
     return AuditResult(found, build.build_report(found, title=title, command=command))
 
@@ -169,11 +180,13 @@ def _written(found: Audit, read: ReadRows | None) -> Path | None:
     return RunFolder(found.folder).write_text(TRAFFIC, "\n".join(lines) + "\n")
 
 
-def _command(found: Audit, traffic: str | Path | None) -> str:
-    """The command line that repeats the audit."""
+def _command(found: Audit, traffic: str | Path | None, clean: Texts | None) -> str:
+    """The command line that repeats the audit; clean rows that came as a list are named as such."""
     config = found.config
     words = ["molehunt", "audit", str(found.base.path), str(found.tuned.path)]
     words += [] if traffic is None else ["--traffic", str(traffic)]
+    if clean is not None:
+        words += ["--clean", str(clean) if isinstance(clean, str | Path) else "CLEAN.jsonl"]
     words += [] if config.plan.name == "quick" else ["--plan", config.plan.name]
     words += [] if config.fpr == DEFAULT_FPR else ["--fpr", f"{config.fpr:g}"]
     words += [] if config.seed == 0 else ["--seed", str(config.seed)]
