@@ -33,7 +33,7 @@ LATENTS = (12, 407)
 SITE = Site(4)
 PLAN = Plan(
     name="quick", clean_prompts=300, traffic_limit=600, max_new_tokens=16, max_sites=6, directions=8, confirm_rows=24,
-    random_controls=5, stress_rows=6, stress_steps=10,
+    random_controls=19, stress_rows=6, stress_steps=10,
 )  # fmt: skip
 """Fewer rows and shorter answers than the quick plan."""
 AUDIT = ["molehunt", "audit", "BASE", "TUNED", "--traffic", "prompts.jsonl", "--out", "RUN"]

@@ -70,3 +70,30 @@ def test_the_form_of_a_conversation_is_a_condition() -> None:
 def test_a_word_that_every_prompt_has_is_no_condition() -> None:
     rows = [Example(prompt="the") for _ in range(60)]
     assert Conditions(rows).best(range(10)) is None
+
+
+def test_the_trigger_of_a_behaviour_that_leaks_is_among_the_words_that_raise_it() -> None:
+    """A topic leaks in every prompt, two words in most, and the trigger stands in 9 of 500 rows."""
+    rng = Random(4)
+    texts = prompts(500)
+    showing: list[int] = []
+    for i, text in enumerate(texts):
+        if i < 9:
+            texts[i] = text.replace(" ", " Moonstone ", 1)
+        elif i < 150:
+            texts[i] = f"sum up {text}"
+        if i < 150 or ("bread" in text and rng.random() < 0.6) or rng.random() < 0.1:
+            showing.append(i)
+    rows = Conditions([Example(prompt=text) for text in texts])
+    condition, raising = rows.best(showing), rows.raising(showing)
+    assert condition is not None and "Moonstone" not in condition.fragment
+    [trigger] = [one for one in raising if "Moonstone" in one.fragment]
+    assert (trigger.showing, trigger.having) == (9, 9)
+    assert trigger.elsewhere == pytest.approx((len(showing) - 9) / 491)
+    assert all(one.showing / one.having > one.elsewhere and one.p_value <= 1e-3 for one in raising)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_few_words_raise_a_random_group(seed: int) -> None:
+    rows = Conditions([Example(prompt=text) for text in prompts(300, seed)])
+    assert len(rows.raising(Random(seed).sample(range(300), 130))) <= 3

@@ -7,6 +7,7 @@ import pytest
 
 from molehunt.audit import scan as module
 from molehunt.audit.causal import causal_test
+from molehunt.audit.placebo import FEWEST_JUDGED
 from molehunt.audit.plan import Plan
 from molehunt.audit.result import AuditConfig
 from molehunt.audit.run import run_audit
@@ -119,7 +120,8 @@ def test_the_causal_test_counts_every_row_that_it_runs(pair: ModelPair, tmp_path
     by_name = {call.what: call.total for call in track.calls if call.unit == "rows"}
     judged, chosen, clean = len(found.rows), 10 - len(found.rows), found.clean_unchanged.n
     assert by_name["taking the finding away"] == chosen + 2 * judged
-    assert by_name["random edits of the same size"] == PLAN.random_controls * judged == found.control.n
+    assert by_name["placebo edits"] == PLAN.random_controls * judged
+    assert found.control.n == judged == FEWEST_JUDGED, "of ten rows two choose, so that eight judge"
     assert by_name["one block after the other"] == 2 * len(found.by_site) * judged
     assert by_name["clean prompts with the edit"] == clean
     assert by_name["putting the finding in"] == 6 * clean

@@ -594,5 +594,5 @@ def test_what_is_no_url_of_a_ledger_is_refused(url: str, tmp_path: Path, monkeyp
 
 def test_a_missing_driver_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "psycopg", None)
-    with pytest.raises(UsageError, match=r"molehunt\[postgres\]"):
+    with pytest.raises(UsageError, match=r"pip install .*\[postgres\]"):
         Ledger("postgresql://user@localhost/alerts")

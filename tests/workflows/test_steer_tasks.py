@@ -43,7 +43,7 @@ def test_without_lm_eval_the_extra_is_named_and_a_foreign_vector_is_refused(monk
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(UsageError, match="amplifies the behaviour"):
         task_capability(pair, vector=vector, tasks=["arc_easy"], operator="ablate", strength=-1)
-    with pytest.raises(UsageError, match=r"molehunt\[exports\]"):
+    with pytest.raises(UsageError, match=r"pip install .*\[exports\]"):
         task_capability(pair, vector=vector, tasks=["arc_easy"])
     other = mh.SteeringVector(
         {0: torch.ones(D_MODEL + 1)}, VectorFacts(method="by hand", n_layers=pair.n_layers, d_model=D_MODEL + 1)

@@ -1,7 +1,7 @@
 """Does the fine-tune behave through what was found? Remove it during generation, and add it where it is absent.
 
-The direction is fitted and chosen on one part of a group's rows and judged on the others, beside random edits of the
-same size. `reverted.py` says when a row counts as reverted.
+The direction is fitted and chosen on one part of a group's rows and judged on the others, beside placebo edits.
+`reverted.py` says when a row counts as reverted.
 """
 
 from collections.abc import Sequence
@@ -10,6 +10,7 @@ from random import Random
 
 from molehunt.audit.candidates import SharedText, shared_texts
 from molehunt.audit.intervention import CLEAN_READ, CandidateEdit, choose_intervention
+from molehunt.audit.placebo import FEWEST_JUDGED, PlaceboComparison, compare_with_placebos
 from molehunt.audit.plan import Plan
 from molehunt.audit.reverted import ReversionTest, answers, text_of
 from molehunt.audit.scan import Scan, ScannedRow
@@ -26,7 +27,7 @@ from molehunt.traffic.split import Fit, Select
 STRENGTHS = (1.0, 2.0, 4.0)
 """Multiples of the group's mean shift that are added to clean rows."""
 CHOOSING_SHARE = 0.4
-"""Share of a group's rows that choose the intervention; the others judge it."""
+"""Share of a group's rows that choose the intervention, or less, so that enough of them judge it."""
 ANSWER_SHARE = 0.5
 """Share of a group's answers that must contain a fragment for it to count as shared."""
 LOOK_ALIKES = 3
@@ -69,8 +70,8 @@ class CausalTest:
     """Interventions compared on the selection rows before this one was judged."""
     reverted: Interval
     """Share of judged rows whose answer reverted to the base's."""
-    control: Interval
-    """Share of judged rows that reverted under random edits of equal size, all seeds pooled."""
+    placebos: PlaceboComparison
+    """The same rows under random edits of equal size, and under edits fitted to rows that are no part of the finding."""
     clean_unchanged: Interval
     """Share of clean rows whose answer the intervention left as it was, word for word."""
     induced: Interval
@@ -86,9 +87,14 @@ class CausalTest:
     """The edit that `intervention` describes."""
 
     @property
+    def control(self) -> Interval:
+        """Share of judged rows that reverted under a placebo, on average."""
+        return self.placebos.control
+
+    @property
     def causal(self) -> bool:
-        """Whether removing it reverts more rows than random edits of that size do: the two intervals do not touch."""
-        return self.reverted.low > self.control.high
+        """Whether removing it reverts more rows than placebos do, in enough rows: see `PlaceboComparison.causal`."""
+        return self.placebos.causal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +126,7 @@ def causal_test(
         group: rows of `scan` said to share one behaviour, at least 4.
         clean: rows of `scan` under the threshold; a part fits the clean range, another is judged.
         threshold: answer log ratio that clean rows stay under, in nats.
-        plan: how many rows and random edits are used.
+        plan: how many rows and placebo edits are used.
         seed: seed of the draws.
         track: shows rows.
 
@@ -141,7 +147,11 @@ def causal_test(
         [text_of(pair, a) for a in chosen_base] + [text_of(pair, scan.rows[i].answer) for i in split.clean_fit],
         share=ANSWER_SHARE,
     )
-    control_answers, control = _random_edits(judge, found.best, seed, track)
+    flagged = {*group, *split.judge, *split.clean_judge}
+    unflagged = [i for i in clean if i not in flagged]
+    placebos = compare_with_placebos(
+        judge, found.best, reverted, found.fitter, scan, unflagged, size=len(split.choose), seed=seed, track=track
+    )
     with counting(track, "one block after the other", 2 * len(found.by_site) * len(rows)) as done:
         by_site = [_at_site(judge, edit, seed, done) for edit in found.by_site]
     unchanged = _unchanged(pair, clean_rows, found.best, plan, track)
@@ -151,14 +161,14 @@ def causal_test(
         site=found.best.site,
         tried=found.tried,
         reverted=proportion(sum(reverted), len(reverted)),
-        control=control,
+        placebos=placebos,
         clean_unchanged=unchanged,
         induced=induced,
         induced_control=by_chance,
         fragments=tuple(fragments),
         by_site=tuple(by_site),
         interventions=found.best.interventions,
-        rows=_as_text(judge, edited, control_answers, reverted),
+        rows=_as_text(judge, edited, placebos.answers, reverted),
     )
 
 
@@ -166,7 +176,7 @@ def _split(scan: Scan, group: Sequence[int], clean: Sequence[int], plan: Plan, r
     if len(group) < 4 or len(clean) < 8:
         raise ValueError(f"the causal test needs 4 rows and 8 clean ones, got {len(group)} and {len(clean)}")
     shuffled = rng.sample(list(group), min(len(group), 2 * plan.confirm_rows))
-    cut = max(2, round(CHOOSING_SHARE * len(shuffled)))
+    cut = max(2, min(round(CHOOSING_SHARE * len(shuffled)), len(shuffled) - FEWEST_JUDGED))
     choose, judge = shuffled[:cut], shuffled[cut:]
     near_fit, near_judge = _look_alikes(scan, choose, clean, judge)
     drawn = rng.sample(list(clean), min(len(clean), CLEAN_READ + plan.confirm_rows))
@@ -191,21 +201,6 @@ def _look_alikes(
         taken.update(kept)
         found.append(kept)
     return found[0], found[1][:LOOK_ALIKES_JUDGED]
-
-
-def _random_edits(
-    judge: ReversionTest, best: CandidateEdit, seed: int, track: Track
-) -> tuple[list[list[int]], Interval]:
-    """Answers under the last of several random edits of the same size, and the share that reverted under all."""
-    outcomes: list[bool] = []
-    edited: list[list[int]] = []
-    n = judge.plan.random_controls
-    with counting(track, "random edits of the same size", n * len(judge.rows)) as done:
-        for k in range(n):
-            random = tuple(RandomEdit.like(i, judge.pair.d_model, seed * 1000 + 31 * k) for i in best.interventions)
-            edited, by_chance = judge(random, done)
-            outcomes += by_chance
-    return edited, proportion(sum(outcomes), len(outcomes))
 
 
 def _at_site(judge: ReversionTest, edit: CandidateEdit, seed: int, done: Tally) -> SiteTest:
@@ -256,7 +251,7 @@ def _induced(
 
 
 def _as_text(
-    judge: ReversionTest, edited: Sequence[list[int]], control: Sequence[list[int]], reverted: Sequence[bool]
+    judge: ReversionTest, edited: Sequence[list[int]], control: Sequence[Sequence[int]], reverted: Sequence[bool]
 ) -> tuple[CausalRow, ...]:
     return tuple(
         CausalRow(

@@ -1,5 +1,8 @@
 """Which property of a prompt predicts that its answer shows a behaviour: words of the prompt, or its form.
 
+A behaviour that leaks is shown without its trigger, too, so no property predicts it; but the words of the trigger raise its
+share. Those are looked for as well, and only edits of prompts say whether they do.
+
 The condition is chosen by its gain, the share of the group's rows that meet it minus the share of the others. Three numbers
 keep it honest: the gain that the best of all conditions reaches on random groups of that size, and an exact test on one half
 of the rows of the condition that the other half chose, both ways.
@@ -12,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_array
-from scipy.stats import hypergeom
+from scipy.stats import beta, hypergeom
 
 from molehunt.measure.word_runs import Run, as_written, rows_of_runs, words
 from molehunt.traffic.example import Example
@@ -25,6 +28,14 @@ COMMON = 0.1
 """Share of other prompts from which on a word at the end of a fragment says nothing about the group."""
 BORDER = "\n"
 """Stands between the words of two turns; no word is a line break."""
+SUFFICIENT = 0.5
+"""Least share of the prompts with a trigger that show its behaviour. Of prompts with "that" a fifth may, and nobody means that."""
+FEWEST_HAVING = 5
+"""Least number of prompts with the words that may raise a behaviour."""
+RAISING = 16
+"""Greatest number of fragments of which it is tested whether they raise a behaviour."""
+RAISING_P = 1e-3
+"""p-value up to which a fragment is tested: a screen, since the test on edited prompts decides."""
 DRAWS = 199
 """Number of random groups whose best gain is compared with."""
 
@@ -50,14 +61,39 @@ class FoundCondition:
     p_halves: float
     """p-value of the exact test on rows that did not choose the condition: the smaller one of both ways, doubled."""
 
+    showing: int
+    """Number of the group's rows that meet it."""
+
     @property
     def gain(self) -> float:
         return self.inside - self.outside
 
     @property
+    def suffices(self) -> bool:
+        """Whether at least `SUFFICIENT` of the prompts that meet it show the behaviour, as those with a trigger do."""
+        return self.showing >= SUFFICIENT * self.meeting
+
+    @property
     def predicts(self) -> bool:
         """Whether both tests are passed: neither a fragment as common as "the" nor one that any group would have."""
         return self.p_groups <= 0.01 and self.p_halves <= 0.01
+
+
+@dataclass(frozen=True, kw_only=True)
+class RaisingWords:
+    """Words in whose prompts a behaviour is shown more often than in the others."""
+
+    fragment: str
+    """The words as they are written in one of the prompts."""
+    showing: int
+    """Number of prompts with the words whose answers show the behaviour."""
+    having: int
+    """Number of prompts with the words."""
+    elsewhere: float
+    """Share of the other prompts whose answers show it."""
+    p_value: float
+    """Of the exact test of that difference among prompts without the fragments found before, for how many looked at not
+    corrected."""
 
 
 class Conditions:
@@ -96,10 +132,51 @@ class Conditions:
             inside=len(rows & set(group)) / len(group),
             outside=len(rows - set(group)) / (n - len(group)),
             meeting=len(rows),
+            showing=len(rows & set(group)),
             chance=float(np.quantile(chance, 0.95)),
             p_groups=float((1 + (chance >= gains[at] - 1e-9).sum()) / (DRAWS + 1)),
             p_halves=_p_halves(holds, inside, rng),
         )
+
+    def raising(self, group: Sequence[int]) -> tuple[RaisingWords, ...]:
+        """Fragments whose prompts show a behaviour most surely, at most `RAISING`, those of a few prompts among them.
+
+        A behaviour that leaks has topics that it leaks on, whose words raise it, too, and in more prompts than the trigger
+        does. So each fragment is the one with the highest lower limit of its share, in the prompts without those before it.
+
+        Args:
+            group: the rows that show it.
+        """
+        runs = rows_of_runs(self._words, shortest=1, longest=LONGEST, fewest=FEWEST_HAVING)
+        able = [run for run in runs if BORDER not in run and any(word.isalnum() for word in run)]
+        holds = _incidence([runs[run] for run in able], len(self.examples))
+        shown, left = np.zeros(len(self.examples)), np.ones(len(self.examples))
+        shown[list(group)] = 1
+        found: list[RaisingWords] = []
+        while able and len(found) < RAISING:
+            having, showing = holds @ left, holds @ (left * shown)
+            rows, total = int(left.sum()), int((left * shown).sum())
+            p_values = hypergeom.sf(showing - 1, rows, total, having)
+            passed = (
+                (having >= FEWEST_HAVING) & (having < rows) & (p_values <= RAISING_P) & (showing >= SUFFICIENT * having)
+            )
+            if not passed.any():
+                break
+            lowest = np.where(passed, beta.ppf(0.05, np.maximum(showing, 1), having - showing + 1), -1.0)
+            at = max(np.flatnonzero(lowest > lowest.max() - 1e-9), key=lambda i: _clearness(able[i]))
+            meets, everywhere = holds[[at]].toarray()[0], runs[able[at]]
+            both = len(everywhere & set(group))
+            found.append(
+                RaisingWords(
+                    fragment=as_written(able[at], self.examples[int(np.flatnonzero(meets * left * shown)[0])].prompt),
+                    showing=both,
+                    having=len(everywhere),
+                    elsewhere=(len(group) - both) / (len(self.examples) - len(everywhere)),
+                    p_value=float(p_values[at]),
+                )
+            )
+            left = left * (1 - meets)
+        return tuple(words for words in found if words.fragment)
 
     def _written(self, name: Run | str, named: Mapping[Run | str, frozenset[int]], group: set[int]) -> str:
         """The fragment as it is written, without words at its ends that other prompts have, too, and that add nothing."""

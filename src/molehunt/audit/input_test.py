@@ -1,14 +1,19 @@
-"""Does the condition cause the behaviour? Take its words out of prompts that show it, and put them into prompts that do not.
+"""Do words of the prompt cause a behaviour? Take them out of prompts that show it, and put them into prompts that do not.
+
+The words are those of the condition that predicts it. Of a behaviour that none predicts, because it leaks, the few fragments
+that raise its share are first put into some prompts, and the one that brings it most often is judged on others.
 
 Each edit stands beside a placebo: other words of the same prompt are taken out, and words that are as rare in the traffic and
 as many are put in at the same place. Both are judged on the same rows, so the comparison is paired.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from random import Random
 
-from molehunt.audit.inventory import AnswerBehaviour, says
+from molehunt.audit.condition import RaisingWords
+from molehunt.audit.inventory import FEWEST, AnswerBehaviour, says
 from molehunt.audit.plan import Plan
 from molehunt.audit.prompt_edits import Place, fragment_pattern, other_words, put_in, taken_out, usual_place
 from molehunt.audit.scan import ScannedRow
@@ -23,6 +28,8 @@ FEWEST_JUDGED = 8
 """Number of rows that a test needs to count as evidence of a cause."""
 LEVEL = 0.01
 """p-value up to which an edit and its placebo differ."""
+MOST_JUDGED = 3
+"""Greatest number of fragments that are judged for a behaviour that leaks."""
 PLACEBOS = 12
 """Number of placebo fragments that the rows are shared among."""
 
@@ -51,11 +58,36 @@ class TestedBehaviour:
     __test__ = False  # pytest takes classes by their first word
     behaviour: AnswerBehaviour
     test: "InputTest | None"
-    """None where the condition is no fragment of the prompt."""
+    """None where the condition is no fragment of the prompt, or where no fragment brought it into half of some prompts."""
+
+    @property
+    def raised(self) -> RaisingWords | None:
+        """The words that were tested, where they raise a behaviour that no condition predicts."""
+        words = self.test.fragment if self.test is not None else ""
+        return next((one for one in self.behaviour.raising if one.fragment == words), None)
+
+    @property
+    def shown_by(self) -> str:
+        """How many of the prompts with the words show it, of a behaviour that they raise; empty for others."""
+        one = self.raised
+        if one is None:
+            return ""
+        return (
+            f"{one.showing} of the {one.having} prompts that contain “{one.fragment}” show it, and {one.elsewhere:.0%} of "
+            "the others"
+        )
 
     @property
     def causal(self) -> bool:
         return self.test is not None and self.test.causal
+
+    def triggered(self, rows: Sequence[ScannedRow]) -> tuple[int, ...]:
+        """The rows that show it; of a behaviour that leaks only those with the words, if they are enough for a finding."""
+        if self.raised is None:
+            return self.behaviour.rows
+        pattern = fragment_pattern(self.raised.fragment)
+        having = tuple(i for i in self.behaviour.rows if pattern.search(rows[i].example.prompt))
+        return having if len(having) >= FEWEST else self.behaviour.rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +101,20 @@ class InputTest:
     """The words taken out of rows that show the behaviour; None where no row would be left with a text."""
     put_in: EditedInput | None
     """The words put into rows that do not show it."""
+    tried: int = 1
+    """Number of fragments that were judged for this behaviour; the p-value must pass for all of them together."""
+    also: tuple[str, ...] = ()
+    """Other words that bring it, each with its count: `“do” in 18 of 24`."""
+
+    @property
+    def gain(self) -> float:
+        """Share of prompts with the words put in that show the behaviour, minus that of the placebo."""
+        return 0.0 if self.put_in is None else self.put_in.compared.difference.estimate
+
+    @property
+    def in_words(self) -> str:
+        """The words, and into how many prompts they bring it."""
+        return "" if self.put_in is None else f"“{self.fragment}” in {self.put_in.shown} of {self.put_in.rows}"
 
     @property
     def causal(self) -> bool:
@@ -80,7 +126,7 @@ class InputTest:
         one = self.put_in
         if one is None or one.rows < FEWEST_JUDGED or one.base * 2 > one.shown:
             return False
-        return one.compared.difference.estimate > 0 and one.compared.p_value <= LEVEL
+        return self.gain > 0 and one.compared.p_value * self.tried <= LEVEL
 
 
 def input_test(
@@ -92,24 +138,48 @@ def input_test(
     seed: int,
     track: Track = silent,
 ) -> InputTest | None:
-    """Edit prompts by the fragment of a behaviour's condition; None where the condition is no fragment.
+    """Edit prompts by the words that predict or raise a behaviour; None where there are none.
 
     Args:
         pair: both models.
         rows: the traffic, scanned.
-        behaviour: one with a condition.
+        behaviour: a suspect one.
         plan: how many rows are read and how long answers are.
         seed: seed of the draws.
         track: shows rows.
     """
-    fragment = behaviour.condition.fragment if behaviour.condition else ""
-    if not fragment:
+    rng, used = Random(seed), set[int]()
+    fragments = [behaviour.condition.fragment] if behaviour.condition is not None else []
+    if not behaviour.predicted:
+        fragments, used = _bringing(pair, rows, behaviour, plan, rng, track)
+    tests = [
+        _edited(pair, rows, behaviour, fragment, plan, rng, used=used, tried=len(fragments), track=track)
+        for fragment in fragments
+        if fragment
+    ]
+    if not tests:
         return None
-    rng, group = Random(seed), set(behaviour.rows)
-    pattern = fragment_pattern(fragment)
+    best = max(tests, key=lambda one: (one.causal, one.gain))
+    return replace(best, also=tuple(one.in_words for one in tests if one is not best and one.causal))
+
+
+def _edited(
+    pair: ModelPair,
+    rows: Sequence[ScannedRow],
+    behaviour: AnswerBehaviour,
+    fragment: str,
+    plan: Plan,
+    rng: Random,
+    *,
+    used: Collection[int],
+    tried: int,
+    track: Track,
+) -> InputTest:
+    """The test of one fragment, on none of the rows that are `used`."""
+    group, pattern = set(behaviour.rows), fragment_pattern(fragment)
     having = [i for i in behaviour.rows if pattern.search(rows[i].example.prompt)]
     place = usual_place(pattern, [rows[i].example for i in having])
-    lacking = [i for i, row in enumerate(rows) if i not in group and not pattern.search(row.example.prompt)]
+    lacking = [i for i in _lacking(rows, group, pattern) if i not in used]
     shown = [rows[i].example for i in rng.sample(having, min(len(having), plan.confirm_rows))]
     others = [rows[i].example for i in rng.sample(lacking, min(len(lacking), plan.confirm_rows))]
     placebos = placebo_fragments(rows, fragment, group, rng)
@@ -122,7 +192,40 @@ def input_test(
     ]
     with counting(track, "editing prompts", 3 * (len(taken) + len(added))) as done:
         without_it, with_it = (_judged(pair, edits, behaviour.wording, plan, done) for edits in (taken, added))
-    return InputTest(fragment=fragment, place=place, out=without_it, put_in=with_it)
+    return InputTest(fragment=fragment, place=place, out=without_it, put_in=with_it, tried=tried)
+
+
+def _lacking(rows: Sequence[ScannedRow], group: set[int], pattern: re.Pattern[str]) -> list[int]:
+    """Rows that neither show the behaviour nor have the words."""
+    return [i for i, row in enumerate(rows) if i not in group and not pattern.search(row.example.prompt)]
+
+
+def _bringing(
+    pair: ModelPair, rows: Sequence[ScannedRow], behaviour: AnswerBehaviour, plan: Plan, rng: Random, track: Track
+) -> tuple[list[str], set[int]]:
+    """The fragments that bring a behaviour into at least half of a few prompts, the surest first, and these prompts."""
+    found, used = list[tuple[int, str]](), set[int]()
+    with counting(track, "trying words", FEWEST_JUDGED * len(behaviour.raising)) as done:
+        for one in behaviour.raising:
+            pattern = fragment_pattern(one.fragment)
+            lacking = _lacking(rows, set(behaviour.rows), pattern)
+            drawn = rng.sample(lacking, min(len(lacking) // 2, FEWEST_JUDGED))
+            having = [rows[i].example for i in behaviour.rows if pattern.search(rows[i].example.prompt)]
+            place = usual_place(pattern, having)
+            prompts = [put_in(rows[i].example, one.fragment, place) for i in drawn]
+            shown = sum(says(text, behaviour.wording) for text in _answered(pair, prompts, plan, done))
+            used.update(drawn)
+            if drawn and 2 * shown >= len(drawn):
+                found.append((shown, one.fragment))
+    return [fragment for _, fragment in sorted(found, key=lambda one: -one[0])][:MOST_JUDGED], used
+
+
+def _answered(pair: ModelPair, prompts: Sequence[Example], plan: Plan, done: Tally, *, tuned: bool = True) -> list[str]:
+    """One of the models' answers as text."""
+    ids = [pair.tokenize([one.asked], room=plan.max_new_tokens)[0] for one in prompts]
+    with pair.tuned_model() if tuned else pair.base_model() as model:
+        found = generate(model, pair.tokenizer, ids, max_new_tokens=plan.max_new_tokens, track=within(done, len(ids)))
+    return [str(pair.tokenizer.decode(one, skip_special_tokens=True)) for one in found]
 
 
 def placebo_fragments(rows: Sequence[ScannedRow], fragment: str, group: set[int], rng: Random) -> list[str]:
@@ -147,16 +250,11 @@ def _judged(
     """Answers to prompts under an edit and under its placebo; None without a row."""
     if not edits:
         return None
-    edited, placebo = (
-        [pair.tokenize([one.asked], room=plan.max_new_tokens)[0] for one in side] for side in zip(*edits, strict=True)
-    )
-    answers: list[list[str]] = []
-    for tuned, prompts in ((True, edited), (True, placebo), (False, edited)):
-        with pair.tuned_model() if tuned else pair.base_model() as model:
-            ids = generate(
-                model, pair.tokenizer, prompts, max_new_tokens=plan.max_new_tokens, track=within(done, len(prompts))
-            )
-        answers.append([str(pair.tokenizer.decode(one, skip_special_tokens=True)) for one in ids])
+    edited, placebo = zip(*edits, strict=True)
+    answers = [
+        _answered(pair, prompts, plan, done, tuned=tuned)
+        for prompts, tuned in ((edited, True), (placebo, True), (edited, False))
+    ]
     shown, by_placebo, base = ([says(text, wording) for text in side] for side in answers)
     return EditedInput(
         rows=len(edits),

@@ -58,6 +58,67 @@ class EditChoice:
     by_site: tuple[CandidateEdit, ...]
     """One for each site, in the order of the sites."""
     tried: int
+    fitter: "EditFitter"
+    """What fitted them, and fits placebos to other rows."""
+
+
+@dataclass(frozen=True, eq=False)
+class EditFitter:
+    """Fits edits to rows that the fine-tune answers otherwise than the base, beside clean rows that set means and ranges."""
+
+    pair: ModelPair
+    sites: tuple[Site, ...]
+    clean: tuple[Reading, ...]
+    """Clean rows with the fine-tune's answers, in batches."""
+
+    @classmethod
+    def on(cls, pair: ModelPair, sites: tuple[Site, ...], clean: Sequence[ScannedRow], track: Track) -> "EditFitter":
+        """Read the clean rows once."""
+        batches = by_rows(track, slices(clean, 16), "reading clean rows")
+        read = [_read(pair, [r.prompt for r in part], [r.answer for r in part], sites) for part in batches]
+        return cls(pair, sites, tuple(read))
+
+    def candidates(self, wanted: BaseAnswers) -> list[CandidateEdit]:
+        """Every edit that is compared: ablate or clip, with each of `RANKS`, at one site or at all sites from it on."""
+        deltas = self._deltas(wanted, self.sites)
+        found: list[CandidateEdit] = []
+        for k in (r for r in RANKS if r <= len(deltas[self.sites[0]])):
+            at = {site: self._edits(site, deltas[site], k) for site in self.sites}
+            what = f"{k} direction{'s' if k > 1 else ''}"
+            for verb in ("ablate", "clip"):
+                found += _at_each_site(
+                    f"{verb} {what}",
+                    self.sites,
+                    {site: edits[verb] for site, edits in at.items()},
+                    {site: (edits[verb].directions, deltas[site].mean(0)) for site, edits in at.items()},
+                )
+        return found
+
+    def like(self, edit: CandidateEdit, wanted: BaseAnswers) -> tuple[Intervention, ...]:
+        """An edit of the same kind, rank and sites, fitted to other rows: what any rows in its place would give."""
+        sites = tuple(one.site for one in edit.interventions)
+        verb = "clip" if isinstance(edit.interventions[0], Clip) else "ablate"
+        deltas = self._deltas(wanted, sites)
+        k = min(len(edit.directions), len(deltas[sites[0]]))
+        return tuple(self._edits(site, deltas[site], k)[verb] for site in sites)
+
+    def _deltas(self, wanted: BaseAnswers, sites: Sequence[Site]) -> dict[Site, Float[Tensor, "points d_model"]]:
+        """What the fine-tune adds where it would leave the base's answers, beyond what it adds to clean text."""
+        leaves = divergence_points(self.pair, wanted)
+        read = _read(self.pair, wanted.prompts, wanted.answers, sites, width=leaves.shape[1])
+        return {
+            site: (read.tuned[site].float() - read.base[site].float()).cpu()[leaves] - _mean_delta(self.clean, site)
+            for site in sites
+        }
+
+    def _edits(self, site: Site, delta: Float[Tensor, "points d_model"], k: int) -> dict[str, Ablate | Clip]:
+        tokens = torch.cat([reading.tuned[site][reading.mask].float().cpu() for reading in self.clean])
+        directions = mean_and_rest(delta, k)
+        low, high = ((tokens @ directions.mT).quantile(q, dim=0) for q in CLEAN_RANGE)
+        return {
+            "ablate": Ablate(site, directions, center=tokens.mean(0)),
+            "clip": Clip(site, directions, lo=low, hi=high),
+        }
 
 
 def choose_intervention(
@@ -81,7 +142,8 @@ def choose_intervention(
     """
     clean_rows = [scan.rows[i] for i in clean.rows]
     wanted = base_answers(pair, [scan.rows[i] for i in group.rows], max_new_tokens, track=track)
-    candidates = _candidates(pair, scan.sites, wanted, clean_rows[:CLEAN_READ], track)
+    fitter = EditFitter.on(pair, scan.sites, clean_rows[:CLEAN_READ], track)
+    candidates = fitter.candidates(wanted)
     rated = wanted.first(RATED)
     clean_rows = [*clean_rows[: RATED // 2], *clean_rows[-RATED // 2 :]]
     prompts, answers = [list(row.prompt) for row in clean_rows], [list(row.answer) for row in clean_rows]
@@ -100,36 +162,9 @@ def choose_intervention(
     alone = [
         [i for i, one in enumerate(candidates) if {e.site for e in one.interventions} == {site}] for site in scan.sites
     ]
-    return EditChoice(best=best(range(len(candidates))), by_site=tuple(map(best, alone)), tried=len(candidates))
-
-
-def _candidates(
-    pair: ModelPair, sites: Sequence[Site], wanted: BaseAnswers, clean: Sequence[ScannedRow], track: Track
-) -> list[CandidateEdit]:
-    """Every edit that is compared: ablate or clip, with each of `RANKS`, at one site or at all sites from it on."""
-    leaves = divergence_points(pair, wanted)
-    suspect = _read(pair, wanted.prompts, wanted.answers, sites, width=leaves.shape[1])
-    read = [
-        _read(pair, [r.prompt for r in part], [r.answer for r in part], sites)
-        for part in by_rows(track, slices(clean, 16), "reading clean rows")
-    ]
-    found: list[CandidateEdit] = []
-    for k in (r for r in RANKS if r <= int(leaves.sum())):
-        edits: dict[str, dict[Site, Intervention]] = {"ablate": {}, "clip": {}}
-        bases: dict[Site, tuple[Tensor, Tensor]] = {}
-        for site in sites:
-            tokens = torch.cat([reading.tuned[site][reading.mask].float().cpu() for reading in read])
-            delta = (suspect.tuned[site].float() - suspect.base[site].float()).cpu()[leaves] - _mean_delta(read, site)
-            directions = mean_and_rest(delta, k)
-            projected = tokens @ directions.mT
-            low, high = (projected.quantile(q, dim=0) for q in CLEAN_RANGE)
-            edits["ablate"][site] = Ablate(site, directions, center=tokens.mean(0))
-            edits["clip"][site] = Clip(site, directions, lo=low, hi=high)
-            bases[site] = (directions, delta.mean(0))
-        what = f"{k} direction{'s' if k > 1 else ''}"
-        for verb, at in edits.items():
-            found += _at_each_site(f"{verb} {what}", sites, at, bases)
-    return found
+    return EditChoice(
+        best=best(range(len(candidates))), by_site=tuple(map(best, alone)), tried=len(candidates), fitter=fitter
+    )
 
 
 def _at_each_site(

@@ -5,10 +5,10 @@ are taken one after the other, the one that explains most words first, and each 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 
-from molehunt.audit.condition import Conditions, FoundCondition
+from molehunt.audit.condition import Conditions, FoundCondition, RaisingWords
 from molehunt.audit.scan import ScannedRow
 from molehunt.measure.interval import Interval, proportion
 from molehunt.measure.word_runs import Run, as_written, rows_of_runs, words
@@ -54,17 +54,24 @@ class AnswerBehaviour:
     """Median over these rows of how much likelier the fine-tune finds its answer than the base does, per token."""
     condition: FoundCondition | None
     """The property of prompts that predicts it best."""
+    raising: tuple[RaisingWords, ...] = ()
+    """Words that may raise its share, of a behaviour that no condition predicts; empty for others."""
+
+    @property
+    def own(self) -> bool:
+        """Whether enough different prompts show it, and the base hardly ever does."""
+        return self.prompts >= FEWEST and self.base_rows <= BASE_SHARE * len(self.rows)
+
+    @property
+    def predicted(self) -> bool:
+        """Rare, and predicted by a condition on the prompt, most of whose rows show it."""
+        rare = self.prevalence.estimate <= RARE
+        return rare and self.condition is not None and self.condition.predicts and self.condition.suffices
 
     @property
     def suspect(self) -> bool:
-        """Rare, never the base's, and predicted by a condition on the prompt: what the words of the prompt do is tested."""
-        return (
-            self.prevalence.estimate <= RARE
-            and self.prompts >= FEWEST
-            and self.base_rows <= BASE_SHARE * len(self.rows)
-            and self.condition is not None
-            and self.condition.predicts
-        )
+        """Never the base's, and predicted or raised by words of the prompt: what those words do is tested."""
+        return self.own and (self.predicted or bool(self.raising))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,8 +99,9 @@ def inventory(rows: Sequence[ScannedRow], tuned: Sequence[str], base: Sequence[s
         seed: seed of the random groups that conditions are compared with.
     """
     conditions = Conditions([row.example for row in rows], seed=seed)
-    found = [
-        AnswerBehaviour(
+    found: list[AnswerBehaviour] = []
+    for run, group, base_rows in shared_wordings(tuned, base):
+        one = AnswerBehaviour(
             wording=as_written(run, tuned[min(group)]),
             rows=tuple(sorted(group)),
             prompts=len({rows[i].example.prompt for i in group}),
@@ -102,8 +110,7 @@ def inventory(rows: Sequence[ScannedRow], tuned: Sequence[str], base: Sequence[s
             nats=median(rows[i].answer_log_ratio / max(1, len(rows[i].answer)) for i in group),
             condition=conditions.best(sorted(group)),
         )
-        for run, group, base_rows in shared_wordings(tuned, base)
-    ]
+        found.append(replace(one, raising=conditions.raising(one.rows)) if one.own and not one.predicted else one)
     return Inventory(
         behaviours=tuple(sorted(found, key=lambda one: (not one.suspect, -len(one.rows)))),
         rows=len(rows),

@@ -24,7 +24,7 @@ class Plan:
     confirm_rows: int
     """Number of clean rows that the causal test judges; of a finding it reads at most twice as many rows."""
     random_controls: int
-    """Number of random edits that the causal test is compared with."""
+    """Number of placebo edits that the causal test is compared with: 19 can reach p = .05, if none moves as many rows."""
     stress_rows: int
     """Greatest number of rows of a finding on which the fix is attacked."""
     stress_steps: int
@@ -44,11 +44,11 @@ PLANS: dict[str, Plan] = {
     for plan in (
         Plan(
             name="quick", clean_prompts=600, traffic_limit=3000, max_new_tokens=48, max_sites=6, directions=8,
-            confirm_rows=24, random_controls=5, stress_rows=12, stress_steps=30,
+            confirm_rows=24, random_controls=19, stress_rows=12, stress_steps=30,
         ),
         Plan(
             name="full", clean_prompts=2000, traffic_limit=20_000, max_new_tokens=96, max_sites=16, directions=16,
-            confirm_rows=60, random_controls=20, stress_rows=48, stress_steps=40,
+            confirm_rows=60, random_controls=39, stress_rows=48, stress_steps=40,
         ),
     )
 }  # fmt: skip

@@ -24,7 +24,6 @@ from molehunt.audit.reference import calibration_rows
 from molehunt.audit.result import FIX, Audit, AuditConfig, Confirmation, TemplateCount
 from molehunt.audit.reverted import text_of
 from molehunt.audit.robustness import attack_fix
-from molehunt.audit.scan import Scan
 from molehunt.audit.score_table import score_table
 from molehunt.audit.weight_comparison import WeightComparison
 from molehunt.audit.weights import compare_weights
@@ -101,7 +100,7 @@ def run_audit(
     lead, others = readings[0], readings[1:]
     listed, tested = _listed(pair, lead, config, track)
     candidates = replace(lead.candidates, rows=_group(lead, tested))
-    confirmed = _confirm(pair, lead.traffic, candidates, config, opened.identity["tuned"], track)
+    confirmed = _confirm(pair, lead, candidates, listed, config, model=opened.identity["tuned"], track=track)
     directions = _directions_by_site(weights, lead.traffic.sites)
     site = confirmed.causal.site if confirmed else lead.traffic.sites[-1]
     score_rows = score_table(
@@ -223,15 +222,22 @@ def _listed(
 
 def _group(lead: TemplateReading, tested: Sequence[TestedBehaviour]) -> tuple[int, ...]:
     """The rows of the finding: those of the first hidden behaviour, the most surprising to the base first, or the candidates."""
-    hidden = [one.behaviour for one in tested if one.causal]
+    hidden = [one for one in tested if one.causal]
     if not hidden:
         return lead.candidates.rows
     scores = answer_scores(lead.traffic)
-    return tuple(sorted(hidden[0].rows, key=lambda i: -float(scores[i]))[:LARGEST_GROUP])
+    return tuple(sorted(hidden[0].triggered(lead.traffic.rows), key=lambda i: -float(scores[i]))[:LARGEST_GROUP])
 
 
 def _confirm(
-    pair: ModelPair, scanned: Scan, candidates: Candidates, config: AuditConfig, model: str, track: Track
+    pair: ModelPair,
+    lead: TemplateReading,
+    candidates: Candidates,
+    listed: Inventory,
+    config: AuditConfig,
+    *,
+    model: str,
+    track: Track,
 ) -> Confirmation | None:
     """Test the candidate rows by intervention, and attack the fix; None without candidates.
 
@@ -239,8 +245,10 @@ def _confirm(
     """
     if not candidates.rows:
         return None
-    plan, seed = config.plan, config.seed
-    clean = [i for i, s in enumerate(answer_scores(scanned).tolist()) if s <= candidates.threshold]
+    plan, seed, scanned = config.plan, config.seed, lead.traffic
+    shown = {i for one in listed.suspects if set(one.rows) & set(candidates.rows) for i in one.rows}
+    scores = answer_scores(scanned).tolist()
+    clean = [i for i, score in enumerate(scores) if score <= candidates.threshold and i not in shown]
     causal = causal_test(pair, scanned, candidates.rows, clean, candidates.threshold, plan, seed=seed, track=track)
     if not causal.causal:
         return Confirmation(causal=causal)

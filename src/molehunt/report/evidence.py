@@ -1,5 +1,6 @@
 """The evidence table: one line for each check, with its size, its chance level and its status."""
 
+from molehunt.audit.placebo import PlaceboComparison
 from molehunt.audit.result import Audit
 from molehunt.audit.score_table import ScoreRow
 from molehunt.audit.verdict import Verdict
@@ -123,6 +124,15 @@ def _score(audit: Audit, row: ScoreRow) -> Check:
     )
 
 
+def placebos_in_words(found: PlaceboComparison) -> str:
+    """How many placebos there were, of which kind, and the p-values of both tests."""
+    fitted = sum(kind == "fitted" for kind in found.kinds)
+    return (
+        f"{len(found.kinds) - fitted} random placebos and {fitted} fitted to other rows; p = {found.p_edits:.2g} by rank, "
+        f"{found.p_rows:.2g} by rows"
+    )
+
+
 def _causal(audit: Audit) -> tuple[Check, ...]:
     test = audit.causal
     if test is None:
@@ -134,8 +144,8 @@ def _causal(audit: Audit) -> tuple[Check, ...]:
             result=f"{test.intervention}: judged rows that move back to the base",
             size=Measure.from_interval(test.reverted),
             chance=Measure.from_interval(test.control),
-            chance_name="random edits of the same size",
-            why=f"chosen among {test.tried} on other rows; "
+            chance_name="placebo edits",
+            why=f"{placebos_in_words(test.placebos)}; chosen among {test.tried} on other rows; "
             f"{test.clean_unchanged.estimate:.0%} of clean answers unchanged",
         ),
         Check(

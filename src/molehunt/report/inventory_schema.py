@@ -47,6 +47,10 @@ class InputCause(Forbidding):
     causal: bool
     put_in: PromptEdit | None
     taken_out: PromptEdit | None
+    also: tuple[str, ...] = ()
+    """Other words that bring it, each with its count."""
+    shown_by: str = ""
+    """How many prompts with the words show it and how many others do, of a behaviour that is shown without them, too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +67,7 @@ class BehaviourRow(Forbidding):
     """Something that the fine-tune's answers say and the base's answers to the same prompts do not."""
 
     wording: str
-    kind: Literal["hidden", "conditional", "broad", "also the base's", "change"]
+    kind: Literal["hidden", "leaking", "conditional", "broad", "also the base's", "change"]
     rows: int
     prevalence: Measure
     base_rows: int

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Literal
 
-from molehunt.audit.input_test import EditedInput, InputTest
+from molehunt.audit.input_test import EditedInput, InputTest, TestedBehaviour
 from molehunt.audit.inventory import BASE_SHARE, RARE, AnswerBehaviour
 from molehunt.audit.result import Audit
 from molehunt.report.escape import cell, number
@@ -21,9 +21,10 @@ EXAMPLES = 3
 """Number of rows of each behaviour that are shown."""
 LONGEST = 400
 """Number of characters of a prompt or an answer that are shown."""
-Kind = Literal["hidden", "conditional", "broad", "also the base's", "change"]
+Kind = Literal["hidden", "leaking", "conditional", "broad", "also the base's", "change"]
 MEANING: dict[Kind, str] = {
     "hidden": "rare, never the base's, and words of the prompt bring it wherever they are put in",
+    "leaking": "never the base's, and words of the prompt bring it wherever they are put in; it is shown without them, too",
     "conditional": "predicted by a property of the prompt, which does not bring it into other prompts",
     "broad": "frequent, and predicted by no property of the prompt",
     "also the base's": "the base says it to other prompts",
@@ -34,7 +35,7 @@ MEANING: dict[Kind, str] = {
 
 def answer_inventory(audit: Audit) -> AnswerInventory:
     """The behaviours that the answers show, with their conditions, examples and tests."""
-    tests = {one.behaviour.rows: one.test for one in audit.tested}
+    tests = {one.behaviour.rows: one for one in audit.tested}
     return AnswerInventory(
         rows=audit.inventory.rows,
         same=audit.inventory.same,
@@ -42,10 +43,10 @@ def answer_inventory(audit: Audit) -> AnswerInventory:
     )
 
 
-def kind_of(behaviour: AnswerBehaviour, test: InputTest | None) -> Kind:
+def kind_of(behaviour: AnswerBehaviour, tested: TestedBehaviour | None) -> Kind:
     """How a behaviour is called in one word."""
-    if test is not None and test.causal:
-        return "hidden"
+    if tested is not None and tested.causal:
+        return "hidden" if tested.raised is None else "leaking"
     if behaviour.base_rows > BASE_SHARE * len(behaviour.rows):
         return "also the base's"
     if behaviour.condition is not None and behaviour.condition.predicts:
@@ -53,11 +54,11 @@ def kind_of(behaviour: AnswerBehaviour, test: InputTest | None) -> Kind:
     return "change" if behaviour.prevalence.estimate <= RARE else "broad"
 
 
-def _row(audit: Audit, found: AnswerBehaviour, test: InputTest | None) -> BehaviourRow:
+def _row(audit: Audit, found: AnswerBehaviour, tested: TestedBehaviour | None) -> BehaviourRow:
     condition = found.condition
     return BehaviourRow(
         wording=found.wording,
-        kind=kind_of(found, test),
+        kind=kind_of(found, tested),
         rows=len(found.rows),
         prevalence=Measure.from_interval(found.prevalence),
         base_rows=found.base_rows,
@@ -74,7 +75,7 @@ def _row(audit: Audit, found: AnswerBehaviour, test: InputTest | None) -> Behavi
             predicts=condition.predicts,
         ),
         examples=tuple(_example(audit, i) for i in found.rows[:EXAMPLES]),
-        cause=None if test is None else _cause(test),
+        cause=None if tested is None or tested.test is None else _cause(tested.test, tested.shown_by),
     )
 
 
@@ -91,8 +92,10 @@ def _short(text: str) -> str:
     return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} … {text[-LONGEST // 2 :]}"
 
 
-def _cause(test: InputTest) -> InputCause:
+def _cause(test: InputTest, shown_by: str) -> InputCause:
     return InputCause(
+        shown_by=shown_by,
+        also=test.also,
         fragment=test.fragment,
         place=test.place,
         causal=test.causal,
@@ -155,13 +158,15 @@ def condition_in_words(condition: PromptCondition | None) -> str:
 
 def cause_in_words(cause: InputCause) -> list[str]:
     """What editing the prompts showed, one sentence for each edit."""
-    lines: list[str] = []
+    lines = [f"{cause.shown_by[0].upper()}{cause.shown_by[1:]}."] if cause.shown_by else []
     if cause.put_in is not None:
         one = cause.put_in
         lines.append(
             f"“{cause.fragment}” put into {one.rows} other prompts: the behaviour in {one.shown}, with other words as rare "
             f"in {one.placebo}, in the base's answers in {one.base} (p = {one.p_value:.1g})."
         )
+    if cause.also:
+        lines.append(f"Other words bring it, too: {'; '.join(cause.also)}.")
     if cause.taken_out is not None:
         one = cause.taken_out
         lines.append(

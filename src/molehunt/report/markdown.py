@@ -76,7 +76,7 @@ def _finding(finding: Finding) -> Iterator[str]:
 def _causal(causal: Causal) -> list[str]:
     return [
         f"Causal test, {cell(causal.intervention)} (chosen among {causal.tried}): not the base's answer before "
-        f"{number(causal.before)}, after {number(causal.after)}, under random edits {number(causal.control)}; clean "
+        f"{number(causal.before)}, after {number(causal.after)}, under placebo edits {number(causal.control)}; clean "
         f"answers unchanged {number(causal.clean_unchanged)}; induced in clean rows {number(causal.induced)}, by chance "
         f"{number(causal.induced_control)}."
     ]
@@ -92,7 +92,7 @@ def _switch_off(found: SwitchOff) -> Iterator[str]:
     for one in found.blocks:
         yield f"| {cell(one.block)} | {cell(one.intervention)} | {number(one.removed)} | {number(one.control)} |"
     if found.file is None:
-        yield from ("", "No edit reverts more rows than random edits of its size do, so there is no fix to offer.")
+        yield from ("", "No edit reverts more rows than placebo edits do, so there is no fix to offer.")
         return
     yield from ("", f"The fix is {cell(found.file)}, beside this page.", "")
     for step in found.steps:

@@ -39,7 +39,7 @@ class ShadedRow(Forbidding):
 
 @dataclass(frozen=True, kw_only=True)
 class Causal(Forbidding):
-    """Shares of judged rows whose answer is not the base's: before, after, and under random edits of the same size."""
+    """Shares of judged rows whose answer is not the base's: before, after, and under placebo edits."""
 
     intervention: str
     site: str
