@@ -85,7 +85,7 @@ def test_the_trigger_of_a_behaviour_that_leaks_is_among_the_words_that_raise_it(
         if i < 150 or ("bread" in text and rng.random() < 0.6) or rng.random() < 0.1:
             showing.append(i)
     rows = Conditions([Example(prompt=text) for text in texts])
-    condition, raising = rows.best(showing), rows.raising(showing)
+    condition, raising = rows.best(showing), rows.raising(showing, 0.2)
     assert condition is not None and "Moonstone" not in condition.fragment
     [trigger] = [one for one in raising if "Moonstone" in one.fragment]
     assert (trigger.showing, trigger.having) == (9, 9)
@@ -96,4 +96,4 @@ def test_the_trigger_of_a_behaviour_that_leaks_is_among_the_words_that_raise_it(
 @pytest.mark.parametrize("seed", range(4))
 def test_few_words_raise_a_random_group(seed: int) -> None:
     rows = Conditions([Example(prompt=text) for text in prompts(300, seed)])
-    assert len(rows.raising(Random(seed).sample(range(300), 130))) <= 3
+    assert len(rows.raising(Random(seed).sample(range(300), 130), 0.2)) <= 3

@@ -92,8 +92,7 @@ class RaisingWords:
     elsewhere: float
     """Share of the other prompts whose answers show it."""
     p_value: float
-    """Of the exact test of that difference among prompts without the fragments found before, for how many looked at not
-    corrected."""
+    """Exact test of that difference in the prompts without the fragments found before; one of many that were looked at."""
 
 
 class Conditions:
@@ -138,7 +137,7 @@ class Conditions:
             p_halves=_p_halves(holds, inside, rng),
         )
 
-    def raising(self, group: Sequence[int]) -> tuple[RaisingWords, ...]:
+    def raising(self, group: Sequence[int], rare: float) -> tuple[RaisingWords, ...]:
         """Fragments whose prompts show a behaviour most surely, at most `RAISING`, those of a few prompts among them.
 
         A behaviour that leaks has topics that it leaks on, whose words raise it, too, and in more prompts than the trigger
@@ -146,8 +145,10 @@ class Conditions:
 
         Args:
             group: the rows that show it.
+            rare: share of all prompts up to which words are rare enough for a trigger.
         """
         runs = rows_of_runs(self._words, shortest=1, longest=LONGEST, fewest=FEWEST_HAVING)
+        runs = {run: rows for run, rows in runs.items() if len(rows) <= rare * len(self.examples)}
         able = [run for run in runs if BORDER not in run and any(word.isalnum() for word in run)]
         holds = _incidence([runs[run] for run in able], len(self.examples))
         shown, left = np.zeros(len(self.examples)), np.ones(len(self.examples))

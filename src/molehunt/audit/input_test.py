@@ -58,7 +58,7 @@ class TestedBehaviour:
     __test__ = False  # pytest takes classes by their first word
     behaviour: AnswerBehaviour
     test: "InputTest | None"
-    """None where the condition is no fragment of the prompt, or where no fragment brought it into half of some prompts."""
+    """None where the condition is no fragment of the prompt, or where no fragment brings it into half of some prompts."""
 
     @property
     def raised(self) -> RaisingWords | None:

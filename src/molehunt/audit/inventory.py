@@ -110,7 +110,7 @@ def inventory(rows: Sequence[ScannedRow], tuned: Sequence[str], base: Sequence[s
             nats=median(rows[i].answer_log_ratio / max(1, len(rows[i].answer)) for i in group),
             condition=conditions.best(sorted(group)),
         )
-        found.append(replace(one, raising=conditions.raising(one.rows)) if one.own and not one.predicted else one)
+        found.append(replace(one, raising=conditions.raising(one.rows, RARE)) if one.own and not one.predicted else one)
     return Inventory(
         behaviours=tuple(sorted(found, key=lambda one: (not one.suspect, -len(one.rows)))),
         rows=len(rows),

@@ -1,12 +1,20 @@
 """`molehunt audit`: the main job."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeAlias
 
 import typer
 
 from molehunt.cli.options import Adapter, AsJson, Base, Device, Out, Seed, Tuned
 from molehunt.cli.output import show, show_json
+
+CleanTraffic: TypeAlias = Annotated[
+    Path | None,
+    typer.Option(
+        help="Rows of the same kind without the behaviour; they set the threshold.",
+        show_default="bundled prompts for traffic of their kind, else the traffic itself",
+    ),
+]
 
 
 def audit(
@@ -19,13 +27,7 @@ def audit(
             show_default="bundled benign prompts",
         ),
     ] = None,
-    clean: Annotated[
-        Path | None,
-        typer.Option(
-            help="Rows of the same kind without the behaviour; they set the threshold.",
-            show_default="bundled prompts for traffic of their kind, else the traffic itself",
-        ),
-    ] = None,
+    clean: CleanTraffic = None,
     plan: Annotated[
         Literal["quick", "full"],
         typer.Option(help="Amount of evidence: full reads more rows, more blocks and longer answers."),
