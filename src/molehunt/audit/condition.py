@@ -34,6 +34,8 @@ FEWEST_HAVING = 5
 """Least number of prompts with the words that may raise a behaviour."""
 RAISING = 16
 """Greatest number of fragments of which it is tested whether they raise a behaviour."""
+MOST_EXPLAINING = 3 * RAISING
+"""Greatest number of fragments, common ones among them, that are taken one after the other."""
 RAISING_P = 1e-3
 """p-value up to which a fragment is tested: a screen, since the test on edited prompts decides."""
 DRAWS = 199
@@ -142,42 +144,43 @@ class Conditions:
 
         A behaviour that leaks has topics that it leaks on, whose words raise it, too, and in more prompts than the trigger
         does. So each fragment is the one with the highest lower limit of its share, in the prompts without those before it.
+        What a common fragment explains needs no trigger: its prompts are left out, and it is not listed.
 
         Args:
             group: the rows that show it.
             rare: share of all prompts up to which words are rare enough for a trigger.
         """
         runs = rows_of_runs(self._words, shortest=1, longest=LONGEST, fewest=FEWEST_HAVING)
-        runs = {run: rows for run, rows in runs.items() if len(rows) <= rare * len(self.examples)}
         able = [run for run in runs if BORDER not in run and any(word.isalnum() for word in run)]
+        if not able:
+            return ()
         holds = _incidence([runs[run] for run in able], len(self.examples))
         shown, left = np.zeros(len(self.examples)), np.ones(len(self.examples))
         shown[list(group)] = 1
         found: list[RaisingWords] = []
-        while able and len(found) < RAISING:
+        for _ in range(MOST_EXPLAINING):
             having, showing = holds @ left, holds @ (left * shown)
             rows, total = int(left.sum()), int((left * shown).sum())
             p_values = hypergeom.sf(showing - 1, rows, total, having)
             passed = (
                 (having >= FEWEST_HAVING) & (having < rows) & (p_values <= RAISING_P) & (showing >= SUFFICIENT * having)
             )
-            if not passed.any():
+            if not passed.any() or len(found) == RAISING:
                 break
             lowest = np.where(passed, beta.ppf(0.05, np.maximum(showing, 1), having - showing + 1), -1.0)
             at = max(np.flatnonzero(lowest > lowest.max() - 1e-9), key=lambda i: _clearness(able[i]))
             meets, everywhere = holds[[at]].toarray()[0], runs[able[at]]
             both = len(everywhere & set(group))
-            found.append(
-                RaisingWords(
-                    fragment=as_written(able[at], self.examples[int(np.flatnonzero(meets * left * shown)[0])].prompt),
-                    showing=both,
-                    having=len(everywhere),
-                    elsewhere=(len(group) - both) / (len(self.examples) - len(everywhere)),
-                    p_value=float(p_values[at]),
-                )
+            one = RaisingWords(
+                fragment=as_written(able[at], self.examples[int(np.flatnonzero(meets * left * shown)[0])].prompt),
+                showing=both,
+                having=len(everywhere),
+                elsewhere=(len(group) - both) / (len(self.examples) - len(everywhere)),
+                p_value=float(p_values[at]),
             )
+            found += [one] if len(everywhere) <= rare * len(self.examples) else []
             left = left * (1 - meets)
-        return tuple(words for words in found if words.fragment)
+        return tuple(one for one in found if one.fragment)
 
     def _written(self, name: Run | str, named: Mapping[Run | str, frozenset[int]], group: set[int]) -> str:
         """The fragment as it is written, without words at its ends that other prompts have, too, and that add nothing."""

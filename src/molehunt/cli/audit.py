@@ -8,6 +8,13 @@ import typer
 from molehunt.cli.options import Adapter, AsJson, Base, Device, Out, Seed, Tuned
 from molehunt.cli.output import show, show_json
 
+AuditTraffic: TypeAlias = Annotated[
+    Path | None,
+    typer.Option(
+        help="File of prompts or conversations (JSONL, JSON, CSV, parquet; - for stdin), without labels.",
+        show_default="bundled benign prompts",
+    ),
+]
 CleanTraffic: TypeAlias = Annotated[
     Path | None,
     typer.Option(
@@ -20,13 +27,7 @@ CleanTraffic: TypeAlias = Annotated[
 def audit(
     base: Base,
     tuned: Tuned,
-    traffic: Annotated[
-        Path | None,
-        typer.Option(
-            help="File of prompts or conversations (JSONL, JSON, CSV, parquet; - for stdin), without labels.",
-            show_default="bundled benign prompts",
-        ),
-    ] = None,
+    traffic: AuditTraffic = None,
     clean: CleanTraffic = None,
     plan: Annotated[
         Literal["quick", "full"],
