@@ -41,7 +41,7 @@ def scanned(scores: torch.Tensor, direction: torch.Tensor | None = None, shown: 
     acts = {name: torch.randn(len(rows), 1, 8, generator=torch.Generator().manual_seed(3)) for name in KEPT}
     if direction is not None:
         for name in KEPT:
-            if name.startswith("tuned"):
+            if name.startswith("delta"):
                 acts[name][len(rows) - shown :] += 20 * direction
     return Scan(rows=rows, acts=acts, sites=(Site(0),))
 
@@ -88,6 +88,18 @@ def test_without_rows_that_stand_far_above_there_is_no_candidate() -> None:
         traffic = scanned(drawn(500, 1, scale))
         found = reference_for(traffic, None, "the traffic itself", fpr=0.01, seed=0)
         assert find_candidates(traffic, found.thresholds, found.scan, fpr=found.fpr, seed=0).rows == ()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_an_offset_that_all_rows_have_is_no_common_direction(seed: int) -> None:
+    """Rows far above the threshold whose differences are noise around what the fine-tune does to every row."""
+    scores = torch.cat([drawn(300, seed), torch.full((12,), 200.0)])
+    clean, traffic = scanned(drawn(300, 50 + seed)), scanned(scores, torch.ones(8), len(scores))
+    limits = reference_for(traffic, clean, "clean rows", fpr=0.01, seed=0)
+    found = find_candidates(traffic, limits.thresholds, clean, fpr=0.01, seed=seed)
+    assert found.above >= 12 and found.alignment > 0.9 and found.p_alignment > 0.01 and found.rows == ()
+    apart = scanned(scores, torch.ones(8), 12)
+    assert set(find_candidates(apart, limits.thresholds, clean, fpr=0.01, seed=seed).rows) == set(range(300, 312))
 
 
 def test_clean_rows_are_used_while_the_traffic_scores_like_them() -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from molehunt.audit import scan as module
 from molehunt.audit.causal import causal_test
@@ -88,6 +89,26 @@ def test_rows_of_an_earlier_run_are_shown_as_done_from_the_start(
     again = scanned(pair, longer, tmp_path, track)
     assert (track.last.start, track.last.done, track.last.total) == (40, 50, 90)
     assert [row.answer for row in again.rows[:40]] == [row.answer for row in whole.rows[:40]]
+
+
+def test_a_difference_far_below_the_rounding_of_activations_is_kept(tmp_path: Path) -> None:
+    """A fine-tune of a thousandth: activations rounded to bf16 before they are subtracted would differ by rounding alone."""
+    changed = ModelPair.load(seed_path("seed-s"), seed_path("seed-s"))
+    with changed.tuned_model() as model, torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "down_proj" in name:
+                weight.mul_(1.001)
+    rows = benign_prompts(6, seed=2)
+    found = scanned(changed, rows, tmp_path, WatchedTrack())
+    reading = changed.read(
+        [list(row.prompt) for row in found.rows], [list(row.answer) for row in found.rows], sites=found.sites
+    )
+    for site in found.sites:
+        for i, row in enumerate(found.rows):
+            wanted = (reading.tuned[site][i, row.decision] - reading.base[site][i, row.decision]).float()
+            kept = found.delta("decision", site)[i]
+            assert 0 < float(wanted.norm()) < 0.01 * float(found.at("tuned", "decision", site)[i].norm())
+            assert float((kept - wanted).norm() / wanted.norm()) < 0.01
 
 
 def test_a_damaged_unit_and_equal_units_leave_the_count_right(

@@ -5,7 +5,7 @@ Every threshold comes from clean prompts; a row's tag is never read.
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 
 import torch
@@ -26,6 +26,10 @@ SMALLEST_GROUP = 5
 """Number of rows that one finding needs: fewer cannot be split into rows that choose and rows that judge."""
 ALIGNED = 0.2
 """Cosine with the other rows' mean difference under which a row leaves the group."""
+ALIGNED_P = 0.01
+"""p-value up to which rows point in one direction more than any rows of this fine-tune do."""
+DRAWS = 199
+"""Number of random groups that the alignment is ranked among."""
 LARGEST_EXCLUDED_SHARE = 0.1
 """Greatest share of the clean prompts that may be excluded from calibration."""
 LARGEST_GROUP = 200
@@ -60,9 +64,9 @@ class Candidates:
     site: Site
     position: str
     alignment: float
-    """Mean cosine of the group's activation differences with the mean of the others; 0 without a group."""
-    chance_alignment: float
-    """Mean cosine of as many random rows."""
+    """Mean cosine of each activation difference over the alarm with the mean of the others; 0 without such rows."""
+    p_alignment: float
+    """Share of random groups of rows below the alarm, this one counted, that align as much at any position and site."""
 
 
 def find_candidates(traffic: Scan, clean: Calibrate[float], delta_mean: Scan, *, fpr: float, seed: int) -> Candidates:
@@ -73,7 +77,7 @@ def find_candidates(traffic: Scan, clean: Calibrate[float], delta_mean: Scan, *,
         clean: answer log ratios of clean prompts.
         delta_mean: clean rows whose mean activation difference is subtracted: what the fine-tune does everywhere.
         fpr: false-positive rate of the threshold, per row.
-        seed: seed of the random rows that alignment is compared with.
+        seed: seed of the random groups that alignment is compared with.
 
     Raises:
         NotTestable: too few clean rows for this rate.
@@ -84,31 +88,57 @@ def find_candidates(traffic: Scan, clean: Calibrate[float], delta_mean: Scan, *,
     order = scores.argsort(descending=True, stable=True)
     over = [i for i in order.tolist() if scores[i] > alarm][:LARGEST_GROUP]
     fifth = float(scores[order[SMALLEST_GROUP - 1]]) if len(scores) >= SMALLEST_GROUP else 0.0
-    best: tuple[float, str, Site, list[int]] = (0.0, "decision", traffic.sites[0], [])
-    if len(over) >= SMALLEST_GROUP:
-        for position in ("decision", "peak"):
-            for site in traffic.sites:
-                difference = traffic.delta(position, site) - delta_mean.delta(position, site).mean(0)
-                cosine = alignment(difference[over])
-                if float(cosine.mean()) > best[0]:
-                    kept = [i for i, c in zip(over, cosine.tolist(), strict=True) if c >= ALIGNED]
-                    best = (float(cosine.mean()), position, site, kept)
-    aligned, position, site, group = best
-    group = group if len(group) >= SMALLEST_GROUP else []
-    difference = traffic.delta(position, site) - delta_mean.delta(position, site).mean(0)
-    rng = Random(seed)
-    random = rng.sample(range(len(scores)), min(len(scores), max(len(group), SMALLEST_GROUP)))
+    found = _most_aligned(traffic, delta_mean, over, Random(seed)) if len(over) >= SMALLEST_GROUP else _Alignment()
+    group = [i for i, cosine in zip(over, found.cosines, strict=False) if cosine >= ALIGNED]
+    common = len(group) >= SMALLEST_GROUP and found.p_value <= ALIGNED_P
     return Candidates(
         threshold=threshold,
         alarm=alarm,
         above=int((scores > threshold).sum()),
-        rows=tuple(group),
+        rows=tuple(group) if common else (),
         strength=fifth / max(threshold, LEAST_NATS / ALARM),
-        site=site,
-        position=position,
-        alignment=aligned if group else 0.0,
-        chance_alignment=float(alignment(difference[random]).mean()) if len(random) > 1 else 0.0,
+        site=found.site or traffic.sites[0],
+        position=found.position,
+        alignment=found.mean,
+        p_alignment=found.p_value,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Alignment:
+    """Where some rows' differences point most in one direction, and how often as many random rows do so anywhere."""
+
+    cosines: tuple[float, ...] = ()
+    """Of each row with the mean of the others."""
+    position: str = "decision"
+    site: Site | None = None
+    p_value: float = 1.0
+
+    @property
+    def mean(self) -> float:
+        return sum(self.cosines) / len(self.cosines) if self.cosines else 0.0
+
+
+def _most_aligned(traffic: Scan, delta_mean: Scan, over: Sequence[int], rng: Random) -> _Alignment:
+    """The position and site at which the rows `over` the alarm align most.
+
+    What the fine-tune does everywhere aligns any rows, so the alignment is ranked among those of `DRAWS` groups of as many
+    rows below the alarm, each at the position and site that suit it best.
+    """
+    below = [i for i in range(len(traffic.rows)) if i not in set(over)]
+    below = below if len(below) >= len(over) else list(range(len(traffic.rows)))
+    draws = [rng.sample(below, len(over)) for _ in range(DRAWS)]
+    by_chance, best = torch.zeros(DRAWS), _Alignment()
+    for position in ("decision", "peak"):
+        for site in traffic.sites:
+            difference = traffic.delta(position, site) - delta_mean.delta(position, site).mean(0)
+            cosine = alignment(difference[over])
+            drawn = torch.stack([alignment(difference[rows]).mean() for rows in draws])
+            by_chance = torch.maximum(by_chance, drawn)
+            if float(cosine.mean()) > best.mean:
+                best = _Alignment(cosines=tuple(cosine.tolist()), position=position, site=site)
+    as_much = int((by_chance >= best.mean).sum())
+    return replace(best, p_value=(1 + as_much) / (1 + DRAWS))
 
 
 def excluded_rows(clean: Float[Tensor, " n"], fpr: float) -> tuple[int, ...]:

@@ -29,7 +29,8 @@ from molehunt.run.unit import Units, unit_key
 from molehunt.site import Site
 from molehunt.traffic.example import Example
 
-KEPT = tuple(f"{model}.{position}" for model in ("tuned", "base") for position in ("decision", "peak", "generated"))
+KEPT = tuple(f"{model}.{position}" for model in ("tuned", "delta") for position in ("decision", "peak", "generated"))
+"""Activations that are stored in bf16. Differences are taken before that: they are far smaller than what they differ in."""
 CHUNK = 256
 """Number of rows in one unit of work."""
 LOGIT_BYTES = 256 * 2**20
@@ -80,12 +81,14 @@ class Scan:
 
     rows: tuple[ScannedRow, ...]
     acts: Mapping[str, Float[Tensor, "rows sites d_model"]]
-    """Keys join `tuned` or `base` with `decision`, `peak` or `generated` (a mean), such as `tuned.peak`."""
+    """Keys join `tuned` or `delta` (tuned minus base) with `decision`, `peak` or `generated` (a mean), such as `tuned.peak`."""
     sites: tuple[Site, ...]
 
     def at(self, model: str, position: str, site: Site) -> Float[Tensor, "rows d_model"]:
         """Activations of `model` (tuned, base) at `position` (decision, peak, generated) of every row, in fp32."""
-        return self.acts[f"{model}.{position}"][:, self.sites.index(site)].float()
+        at = self.sites.index(site)
+        tuned = self.acts[f"tuned.{position}"][:, at].float()
+        return tuned if model == "tuned" else tuned - self.delta(position, site)
 
     def part(self, rows: Sequence[int]) -> "Scan":
         """The rows of these numbers, in that order."""
@@ -95,7 +98,7 @@ class Scan:
 
     def delta(self, position: str, site: Site) -> Float[Tensor, "rows d_model"]:
         """Activations of the tuned model minus those of the base."""
-        return self.at("tuned", position, site) - self.at("base", position, site)
+        return self.acts[f"delta.{position}"][:, self.sites.index(site)].float()
 
     def reading(self, position: str) -> Reading:
         """The stored activations as a reading of one-token rows, so that any detector without logits can score them."""
@@ -241,14 +244,14 @@ def _rows_of(reading: Reading, sites: tuple[Site, ...], detectors: Sequence[Dete
     peak = kl.masked_fill(~answered, -1.0).argmax(1)
     share = answered / answered.sum(1, keepdim=True)
     index = torch.arange(len(kl), device=kl.device)
-    taken = {
-        f"{model}.{position}": torch.stack([acts[site][index, at] for site in sites], dim=1).cpu()
-        for model, acts in (("tuned", reading.tuned), ("base", reading.base))
-        for position, at in (("decision", reading.decision.to(kl.device)), ("peak", peak))
-    }
-    for model, acts in (("tuned", reading.tuned), ("base", reading.base)):
+    taken: dict[str, Tensor] = {}
+    for name, acts in (("tuned", reading.tuned), ("base", reading.base)):
+        for position, at in (("decision", reading.decision.to(kl.device)), ("peak", peak)):
+            taken[f"{name}.{position}"] = torch.stack([acts[site][index, at].float() for site in sites], dim=1).cpu()
         means = [torch.einsum("bpd,bp->bd", acts[site].float(), share.to(acts[site].device)) for site in sites]
-        taken[f"{model}.generated"] = torch.stack(means, dim=1).cpu()
+        taken[f"{name}.generated"] = torch.stack(means, dim=1).cpu()
+    for position in ("decision", "peak", "generated"):
+        taken[f"delta.{position}"] = taken[f"tuned.{position}"] - taken.pop(f"base.{position}")
     scores = {detector.name: detector.score(reading) for detector in detectors}
     lengths = reading.mask.sum(1).tolist()
     return [
