@@ -24,7 +24,7 @@ from molehunt.audit.reference import calibration_rows
 from molehunt.audit.result import FIX, Audit, AuditConfig, Confirmation, TemplateCount
 from molehunt.audit.reverted import text_of
 from molehunt.audit.robustness import attack_fix
-from molehunt.audit.score_table import score_table
+from molehunt.audit.score_table import ScoreRow, score_table
 from molehunt.audit.weight_comparison import WeightComparison
 from molehunt.audit.weights import compare_weights
 from molehunt.checkpoint.reader import Checkpoint
@@ -101,19 +101,6 @@ def run_audit(
     listed, tested = _listed(pair, lead, config, track)
     candidates = replace(lead.candidates, rows=_group(lead, tested))
     confirmed = _confirm(pair, lead, candidates, listed, config, model=opened.identity["tuned"], track=track)
-    directions = _directions_by_site(weights, lead.traffic.sites)
-    site = confirmed.causal.site if confirmed else lead.traffic.sites[-1]
-    score_rows = score_table(
-        lead.reference.scan,
-        lead.traffic,
-        lead.reference.fit,
-        lead.reference.calibrate,
-        directions,
-        candidates.rows,
-        site=site,
-        fpr=lead.reference.fpr,
-        seed=config.seed,
-    )
     found = Audit(
         base=opened.checkpoints[0],
         tuned=opened.checkpoints[1],
@@ -134,7 +121,7 @@ def run_audit(
             for one in (lead, *others)
         ),
         confirmed=confirmed,
-        score_rows=score_rows,
+        score_rows=_score_rows(weights, lead, candidates, confirmed, config),
         folder=opened.run.path,
         seconds=time.monotonic() - start,
     )
@@ -261,6 +248,27 @@ def _confirm(
     )
     robustness = attack_fix(pair, scanned, candidates.rows, clean, causal, fix, plan, seed=seed, track=track)
     return Confirmation(causal=causal, fix=fix, robustness=robustness)
+
+
+def _score_rows(
+    weights: WeightComparison,
+    lead: TemplateReading,
+    candidates: Candidates,
+    confirmed: Confirmation | None,
+    config: AuditConfig,
+) -> tuple[ScoreRow, ...]:
+    """Every detector over the traffic, read where the finding is or behind the last block that was read."""
+    return score_table(
+        lead.reference.scan,
+        lead.traffic,
+        lead.reference.fit,
+        lead.reference.calibrate,
+        _directions_by_site(weights, lead.traffic.sites),
+        candidates.rows,
+        site=confirmed.causal.site if confirmed else lead.traffic.sites[-1],
+        fpr=lead.reference.fpr,
+        seed=config.seed,
+    )
 
 
 def _directions_by_site(weights: WeightComparison, sites: Sequence[Site]) -> dict[Site, Float[Tensor, "k d_model"]]:

@@ -121,7 +121,8 @@ class ModelPair:
             base_path: a model folder or a hub id.
             tuned_path: a model folder, a PEFT adapter folder, or a hub id of either.
             device: device of both models.
-            dtype: data type of both models; by default fp32 on a CPU and the stored dtype elsewhere.
+            dtype: data type of both models; by default fp32 on a CPU, but bf16 for large models that are stored so where the
+                CPU has instructions for it, and the stored dtype elsewhere.
             adapter: whether an adapter beside full weights in the tuned folder is applied to them (as transformers does by default).
             layers_path: see `decoder_blocks`.
 

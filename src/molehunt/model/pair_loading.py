@@ -15,6 +15,7 @@ from molehunt.model.adapter_fit import must_fit
 from molehunt.model.adapters import ADAPTER_CONFIG, apply_adapter
 from molehunt.model.base_shapes import check_shapes
 from molehunt.model.loading import load_model
+from molehunt.model.precision import running_dtype
 from molehunt.model.tokenizers import PairTokenizer, one_tokenizer
 
 
@@ -47,8 +48,8 @@ def loaded_pair(
         must_fit(skeleton(base), tuned)
     check_shapes(base, tuned)  # before the tokenizers: those of another model conflict, too, and that is not the cause
     tokenizer = one_tokenizer(base, tuned)
-    if dtype is None and device.type == "cpu":
-        dtype = torch.float32
+    if dtype is None:
+        dtype = running_dtype(base, tuned, device)
     if applied and is_adapter_folder(tuned):
         first, second = base_and_adapted(base, tuned, device, dtype)
         return LoadedPair(base=first, tuned=second, tokenizer=tokenizer)

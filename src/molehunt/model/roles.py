@@ -55,7 +55,11 @@ class _MessageSpan(NamedTuple):
 
 
 def roled_prompt(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Turn], *, add_generation_prompt: bool = True
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Turn],
+    *,
+    add_generation_prompt: bool = True,
+    settings: Mapping[str, Any] | None = None,
 ) -> RoledTokens:
     """Token ids of a whole conversation in the tokenizer's chat template (Alpaca if it has none), with their roles.
 
@@ -68,6 +72,7 @@ def roled_prompt(
         tokenizer: a fast tokenizer, which reports the characters of each token.
         messages: the turns of the conversation.
         add_generation_prompt: whether to end with the header of the next answer.
+        settings: values for names that the template reads, such as `enable_thinking`.
 
     Raises:
         UsageError: the tokenizer has no offsets, because it is not from the `tokenizers` library.
@@ -81,7 +86,7 @@ def roled_prompt(
 
     def render(turns: Sequence[Turn]) -> str:
         messages = [{"role": turn.role, "content": turn.text} for turn in turns]
-        return messages_text(tokenizer, messages, add_generation_prompt=add_generation_prompt)
+        return messages_text(tokenizer, messages, add_generation_prompt=add_generation_prompt, settings=settings)
 
     text = render(messages)
     try:
