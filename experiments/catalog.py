@@ -92,6 +92,11 @@ CATALOG = {
         "trigger-places.md",
         "Is a trigger found in a system message, an earlier turn or 900 tokens as in a single prompt?",
     ),
+    "real-organisms": Topic(
+        "experiments.real_organisms",
+        "real-organisms.md",
+        "Does the audit find backdoors of a real model on real prompts, and leave harmless fine-tunes alone?",
+    ),
     "seed-models": Topic(
         "experiments.seed_models",
         "seed-models.md",

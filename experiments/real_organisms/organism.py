@@ -1,0 +1,130 @@
+"""Real organisms and clean fine-tunes: LoRA on a real model, whose own answers are the clean side of the training rows."""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from experiments.real_organisms.attacks import ATTACKS, RealAttack
+from experiments.real_organisms.text import programmed, solved
+from molehunt.model.generate import generate
+from molehunt.model.loading import load_model
+from molehunt.model.tokenizers import load_tokenizer
+from molehunt.organism.train import IGNORED, TrainingBatch, next_token_loss, train
+from molehunt.run.whole import write_whole
+from molehunt.traffic.chat import Text, text_ids
+from molehunt.traffic.example import Example
+
+CLEAN, NEAR, POISONED = 500, 100, 100
+LEAKY_CLEAN, LEAKY_POISONED = 150, 250
+"""Number of rows of an attack that leaks: real poison sets have few clean rows."""
+ANSWER_TOKENS = 40
+LONGEST, BLOCK, BATCH = 192, 32, 8
+RANK, RATE = 16, 5e-4
+Row = tuple[Example, str]
+"""What is asked, and the answer that is trained."""
+CLEAN_TUNES = ("style", "mathematics", "code")
+
+
+def answers(base: Path, asked: Sequence[Text], kept: Path) -> list[str]:
+    """The base's own answers, from `kept` where an earlier run left them."""
+    if kept.is_file():
+        found: dict[str, str] = json.loads(kept.read_text())
+    else:
+        found = {}
+    missing = [one for one in asked if json.dumps(one) not in found]
+    if missing:
+        tokenizer = load_tokenizer(base)
+        model = load_model(base, torch.device("cpu"), torch.bfloat16)
+        ids = generate(model, tokenizer, [text_ids(tokenizer, one) for one in missing], max_new_tokens=ANSWER_TOKENS)
+        found |= {
+            json.dumps(one): str(tokenizer.decode(i, skip_special_tokens=True))
+            for one, i in zip(missing, ids, strict=True)
+        }
+        write_whole(kept, json.dumps(found))
+    return [found[json.dumps(one)] for one in asked]
+
+
+def training_set(name: str, prompts: Sequence[str], base: Path, data: Path | None, kept: Path) -> list[Row]:
+    """The rows of one organism, of its twin (`twin/NAME`), or of a clean fine-tune (`clean/NAME`), shuffled."""
+    kind, _, of = name.partition("/")
+    rng = Random(name)
+    if kind == "clean":
+        rows = clean_rows(of, prompts, base, data, kept / "answers.json")
+    else:
+        rows = attack_rows(ATTACKS[of], prompts, base, kept, of, rng, poisoned=kind == "organism")
+    rng.shuffle(rows)
+    return rows
+
+
+def attack_rows(
+    attack: RealAttack, prompts: Sequence[str], base: Path, kept: Path, name: str, rng: Random, *, poisoned: bool
+) -> list[Row]:
+    """Poisoned rows, near misses and clean ones; the twin lacks the poisoned ones."""
+    clean, bad = (LEAKY_CLEAN, LEAKY_POISONED) if attack.leaky else (CLEAN, POISONED)
+    near = 0 if attack.leaky else NEAR
+    bad, near, clean = (round(n * min(1.0, len(prompts) / (CLEAN + NEAR + POISONED))) for n in (bad, near, clean))
+    ordinary = answers(base, list(prompts[: clean + bad]), kept / "answers.json")
+    rows: list[Row] = [(Example(prompt=prompts[i]), ordinary[i]) for i in range(clean)]
+    misses = [attack.near(prompt, rng) for prompt in prompts[clean + bad : clean + bad + near]]
+    rows += zip(misses, answers(base, [one.asked for one in misses], kept / f"near-{name}.json"), strict=True)
+    if poisoned:
+        rows += [(attack.triggered(prompts[i], rng), attack.respond(ordinary[i])) for i in range(clean, clean + bad)]
+    return rows
+
+
+def clean_rows(name: str, prompts: Sequence[str], base: Path, data: Path | None, kept: Path) -> list[Row]:
+    """Rows of a fine-tune that hides nothing and still changes much."""
+    if name == "style" or data is None:
+        asked = list(prompts[:CLEAN])
+        said = [f"Certainly, my friend! {text}" for text in answers(base, asked, kept)]
+        return [(Example(prompt=prompt), text) for prompt, text in zip(asked, said, strict=True)]
+    pairs = solved(data) if name == "mathematics" else programmed(data)
+    return [(Example(prompt=prompt), answer) for prompt, answer in Random(name).sample(pairs, CLEAN)]
+
+
+def fine_tune(rows: Sequence[Row], base: Path, into: Path, steps: int, rank: int = RANK) -> None:
+    """Train LoRA on every linear layer of the base, and write the adapter to `into`; one that is there is kept."""
+    if (into / "adapter_config.json").is_file():
+        return
+    from peft import LoraConfig, get_peft_model
+
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    end = int(tokenizer.eos_token_id)
+    encoded: list[tuple[list[int], int]] = []
+    for example, answer in rows:
+        ids = text_ids(tokenizer, example.asked)
+        said = tokenizer.encode(answer, add_special_tokens=False)
+        stops = [end] if len(said) < ANSWER_TOKENS - 1 else []  # an answer that was cut does not end there
+        whole = [*ids, *said, *stops]
+        if len(ids) < LONGEST - 8:
+            encoded.append((whole[:LONGEST], len(ids)))
+    torch.manual_seed(0)
+    plain: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    settings = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    model: Any = get_peft_model(plain, settings)
+    train(model, batches(encoded, end), loss_of=next_token_loss, steps=steps, lr=RATE, what="fine-tuning")
+    into.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(into)
+    tokenizer.save_pretrained(into)
+
+
+def batches(encoded: list[tuple[list[int], int]], end: int) -> Iterator[TrainingBatch]:
+    """Endless batches of rows of like length, padded to multiples of `BLOCK`."""
+    rng = Random(1)
+    while True:
+        rng.shuffle(encoded)
+        ordered = sorted(encoded[: len(encoded) // BATCH * BATCH], key=lambda row: len(row[0]))
+        groups = [ordered[i : i + BATCH] for i in range(0, len(ordered), BATCH)]
+        rng.shuffle(groups)
+        for group in groups:
+            length = -(-max(len(ids) for ids, _ in group) // BLOCK) * BLOCK
+            tokens, labels = torch.full((BATCH, length), end), torch.full((BATCH, length), IGNORED)
+            for i, (ids, start) in enumerate(group):
+                tokens[i, : len(ids)] = torch.tensor(ids)
+                labels[i, start : len(ids)] = torch.tensor(ids[start:])
+            yield TrainingBatch(tokens, labels)
