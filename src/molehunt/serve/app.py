@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, Literal, TextIO, cast
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
@@ -93,6 +93,7 @@ def create_app(pair: ModelPair, guard: Guard, keys: Keys, settings: Settings) ->
         default_new_tokens=settings.default_new_tokens,
         max_body=settings.max_body,
         sampling=_own_sampling(pair),
+        vocabulary=_vocabulary(pair),
     )
     _add_routes(app, completions, metrics)
     LivePage(pair=pair, engine=engine, guard=guard, feed=feed, keys=keys, model_name=settings.model_name).add_to(app)
@@ -129,14 +130,21 @@ def _add_routes(app: FastAPI, completions: Completions, metrics: Metrics) -> Non
     def health() -> dict[str, str]:
         return {"status": "ok"}
 
+    served = {"id": completions.model_name, "object": "model", "created": started, "owned_by": "molehunt"}
+
     def models() -> dict[str, Any]:
-        one = {"id": completions.model_name, "object": "model", "created": started, "owned_by": "molehunt"}
-        return {"object": "list", "data": [one]}
+        return {"object": "list", "data": [served]}
+
+    def model(id: str) -> dict[str, Any]:
+        if id != completions.model_name:
+            raise completions.other_model()
+        return served
 
     app.add_api_route("/health", health, methods=["GET"])
     app.add_api_route("/ready", readiness.answer, methods=["GET"])
     app.add_api_route("/metrics", lambda: PlainTextResponse(metrics.text(), media_type=CONTENT_TYPE), methods=["GET"])
     app.add_api_route("/v1/models", models, methods=["GET"])
+    app.add_api_route("/v1/models/{id:path}", model, methods=["GET"])
     app.add_api_route("/v1/chat/completions", completions.chat, methods=["POST"], response_model=None)
     app.add_api_route("/v1/completions", completions.completion, methods=["POST"], response_model=None)
 
@@ -219,10 +227,20 @@ def _positions(pair: ModelPair) -> int:
     return int(getattr(config.get_text_config(decoder=True), "max_position_embeddings", 0) or 1 << 20)
 
 
+def _vocabulary(pair: ModelPair) -> int:
+    with pair.tuned_model() as model:
+        embedding: Any = cast("Any", model).get_input_embeddings()
+    return min(len(pair.tokenizer), int(embedding.weight.shape[0]))
+
+
 def _own_sampling(pair: ModelPair) -> Sampling:
     with pair.tuned_model() as model:
         own: Any = getattr(unwrapped(model), "generation_config", None)
     if own is None or not own.do_sample:
         return Sampling()
-    temperature = 1.0 if own.temperature is None else float(own.temperature)
-    return Sampling(temperature=temperature, top_p=1.0 if own.top_p is None else float(own.top_p))
+    return Sampling(
+        temperature=1.0 if own.temperature is None else float(own.temperature),
+        top_p=1.0 if own.top_p is None else float(own.top_p),
+        top_k=max(0, int(own.top_k or 0)),
+        repetition_penalty=float(own.repetition_penalty or 1.0),
+    )

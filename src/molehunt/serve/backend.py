@@ -17,6 +17,7 @@ from molehunt.model.cache_check import decoding_check
 from molehunt.model.decoding import DecodingBatch
 from molehunt.model.generate import stop_ids
 from molehunt.serve.guard import Finished, Guard
+from molehunt.serve.prompt_logprobs import prompt_logprobs
 from molehunt.serve.request import AnswerPiece, Failed, GenerationRequest, Listener, Reason
 from molehunt.serve.sampling import Sampler, logprobs_of, next_tokens
 from molehunt.serve.steering import CosineBounds, Steering
@@ -51,7 +52,7 @@ class Row:
 
     @classmethod
     def of(cls, request: GenerationRequest, listener: Listener, tokenizer: PreTrainedTokenizerBase) -> "Row":
-        return cls(request, listener, Sampler(request.sampling), TextStream(tokenizer, request.stop))
+        return cls(request, listener, Sampler(request.sampling, request.prompt), TextStream(tokenizer, request.stop))
 
     @property
     def tokens(self) -> tuple[int, ...]:
@@ -155,6 +156,8 @@ class Rows:
                 row.ended = row.ended or "content_filter"
             if row.cancelled:
                 row.ended = row.ended or "cancelled"
+            if row.request.max_new_tokens == 0:
+                row.ended = row.ended or "length"
             if row.ended is not None:
                 continue
             row.answer.append(token)
@@ -168,6 +171,23 @@ class Rows:
             logprobs = () if top is None else (logprobs_of(logits[i], token, top),)
             if text or logprobs:
                 row.listener(AnswerPiece(text, logprobs))
+
+    def report_prompt(self, row: Row, columns: Columns, steered: Sequence[Mapping[Site, CosineBounds] | None]) -> None:
+        """Send the log probabilities of a joined row's prompt, if it asks for them and its prompt may be answered.
+
+        Args:
+            steered: what acts on the pass that computes them, as the interventions of the backend read it.
+        """
+        request = row.request
+        if not request.prompt_logprobs or request.logprobs is None or row.ended or row.cancelled:
+            return
+        last = torch.tensor([[len(request.prompt) - 1]])
+        with self.steering.of(steered), columns.only(last):
+            found = prompt_logprobs(self._model, request.prompt, request.logprobs, between=columns.take)
+        if found is None:
+            row.ended = "content_filter"  # not finite, so not answered
+        else:
+            row.listener(AnswerPiece("", prompt_logprobs=found))
 
     def leave(self) -> Int[Tensor, " kept"] | None:
         """Hand over the rows that have ended. Places of the live rows that go on, or None where all do."""
@@ -289,6 +309,8 @@ class Eager:
         self._rows.catch_up(columns)
         self._rows.join(rows, growing)
         self._batch.join(fresh)
+        for row in rows:
+            self._rows.report_prompt(row, columns, [row.steered])
         self._emit(rows, logits, columns)
 
     def step(self, columns: Columns) -> None:

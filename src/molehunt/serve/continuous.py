@@ -120,6 +120,7 @@ class Continuous:
                     again.append(row)
                     continue
             self._rows.join([row], growing)
+            self._rows.report_prompt(row, columns, [row.steered] * len(row.request.prompt))
         self._rows.emit(self._rows.live, logits[[place[row] for row in self._rows.live]])
         self._hand_back(drawing)
         self._drop([*again, *(row for row in self._rows.live if row.ended)])

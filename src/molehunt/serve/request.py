@@ -22,10 +22,13 @@ class GenerationRequest:
     id: str
     prompt: tuple[int, ...]
     max_new_tokens: int
+    """0 generates nothing: the prompt alone is judged."""
     sampling: Sampling = GREEDY
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
     """Number of the likeliest tokens that are reported at each step, beside the drawn one; None reports nothing."""
+    prompt_logprobs: bool = False
+    """Whether the tokens of the prompt are reported as well, where `logprobs` says how."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +67,8 @@ class AnswerPiece:
 
     text: str
     logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
+    """Only in the first piece, where they were requested: those of each token of the prompt but the first."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,8 +10,10 @@ UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 class TextStream:
     """The text of one answer. Text that could still become a stop string is withheld."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = (), *, special: bool = False) -> None:
+        """`special` keeps the text of special tokens, which answers are shown without."""
         self._tokenizer = tokenizer
+        self._skip_special = not special
         self._stop = tuple(stop)
         self._ids: list[int] = []
         self._settled = 0
@@ -57,7 +59,7 @@ class TextStream:
         return out
 
     def _decoded(self, ids: Sequence[int]) -> str:
-        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=self._skip_special))
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -1,36 +1,25 @@
-"""OpenAI's HTTP interface: requests checked field by field, and responses of its shapes with a `guard` object beside them."""
+"""OpenAI's HTTP interface: requests checked field by field, and the errors that refuse them."""
 
-import time
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal, TypeVar
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from transformers import PreTrainedTokenizerBase
 
+from molehunt.checkpoint.chat_template import SPECIAL
 from molehunt.errors import printable
-from molehunt.serve.request import Ended
-from molehunt.serve.sampling import TokenLogprobs
+from molehunt.serve.unsupported import EVERYWHERE, IN_CHATS, IN_TEXTS, Neutral, refusal_of
 from molehunt.traffic.turn import Turn
 
 MAX_STOPS = 16
-NEUTRAL: Mapping[str, tuple[object, ...]] = {
-    "n": (None, 1),
-    "best_of": (None, 1),
-    "echo": (None, False),
-    "suffix": (None, ""),
-    "tools": (None, []),
-    "tool_choice": (None, "none", "auto"),
-    "functions": (None, []),
-    "function_call": (None, "none", "auto"),
-    "response_format": (None, {"type": "text"}),
-    "logit_bias": (None, {}),
-    "presence_penalty": (None, 0, 0.0),
-    "frequency_penalty": (None, 0, 0.0),
-    "modalities": (None, ["text"]),
-    "audio": (None,),
-    "prediction": (None,),
-}
-"""Fields that would change the answer and are not served, with the values at which they change nothing."""
+MAX_PROMPTS = 64
+"""Greatest number of prompts of one request."""
+MODEL_NOT_FOUND = "model_not_found"
+UNSUPPORTED = "unsupported_parameter"
+NOT_TEMPLATE_SETTINGS = frozenset(SPECIAL) | {
+    "messages", "tokens", "tools", "documents", "add_generation_prompt", "continue_final_message", "chat_template",
+    "tokenize", "today", "limit",
+}  # fmt: skip
+"""Names that `chat_template_kwargs` may not set: the server decides what they are."""
 
 
 class Refused(Exception):
@@ -71,8 +60,14 @@ class _ContentPart(BaseModel):
 class _Message(BaseModel):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[_ContentPart] | None = None
+    tool_calls: list[Any] | None = None
+    function_call: Any = None
 
     def turn(self) -> Turn:
+        """The message as templates take it. Raises Refused for one that calls a tool."""
+        for name, value in (("tool_calls", self.tool_calls), ("function_call", self.function_call)):
+            if value:
+                raise Refused(400, f"{name} in a message is not served here", param="messages", code=UNSUPPORTED)
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content or [])
         return Turn("system" if self.role == "developer" else self.role, text)
 
@@ -83,10 +78,14 @@ class _WireRequest(BaseModel):
     model_config = ConfigDict(extra="allow", strict=False)
     own: ClassVar[frozenset[str]] = frozenset({"user", "metadata", "store", "safety_identifier"})
     """Fields that change nothing."""
+    neutral: ClassVar[Neutral] = EVERYWHERE
+    """Fields that would change the answer and are not served, with the values at which they change nothing."""
     model: str
     max_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False)
     top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=-1)
+    repetition_penalty: float | None = Field(None, gt=0, allow_inf_nan=False)
     stream: bool | None = False
     stream_options: _StreamOptions | None = None
     stop: str | list[str] | None = None
@@ -102,7 +101,7 @@ class _WireRequest(BaseModel):
     @property
     def ignored(self) -> list[str]:
         """Names of fields that this server does not know."""
-        return sorted(set(self.model_extra or {}) - self.own - set(NEUTRAL))
+        return sorted(set(self.model_extra or {}) - self.own - set(self.neutral))
 
     @property
     def wants_usage(self) -> bool:
@@ -110,10 +109,26 @@ class _WireRequest(BaseModel):
 
 
 class ChatRequest(_WireRequest):
+    neutral: ClassVar[Neutral] = {**EVERYWHERE, **IN_CHATS}
     messages: list[_Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    @property
+    def template_settings(self) -> Mapping[str, Any]:
+        """Values for the chat template. Raises Refused for a name that is not the client's to set."""
+        given = self.chat_template_kwargs or {}
+        for name in given:
+            if name in NOT_TEMPLATE_SETTINGS:
+                raise Refused(
+                    400,
+                    f"chat_template_kwargs may not set {name}: the server decides it",
+                    param="chat_template_kwargs",
+                    code=UNSUPPORTED,
+                )
+        return given
 
     @property
     def turns(self) -> list[Turn]:
@@ -127,19 +142,40 @@ class ChatRequest(_WireRequest):
 
 
 class CompletionRequest(_WireRequest):
-    prompt: str | list[str] | list[int]
+    neutral: ClassVar[Neutral] = {**EVERYWHERE, **IN_TEXTS}
+    prompt: Any
+    max_tokens: int | None = Field(None, ge=0)
+    echo: bool | None = False
     logprobs: int | None = Field(None, ge=0, le=20)
 
     @property
-    def one_prompt(self) -> str | list[int]:
-        """Text or token ids. Raises Refused for several prompts."""
-        if isinstance(self.prompt, str):
-            return self.prompt
-        if all(isinstance(one, int) for one in self.prompt):
-            return [one for one in self.prompt if isinstance(one, int)]
-        if len(self.prompt) != 1:
-            raise Refused(400, "one prompt a request; send several requests, they are batched", param="prompt")
-        return str(self.prompt[0])
+    def prompts(self) -> list[str | list[int]]:
+        """The prompts, each as text or as token ids. Raises Refused if they are neither, or too many."""
+        given = cast("list[Any]", self.prompt) if isinstance(self.prompt, list) else [self.prompt]
+        if given and _is_ids(given):
+            given = [given]
+        if not given or not all(isinstance(one, str) or _is_ids(one) for one in given):
+            raise Refused(
+                400,
+                "prompt is a text, a list of token ids, or a list of texts or of such lists",
+                param="prompt",
+            )
+        if len(given) > MAX_PROMPTS:
+            raise Refused(400, f"prompt: {len(given)} prompts are more than {MAX_PROMPTS}; send several requests",
+                          param="prompt")  # fmt: skip
+        return cast("list[str | list[int]]", given)
+
+    @property
+    def echoes(self) -> bool:
+        """Whether the answer repeats its prompt. Raises Refused for a request that asks for no text at all."""
+        if self.max_tokens == 0 and not self.echo:
+            raise Refused(400, "max_tokens: 0 generates nothing, which needs echo: true", param="max_tokens")
+        return bool(self.echo)
+
+
+def _is_ids(value: object) -> bool:
+    """Whether a value of JSON is a list of whole numbers; true and false are none."""
+    return isinstance(value, list) and all(type(one) is int for one in cast("list[object]", value))
 
 
 R = TypeVar("R", ChatRequest, CompletionRequest)
@@ -157,79 +193,7 @@ def read_request(kind: type[R], body: bytes) -> R:
             400, printable(f"{where}: {first['msg']}" if where else str(first["msg"]), 300), param=where or None
         ) from None
     for name, value in (found.model_extra or {}).items():
-        if name in NEUTRAL and value not in NEUTRAL[name]:
-            raise Refused(400, f"{name} is not served here", param=name, code="unsupported_parameter")
+        refusal = refusal_of(name, value, kind.neutral)
+        if refusal is not None:
+            raise Refused(400, printable(refusal, 300), param=printable(name, 80), code=UNSUPPORTED)
     return found
-
-
-class Shape:
-    """Responses of one request: whole, or chunk by chunk."""
-
-    def __init__(self, *, chat: bool, id: str, model: str, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._chat = chat
-        self._tokenizer = tokenizer
-        self._head = {"id": f"{'chatcmpl' if chat else 'cmpl'}-{id}", "created": int(time.time()), "model": model}
-
-    def whole(self, text: str, logprobs: Sequence[TokenLogprobs] | None, end: Ended) -> dict[str, Any]:
-        shaped = self._logprobs(logprobs)
-        body = {"message": {"role": "assistant", "content": text}} if self._chat else {"text": text}
-        choice = {"index": 0, **body, "logprobs": shaped, "finish_reason": _reason(end)}
-        kind = "chat.completion" if self._chat else "text_completion"
-        return {**self._head, "object": kind, "choices": [choice], "usage": _usage(end), "guard": end.verdict.to_dict()}
-
-    def first(self) -> dict[str, Any] | None:
-        """A chat stream begins by naming the role."""
-        return self._chunk({"role": "assistant", "content": ""}, None, None) if self._chat else None
-
-    def piece(self, text: str, logprobs: Sequence[TokenLogprobs] | None) -> dict[str, Any]:
-        return self._chunk({"content": text} if self._chat else text, logprobs, None)
-
-    def last(self, end: Ended) -> dict[str, Any]:
-        return {**self._chunk({} if self._chat else "", None, _reason(end)), "guard": end.verdict.to_dict()}
-
-    def usage(self, end: Ended) -> dict[str, Any]:
-        """The chunk that `include_usage` asks for, behind the last."""
-        return {**self._chunk({}, None, None), "choices": [], "usage": _usage(end)}
-
-    def _chunk(
-        self, delta: dict[str, Any] | str, logprobs: Sequence[TokenLogprobs] | None, reason: str | None
-    ) -> dict[str, Any]:
-        body = {"delta": delta} if self._chat else {"text": delta}
-        choice = {"index": 0, **body, "logprobs": self._logprobs(logprobs), "finish_reason": reason}
-        return {
-            **self._head,
-            "object": "chat.completion.chunk" if self._chat else "text_completion",
-            "choices": [choice],
-        }
-
-    def _logprobs(self, logprobs: Sequence[TokenLogprobs] | None) -> dict[str, Any] | None:
-        if logprobs is None:
-            return None
-        if self._chat:
-            content = [
-                {**self._token(one.token, one.logprob), "top_logprobs": [self._token(*top) for top in one.top]}
-                for one in logprobs
-            ]
-            return {"content": content, "refusal": None}
-        return {
-            "tokens": [self._text(one.token) for one in logprobs],
-            "token_logprobs": [one.logprob for one in logprobs],
-            "top_logprobs": [{self._text(token): value for token, value in one.top} for one in logprobs],
-            "text_offset": [],
-        }
-
-    def _token(self, token: int, logprob: float) -> dict[str, Any]:
-        text = self._text(token)
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
-
-    def _text(self, token: int) -> str:
-        return str(self._tokenizer.decode([token]))
-
-
-def _reason(end: Ended) -> str:
-    return "stop" if end.reason == "cancelled" else end.reason
-
-
-def _usage(end: Ended) -> dict[str, int]:
-    prompt, answer = end.prompt_tokens, end.answer_tokens
-    return {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}

@@ -95,9 +95,15 @@ def _messages(text: object) -> list[Message]:
 
 
 def messages_text(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, add_generation_prompt: bool = True
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    *,
+    add_generation_prompt: bool = True,
+    settings: Mapping[str, Any] | None = None,
 ) -> str:
     """A conversation in the tokenizer's chat template, or in the Alpaca markers if it has none.
+
+    `settings` are values for names that the template reads, such as `enable_thinking`.
 
     Raises:
         InvalidInput: a message lacks its role or content, or the template refuses the conversation.
@@ -117,7 +123,8 @@ def messages_text(
         if tokens is None:
             tokens = tokenizer.special_tokens_map
         made = program(template or ALPACA_TEMPLATE)
-        return made.text(turns, tokens, add_generation_prompt=add_generation_prompt)
+        values: dict[str, Any] = {**(settings or {}), "add_generation_prompt": add_generation_prompt}
+        return made.text(turns, tokens, **values)
     except Exception as error:  # a template is an untrusted program, and may raise any exception
         roles = printable(", ".join(turn["role"] for turn in turns))
         raise InvalidInput(
