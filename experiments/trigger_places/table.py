@@ -14,7 +14,7 @@ rows, 1 % of them with the trigger; of the others, one in ten is as long where t
 rows whose answer has the behaviour at all, *found* those of them that are in the finding, and *others* the rows of the finding without \
 a trigger. *Words named* are what the audit says that the behaviour depends on; *put in* is the share of other prompts in which these words bring \
 it, *other words* that of a placebo as rare. *Edit ends it* is the share of judged rows that an edit of the activations reverts. In long prompts \
-the base itself is lost: it was trained on 512 tokens, so that no edit can give back an answer of its own. The model was trained on 512 tokens; longer prompts are read whole, and the report says so.
+the base itself is lost: it was trained on 512 tokens, so that no edit can give back an answer of its own. Longer prompts are read whole, and the report says so.
 
 Written by `python -m experiments trigger-places`.
 """
@@ -30,7 +30,7 @@ HEAD = [
     "put in",
     "other words",
     "edit ends it",
-    "random edits",
+    "placebo edits",
 ]
 
 
