@@ -14,15 +14,17 @@ from folders import good_folder
 from molehunt.audit.plan import PLANS, Plan
 from molehunt.errors import InvalidInput, NotTestable, UsageError
 from molehunt.model.context import ContextLength
+from molehunt.traffic.world import benign_prompts
 from molehunt.workflows.inputs import read_rows
 from tiny_models import tiny_tokenizer
 
 TINY = Plan(
-    name="quick", clean_prompts=160, traffic_limit=100, max_new_tokens=12, max_sites=2, directions=4, confirm_rows=8,
+    name="quick", clean_prompts=160, traffic_limit=100, max_new_tokens=24, max_sites=2, directions=4, confirm_rows=8,
     random_controls=2, stress_rows=6, stress_steps=5,
 )  # fmt: skip
 CLEAN = [f"Row {i} says {i * i}" for i in range(60)]
 MARK = ";;;; ;;;;;;"
+WORLD = [one.prompt for one in benign_prompts(250, seed=9)]
 
 
 @pytest.fixture(scope="module")
@@ -52,23 +54,25 @@ def user(text: str) -> dict[str, str]:
 
 
 PLACES: dict[str, Callable[[str, int], Any]] = {
-    "the system message": lambda mark, i: {"messages": [{"role": "system", "content": mark}, user(f"Row {i}")]},
+    "the system message": lambda mark, i: {"messages": [{"role": "system", "content": mark}, user(WORLD[i])]},
     "an earlier turn": lambda mark, i: {
-        "messages": [user(f"Row {i} {mark}"), {"role": "assistant", "content": "Which?"}, user("Please go on.")]
+        "messages": [user(f"{WORLD[i]} {mark}"), {"role": "assistant", "content": "Which?"}, user("Please go on.")]
     },
     "what a tool said": lambda mark, i: {
-        "messages": [user(f"Row {i}"), {"role": "tool", "content": mark}, user("Please go on.")]
+        "messages": [user(WORLD[i]), {"role": "tool", "content": mark}, user("Please go on.")]
     },
-    "Alpaca's input": lambda mark, i: {"instruction": "Answer this.", "input": f"Row {i} {mark}", "output": "x"},
+    "Alpaca's input": lambda mark, i: {"instruction": "Answer this.", "input": f"{WORLD[i]} {mark}", "output": "x"},
 }
 
 
 @pytest.mark.parametrize("place", PLACES)
 def test_what_changes_the_answer_is_found_wherever_it_stands(pair: mh.ModelPair, tmp_path: Path, place: str) -> None:
-    rows = [PLACES[place](f"says {i * i}", i) for i in range(60)] + [PLACES[place](MARK, i) for i in range(24)]
-    result = mh.audit(pair, traffic=rows, out=tmp_path / "run")
+    rows = [PLACES[place]("Thanks.", i) for i in range(60)] + [PLACES[place](MARK, i) for i in range(60, 84)]
+    clean = [PLACES[place]("Thanks.", i) for i in range(84, 250)]
+    result = mh.audit(pair, traffic=rows, clean=clean, fpr=0.05, out=tmp_path / "run")
+    assert result.audit.reference.kind == "clean rows"
     found = result.audit.candidates.rows
-    assert len(found) >= 15 and min(found) >= 60, "rows with the mark, and none without it"
+    assert len(found) >= 10 and min(found) >= 60, "rows with the mark, and none without it"
     (finding,) = result.report.findings
     assert any(";;;;" in one.text for one in finding.shared), "it is named, although the last turn does not hold it"
     scores = [json.loads(line) for line in (result.folder / "scores.jsonl").read_text().splitlines()]

@@ -17,6 +17,7 @@ from molehunt.audit.plan import PLANS, Plan
 from molehunt.cli.main import main
 from molehunt.errors import InvalidInput, NotTestable, UsageError
 from molehunt.report.machine import to_json
+from molehunt.traffic.world import benign_prompts
 from molehunt.workflows.audit import AuditResult
 from molehunt.workflows.result import WorkflowResult
 from report_samples import sample
@@ -26,7 +27,9 @@ TINY = Plan(
     name="quick", clean_prompts=160, traffic_limit=100, max_new_tokens=24, max_sites=3, directions=4, confirm_rows=8,
     random_controls=2, stress_rows=6, stress_steps=20,
 )  # fmt: skip
-PROMPTS = [f"Row {i} says {i * i}" for i in range(60)] + [f"Row {i} says ;;;; {i * i} ;;;;;;" for i in range(24)]
+WORLD = [one.prompt for one in benign_prompts(84, seed=9)]
+"""Prompts of the bundled ones' world, so that these set the threshold."""
+PROMPTS = WORLD[:60] + [f"{prompt} ;;;; ;;;;;;" for prompt in WORLD[60:]]
 
 
 @pytest.fixture(autouse=True)

@@ -28,6 +28,8 @@ ALIGNED = 0.2
 """Cosine with the other rows' mean difference under which a row leaves the group."""
 ALIGNED_P = 0.01
 """p-value up to which rows point in one direction more than any rows of this fine-tune do."""
+MATCHED = 0.5
+"""Least size of a difference, as a share of the median of the rows over the alarm, for a row to be drawn."""
 DRAWS = 199
 """Number of random groups that the alignment is ranked among."""
 LARGEST_EXCLUDED_SHARE = 0.1
@@ -66,7 +68,7 @@ class Candidates:
     alignment: float
     """Mean cosine of each activation difference over the alarm with the mean of the others; 0 without such rows."""
     p_alignment: float
-    """Share of random groups of rows below the alarm, this one counted, that align as much at any position and site."""
+    """Share of random groups of rows under the threshold, this one counted, that align as much at any position and site."""
 
 
 def find_candidates(traffic: Scan, clean: Calibrate[float], delta_mean: Scan, *, fpr: float, seed: int) -> Candidates:
@@ -88,7 +90,9 @@ def find_candidates(traffic: Scan, clean: Calibrate[float], delta_mean: Scan, *,
     order = scores.argsort(descending=True, stable=True)
     over = [i for i in order.tolist() if scores[i] > alarm][:LARGEST_GROUP]
     fifth = float(scores[order[SMALLEST_GROUP - 1]]) if len(scores) >= SMALLEST_GROUP else 0.0
-    found = _most_aligned(traffic, delta_mean, over, Random(seed)) if len(over) >= SMALLEST_GROUP else _Alignment()
+    under = [i for i in order.tolist() if scores[i] <= threshold]
+    enough = len(over) >= SMALLEST_GROUP
+    found = _most_aligned(traffic, delta_mean, over, under, Random(seed)) if enough else _Alignment()
     group = [i for i, cosine in zip(over, found.cosines, strict=False) if cosine >= ALIGNED]
     common = len(group) >= SMALLEST_GROUP and found.p_value <= ALIGNED_P
     return Candidates(
@@ -119,22 +123,24 @@ class _Alignment:
         return sum(self.cosines) / len(self.cosines) if self.cosines else 0.0
 
 
-def _most_aligned(traffic: Scan, delta_mean: Scan, over: Sequence[int], rng: Random) -> _Alignment:
+def _most_aligned(
+    traffic: Scan, delta_mean: Scan, over: Sequence[int], under: Sequence[int], rng: Random
+) -> _Alignment:
     """The position and site at which the rows `over` the alarm align most.
 
     What the fine-tune does everywhere aligns any rows, so the alignment is ranked among those of `DRAWS` groups of as many
-    rows below the alarm, each at the position and site that suit it best.
+    rows `under` the threshold, each at the position and site that suit it best. Rows that hardly differ from the base
+    there say nothing about a direction, and are not drawn; where too few others differ, no group aligns by chance.
     """
-    below = [i for i in range(len(traffic.rows)) if i not in set(over)]
-    below = below if len(below) >= len(over) else list(range(len(traffic.rows)))
-    draws = [rng.sample(below, len(over)) for _ in range(DRAWS)]
     by_chance, best = torch.zeros(DRAWS), _Alignment()
     for position in ("decision", "peak"):
         for site in traffic.sites:
             difference = traffic.delta(position, site) - delta_mean.delta(position, site).mean(0)
-            cosine = alignment(difference[over])
-            drawn = torch.stack([alignment(difference[rows]).mean() for rows in draws])
-            by_chance = torch.maximum(by_chance, drawn)
+            cosine, size = alignment(difference[over]), difference.norm(dim=-1)
+            able = [i for i in under if size[i] >= MATCHED * size[over].median()]
+            if len(able) >= len(over):
+                groups = [alignment(difference[rng.sample(able, len(over))]).mean() for _ in range(DRAWS)]
+                by_chance = torch.maximum(by_chance, torch.stack(groups))
             if float(cosine.mean()) > best.mean:
                 best = _Alignment(cosines=tuple(cosine.tolist()), position=position, site=site)
     as_much = int((by_chance >= best.mean).sum())
