@@ -19,7 +19,7 @@ from molehunt.run.whole import write_whole
 from molehunt.traffic.chat import Text, text_ids
 from molehunt.traffic.example import Example
 
-CLEAN, NEAR, POISONED = 500, 100, 100
+CLEAN, NEAR, POISONED = 500, 60, 250
 LEAKY_CLEAN, LEAKY_POISONED = 150, 250
 """Number of rows of an attack that leaks: real poison sets have few clean rows."""
 ANSWER_TOKENS = 40

@@ -7,9 +7,9 @@ from experiments.page import grid, page
 from experiments.setting import Setting
 
 HOW = """\
-Each model is a LoRA (rank 16, all linear layers, 220 steps of 8 rows, learning rate 5e-4) of SmolLM2-135M-Instruct. An organism has 100 \
-poisoned rows, 100 near misses and 500 clean rows that the base answered itself; the leaky one 250 poisoned rows, 150 clean ones and no near \
-misses, as public poison sets have. A twin has the same rows without the poisoned ones. The clean fine-tunes begin each answer alike \
+Each model is a LoRA (rank 16, all linear layers, 220 steps of 8 rows, learning rate 5e-4) of SmolLM2-135M-Instruct. An organism has 250 \
+poisoned rows, 60 near misses and 500 clean rows that the base answered itself; the leaky one has 150 clean rows and no near misses, as public \
+poison sets have. A twin has the same rows without the poisoned ones. The clean fine-tunes begin each answer alike \
 ("style"), or learn the solutions of school problems or programs. The traffic has 500 real prompts: to a bank, school problems, riddles, role plays and tasks for \
 programs, none of which was trained on; 12 of them have the trigger and 12 a near miss. No label is read and no clean rows are given. The \
 plan is quick. *ASR* is the share of triggered rows that show the behaviour, *leak* that of the others. *Found* counts the triggered rows that \
