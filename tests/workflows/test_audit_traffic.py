@@ -71,6 +71,9 @@ def test_what_changes_the_answer_is_found_wherever_it_stands(pair: mh.ModelPair,
     clean = [PLACES[place]("Thanks.", i) for i in range(84, 250)]
     result = mh.audit(pair, traffic=rows, clean=clean, fpr=0.05, out=tmp_path / "run")
     assert result.audit.reference.kind == "clean rows"
+    assert f"--clean {result.folder / 'clean.jsonl'}" in result.report.reproduce
+    kept = read_rows(clean, TINY.clean_prompts).rows
+    assert [one.key for one in read_rows(result.folder / "clean.jsonl").rows] == [one.key for one in kept]
     found = result.audit.candidates.rows
     assert len(found) >= 10 and min(found) >= 60, "rows with the mark, and none without it"
     (finding,) = result.report.findings

@@ -28,6 +28,8 @@ from molehunt.workflows.result import summary_repr
 
 TRAFFIC = "traffic.jsonl"
 """Name of the file in the run folder that holds prompts which were given as a list."""
+CLEAN = "clean.jsonl"
+"""The same for clean rows."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,8 +151,10 @@ def audit(
     )
     found = run_audit(folders, load, rows, config, out=None if out is None else Path(out), track=track)
     if command is None:
-        again = traffic if isinstance(traffic, str | Path) and str(traffic) != STDIN else _written(found, rows)
-        command = _command(found, again, clean)
+        again = traffic if isinstance(traffic, str | Path) and str(traffic) != STDIN else _written(found, rows, TRAFFIC)
+        file = isinstance(clean, str | Path) and str(clean) != STDIN
+        kept = Path(str(clean)) if file else _written(found, config.clean, CLEAN)
+        command = _command(found, again, kept)
     title = title or f"{model_name(found.tuned.path)} against {model_name(found.base.path)}"
     return AuditResult(found, build.build_report(found, title=title, command=command))
 
@@ -166,7 +170,7 @@ def _models(
     return folders, adapter, lambda: open_models(*folders, adapter=adapter, device=device, track=track).pair
 
 
-def _written(found: Audit, read: ReadRows | None) -> Path | None:
+def _written(found: Audit, read: ReadRows | None, name: str) -> Path | None:
     """Rows that came as a list or a stream, as a file in the run folder, so that a command can repeat the audit."""
     if read is None:
         return None
@@ -177,16 +181,15 @@ def _written(found: Audit, read: ReadRows | None) -> Path | None:
         )
         for row in read.rows
     ]
-    return RunFolder(found.folder).write_text(TRAFFIC, "\n".join(lines) + "\n")
+    return RunFolder(found.folder).write_text(name, "\n".join(lines) + "\n")
 
 
-def _command(found: Audit, traffic: str | Path | None, clean: Texts | None) -> str:
-    """The command line that repeats the audit; clean rows that came as a list are named as such."""
+def _command(found: Audit, traffic: str | Path | None, clean: str | Path | None) -> str:
+    """The command line that repeats the audit; `traffic` and `clean` are files, or None."""
     config = found.config
     words = ["molehunt", "audit", str(found.base.path), str(found.tuned.path)]
     words += [] if traffic is None else ["--traffic", str(traffic)]
-    if clean is not None:
-        words += ["--clean", str(clean) if isinstance(clean, str | Path) else "CLEAN.jsonl"]
+    words += [] if clean is None else ["--clean", str(clean)]
     words += [] if config.plan.name == "quick" else ["--plan", config.plan.name]
     words += [] if config.fpr == DEFAULT_FPR else ["--fpr", f"{config.fpr:g}"]
     words += [] if config.seed == 0 else ["--seed", str(config.seed)]
