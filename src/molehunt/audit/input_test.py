@@ -15,7 +15,7 @@ from random import Random
 from molehunt.audit.condition import RaisingWords
 from molehunt.audit.inventory import FEWEST, AnswerBehaviour, says
 from molehunt.audit.plan import Plan
-from molehunt.audit.prompt_edits import Place, fragment_pattern, other_words, put_in, taken_out, usual_place
+from molehunt.audit.prompt_edits import FragmentPlace, fragment_pattern, other_words, put_in, taken_out, usual_place
 from molehunt.audit.scan import ScannedRow
 from molehunt.measure.paired import PairedDifference, paired_difference
 from molehunt.measure.word_runs import as_written, rows_of_runs, words
@@ -95,8 +95,8 @@ class InputTest:
     """What the words of a condition do to the answers."""
 
     fragment: str
-    place: Place
-    """Where the words were put in: where most of the group's prompts have them."""
+    place: FragmentPlace
+    """Where the words were put in: where most prompts of the group have them."""
     out: EditedInput | None
     """The words taken out of rows that show the behaviour; None where no row would be left with a text."""
     put_in: EditedInput | None

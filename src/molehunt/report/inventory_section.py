@@ -97,7 +97,7 @@ def _cause(test: InputTest, shown_by: str) -> InputCause:
         shown_by=shown_by,
         also=test.also,
         fragment=test.fragment,
-        place=test.place,
+        place=test.place.in_words,
         causal=test.causal,
         put_in=_edit(test.put_in),
         taken_out=_edit(test.out),
@@ -162,7 +162,7 @@ def cause_in_words(cause: InputCause) -> list[str]:
     if cause.put_in is not None:
         one = cause.put_in
         lines.append(
-            f"“{cause.fragment}” put into {one.rows} other prompts: the behaviour in {one.shown}, with other words as rare "
+            f"“{cause.fragment}” put {cause.place} of {one.rows} other prompts: the behaviour in {one.shown}, with other words as rare "
             f"in {one.placebo}, in the base's answers in {one.base} (p = {one.p_value:.1g})."
         )
     if cause.also:
