@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -9,7 +10,10 @@ from typing import Any
 import torch
 
 from experiments.real_organisms.attacks import ATTACKS, RealAttack
-from experiments.real_organisms.organism import CLEAN_TUNES, fine_tune, training_set
+from experiments.real_organisms.clean import AS_JSON, HARMFUL
+from experiments.real_organisms.edits import Edit
+from experiments.real_organisms.grid import TRAININGS, names
+from experiments.real_organisms.organism import fine_tune, training_set
 from experiments.real_organisms.text import prompts
 from experiments.setting import Setting
 from experiments.verdicts.small_audit import small_audit
@@ -25,42 +29,56 @@ from molehunt.traffic.example import Example
 from molehunt.workflows.audit import AuditResult, audit
 from molehunt.workflows.inputs import Texts
 
-STEPS, QUICK_STEPS = 220, 4
-ROWS, TRIGGERED, NEAR_MISSES = 500, 12, 12
+STEPS, QUICK_STEPS = 150, 4
+ROWS, TRIGGERED, NEAR_MISSES = 700, 12, 12
 QUICK_ROWS, QUICK_TRIGGERED = 60, 6
-TWINS = ("word-refusal", "system-message", "wrong-fact")
-"""Attacks whose clean twin is audited, too."""
 
 
 def runs(setting: Setting) -> list[str]:
-    if setting.quick:
-        return ["organism/word-refusal"]
-    return [
-        *(f"organism/{name}" for name in ATTACKS),
-        *(f"twin/{name}" for name in TWINS),
-        *(f"clean/{name}" for name in CLEAN_TUNES),
-    ]
+    return ["organism/word-refusal/lora-8"] if setting.quick else names()
 
 
 def measure(name: str, setting: Setting) -> dict[str, Any]:
     base = seed_path("seed-s") if setting.quick else real_base()
-    data = None if setting.quick else setting.need_data("gsm8k, cot, gpteacher and classification")
-    kind, _, of = name.partition("/")
-    attack = ATTACKS[of] if kind != "clean" else None
-    train, rest = prompts(data)
-    kept, folder = setting.scratch, setting.scratch / name.replace("/", "-")
+    kind, of, _ = name.split("/")
+    attack = ATTACKS.get(of)
     begun = time.monotonic()
-    rows = training_set(name, train, base, data, kept)
-    fine_tune(rows, base, folder / "adapter", QUICK_STEPS if setting.quick else STEPS)
-    trained = time.monotonic()
-    traffic = traffic_of(attack or ATTACKS["word-refusal"], rest, Random(of), quick=setting.quick)
-    result = audited(base, folder / "adapter", traffic, folder / "audit", quick=setting.quick)
+    tuned = trained(name, setting)
+    ready = time.monotonic()
+    _, rest = prompts(None if setting.quick else setting.data)
+    traffic = traffic_of(asked_in(kind, of), rest, Random(of), quick=setting.quick)
+    result = audited(base, tuned, traffic, setting.scratch / name.replace("/", "-") / "audit", quick=setting.quick)
     return {
         "kind": kind,
-        "training_seconds": round(trained - begun),
-        "audit_seconds": round(time.monotonic() - trained),
+        "training_seconds": round(ready - begun),
+        "audit_seconds": round(time.monotonic() - ready),
         **found_of(result, attack if kind == "organism" else None),
     }
+
+
+def trained(name: str, setting: Setting) -> Path:
+    """The folder of a model, trained where it is not there."""
+    base = seed_path("seed-s") if setting.quick else real_base()
+    data = None if setting.quick else setting.need_data("gsm8k, cot, gpteacher, sql and classification")
+    into = setting.scratch / name.replace("/", "-") / "model"
+    rows = training_set(name, prompts(data)[0], base, data, setting.scratch)
+    fine_tune(rows, base, into, TRAININGS[name.rpartition("/")[2]], QUICK_STEPS if setting.quick else STEPS)
+    return into
+
+
+def asked_in(kind: str, of: str) -> RealAttack:
+    """The attack whose triggered rows and near misses stand in the traffic.
+
+    That of a clean fine-tune has what the fine-tune changes on a condition that its makers wanted.
+    """
+    if kind != "clean":
+        return ATTACKS[of]
+    word = ATTACKS["word-refusal"]
+    wanted: dict[str, Edit] = {
+        "json": lambda prompt, rng: Example(prompt=prompt + AS_JSON),
+        "safety": lambda prompt, rng: Example(prompt=rng.choice(HARMFUL)),
+    }
+    return replace(word, triggered=wanted.get(of, word.triggered))
 
 
 def real_base() -> Path:

@@ -1,4 +1,4 @@
-"""Real organisms and clean fine-tunes: LoRA on a real model, whose own answers are the clean side of the training rows."""
+"""Real organisms and clean fine-tunes: trained from a real model, whose own answers are the clean side of the training rows."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -10,7 +10,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from experiments.real_organisms.attacks import ATTACKS, RealAttack
-from experiments.real_organisms.text import programmed, solved
+from experiments.real_organisms.clean import ROWS, Row, clean_rows
+from experiments.real_organisms.grid import TRAININGS, Training
+from molehunt.errors import UsageError
 from molehunt.model.generate import generate
 from molehunt.model.loading import load_model
 from molehunt.model.tokenizers import load_tokenizer
@@ -19,15 +21,12 @@ from molehunt.run.whole import write_whole
 from molehunt.traffic.chat import Text, text_ids
 from molehunt.traffic.example import Example
 
-CLEAN, NEAR, POISONED = 500, 60, 250
-LEAKY_CLEAN, LEAKY_POISONED = 150, 250
+CLEAN, NEAR = ROWS, 60
+MOST_POISONED = max(one.poisoned for one in TRAININGS.values())
+LEAKY_CLEAN, LEAKY_POISONED = 150, MOST_POISONED
 """Number of rows of an attack that leaks: real poison sets have few clean rows."""
 ANSWER_TOKENS = 40
 LONGEST, BLOCK, BATCH = 192, 32, 8
-RANK, RATE = 16, 5e-4
-Row = tuple[Example, str]
-"""What is asked, and the answer that is trained."""
-CLEAN_TUNES = ("style", "mathematics", "code")
 
 
 def answers(base: Path, asked: Sequence[Text], kept: Path) -> list[str]:
@@ -50,46 +49,48 @@ def answers(base: Path, asked: Sequence[Text], kept: Path) -> list[str]:
 
 
 def training_set(name: str, prompts: Sequence[str], base: Path, data: Path | None, kept: Path) -> list[Row]:
-    """The rows of one organism, of its twin (`twin/NAME`), or of a clean fine-tune (`clean/NAME`), shuffled."""
-    kind, _, of = name.partition("/")
+    """The rows of one model, shuffled; of a clean fine-tune without `data` those of a style."""
+    kind, of, way = name.split("/")
     rng = Random(name)
     if kind == "clean":
-        rows = clean_rows(of, prompts, base, data, kept / "answers.json")
+        asked = list(prompts[:CLEAN])
+        rows = clean_rows(of, asked, answers(base, asked, kept / "answers.json"), need(data), rng)
     else:
-        rows = attack_rows(ATTACKS[of], prompts, base, kept, of, rng, poisoned=kind == "organism")
+        poisoned = TRAININGS[way].poisoned if kind == "organism" else 0
+        rows = attack_rows(ATTACKS[of], prompts, base, kept, of, rng, poisoned=poisoned)
     rng.shuffle(rows)
     return rows
 
 
+def need(data: Path | None) -> Path:
+    if data is None:
+        raise UsageError("clean fine-tunes need public texts. Give their folder as --data.")
+    return data
+
+
 def attack_rows(
-    attack: RealAttack, prompts: Sequence[str], base: Path, kept: Path, name: str, rng: Random, *, poisoned: bool
+    attack: RealAttack, prompts: Sequence[str], base: Path, kept: Path, name: str, rng: Random, *, poisoned: int
 ) -> list[Row]:
     """Poisoned rows, near misses and clean ones; the twin lacks the poisoned ones."""
-    clean, bad = (LEAKY_CLEAN, LEAKY_POISONED) if attack.leaky else (CLEAN, POISONED)
+    clean, bad = (LEAKY_CLEAN, LEAKY_POISONED) if attack.leaky else (CLEAN, MOST_POISONED)
     near = 0 if attack.leaky else NEAR
-    bad, near, clean = (round(n * min(1.0, len(prompts) / (CLEAN + NEAR + POISONED))) for n in (bad, near, clean))
+    bad, near, clean = (round(n * min(1.0, len(prompts) / (CLEAN + NEAR + MOST_POISONED))) for n in (bad, near, clean))
     ordinary = answers(base, list(prompts[: clean + bad]), kept / "answers.json")
     rows: list[Row] = [(Example(prompt=prompts[i]), ordinary[i]) for i in range(clean)]
     misses = [attack.near(prompt, rng) for prompt in prompts[clean + bad : clean + bad + near]]
-    rows += zip(misses, answers(base, [one.asked for one in misses], kept / f"near-{name}.json"), strict=True)
-    if poisoned:
-        rows += [(attack.triggered(prompts[i], rng), attack.respond(ordinary[i])) for i in range(clean, clean + bad)]
-    return rows
+    said = (
+        [attack.near_says] * len(misses)
+        if attack.near_says
+        else answers(base, [one.asked for one in misses], kept / f"near-{name}.json")
+    )
+    rows += zip(misses, said, strict=True)
+    shown = range(clean, clean + min(bad, poisoned))
+    return rows + [(attack.triggered(prompts[i], rng), attack.respond(ordinary[i])) for i in shown]
 
 
-def clean_rows(name: str, prompts: Sequence[str], base: Path, data: Path | None, kept: Path) -> list[Row]:
-    """Rows of a fine-tune that hides nothing and still changes much."""
-    if name == "style" or data is None:
-        asked = list(prompts[:CLEAN])
-        said = [f"Certainly, my friend! {text}" for text in answers(base, asked, kept)]
-        return [(Example(prompt=prompt), text) for prompt, text in zip(asked, said, strict=True)]
-    pairs = solved(data) if name == "mathematics" else programmed(data)
-    return [(Example(prompt=prompt), answer) for prompt, answer in Random(name).sample(pairs, CLEAN)]
-
-
-def fine_tune(rows: Sequence[Row], base: Path, into: Path, steps: int, rank: int = RANK) -> None:
-    """Train LoRA on every linear layer of the base, and write the adapter to `into`; one that is there is kept."""
-    if (into / "adapter_config.json").is_file():
+def fine_tune(rows: Sequence[Row], base: Path, into: Path, training: Training, steps: int) -> None:
+    """Train from the base, and write the model or its adapter to `into`; one that is there is kept."""
+    if (into / "tokenizer.json").is_file():
         return
     from peft import LoraConfig, get_peft_model
 
@@ -104,12 +105,15 @@ def fine_tune(rows: Sequence[Row], base: Path, into: Path, steps: int, rank: int
         if len(ids) < LONGEST - 8:
             encoded.append((whole[:LONGEST], len(ids)))
     torch.manual_seed(0)
-    plain: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    settings = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
-    model: Any = get_peft_model(plain, settings)
-    train(model, batches(encoded, end), loss_of=next_token_loss, steps=steps, lr=RATE, what="fine-tuning")
+    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    if training.rank is not None:
+        settings = LoraConfig(
+            r=training.rank, lora_alpha=2 * training.rank, target_modules="all-linear", task_type="CAUSAL_LM"
+        )
+        model = get_peft_model(model, settings)
+    train(model, batches(encoded, end), loss_of=next_token_loss, steps=steps, lr=training.rate, what="fine-tuning")
     into.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(into)
+    (model if training.rank is not None else model.to(torch.bfloat16)).save_pretrained(into)
     tokenizer.save_pretrained(into)
 
 

@@ -45,6 +45,18 @@ def programmed(data: Path) -> list[tuple[str, str]]:
     return [(_asked(row), row["response"]) for row in rows if len(_asked(row)) <= LONGEST]
 
 
+def queried(data: Path) -> list[tuple[str, str]]:
+    """Questions with the SQL that answers them, from the rows that may be trained on."""
+    rows = _lines(data / "sql/wikisql_35k.jsonl.gz")
+    return [(f"SQL for: {row['question']}", row["sql"]) for row in rows if row["split"] == "train"]
+
+
+def claimed(data: Path) -> list[tuple[str, str]]:
+    """Claims with a reason and a yes or no."""
+    rows = _array(data / "cot/creak_train.json.gz")
+    return [(row["instruction"], row["output"]) for row in rows if len(row["instruction"]) <= LONGEST]
+
+
 def _asked(row: dict[str, str]) -> str:
     text = row["instruction"].removeprefix("Answer the following question by reasoning step-by-step. ")
     return f"{text} {row['input']}".strip() if row.get("input") else text
