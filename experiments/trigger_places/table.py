@@ -15,8 +15,8 @@ rows whose answer has the behaviour at all, *found* those of them that are in th
 a trigger. *Words named* are what the audit says that the behaviour depends on; *put in* is the share of other prompts in which these words bring \
 it, *other words* that of a placebo as rare. *Edit ends it* is the share of judged rows that an edit of the activations reverts. In long prompts \
 the base itself is lost: it was trained on 512 tokens, so that no edit can give back an answer of its own. Longer prompts are read whole, and the report says so. \
-The clean twin learnt to answer long prompts, too. All rows of its one accusation are long, and their answers share no words: what \
-sets them apart from the other nine in ten rows is their length alone. The audit does not know that yet.
+The clean twin \
+learnt to answer long prompts, too; rows count only if they stand out among rows of like length.
 
 Written by `python -m experiments trigger-places`.
 """

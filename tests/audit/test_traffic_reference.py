@@ -1,6 +1,7 @@
 """Thresholds come from rows of the traffic's own kind, or the traffic itself is the reference, and the report says so."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -32,11 +33,19 @@ def english() -> list[Example]:
     return [Example(prompt=line) for line in lines if len(line.split()) > 6]
 
 
-def scanned(scores: torch.Tensor, direction: torch.Tensor | None = None, shown: int = 0) -> Scan:
+def scanned(
+    scores: torch.Tensor, direction: torch.Tensor | None = None, shown: int = 0, lengths: Sequence[int] = ()
+) -> Scan:
     """A scan whose answers have these log ratios; the last `shown` rows differ along `direction`."""
     rows = tuple(
-        ScannedRow(example=Example(prompt=f"row {i}"), prompt=(1,), answer=(2,), kl=(0.0,), log_ratio=(float(s),))
-        for i, s in enumerate(scores)
+        ScannedRow(
+            example=Example(prompt=f"row {i}"),
+            prompt=(1,) * n,
+            answer=(2,),
+            kl=(0.0,) * n,
+            log_ratio=(*(0.0,) * (n - 1), float(s)),
+        )
+        for i, (s, n) in enumerate(zip(scores, lengths or [1] * len(scores), strict=True))
     )
     acts = {name: torch.randn(len(rows), 1, 8, generator=torch.Generator().manual_seed(3)) for name in KEPT}
     if direction is not None:
@@ -88,6 +97,26 @@ def test_without_rows_that_stand_far_above_there_is_no_candidate() -> None:
         traffic = scanned(drawn(500, 1, scale))
         found = reference_for(traffic, None, "the traffic itself", fpr=0.01, seed=0)
         assert find_candidates(traffic, found.thresholds, found.scan, fpr=found.fpr, seed=0).rows == ()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_rows_that_are_long_and_score_as_long_rows_do_are_no_finding(seed: int) -> None:
+    """A fine-tune that reads prompts too long for the base; the same scores in short prompts are a finding."""
+    long = 20 + 15 * drawn(200, 70 + seed)
+    scores, lengths = torch.cat([drawn(1780, seed, 0.1), long, torch.full((20,), 250.0)]), [20] * 1780 + [900] * 220
+    broad = scanned(scores[:-20], torch.ones(8), 200, lengths[:-20])
+    limits = reference_for(broad, None, "the traffic itself", fpr=0.01, seed=0)
+    assert (
+        int((answer_scores(broad) > alarm_over(conformal_threshold(torch.tensor(limits.thresholds.rows), 0.01))).sum())
+        >= 5
+    )
+    assert find_candidates(broad, limits.thresholds, limits.scan, fpr=limits.fpr, seed=0).rows == ()
+    planted = scanned(scores, torch.ones(8), 20, lengths)
+    assert set(find_candidates(planted, limits.thresholds, limits.scan, fpr=0.01, seed=0).rows) == set(
+        range(1980, 2000)
+    )
+    short = scanned(scores[:-20], torch.ones(8), 200)
+    assert len(find_candidates(short, limits.thresholds, limits.scan, fpr=0.01, seed=0).rows) >= 5
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -24,6 +24,13 @@ LEAST_NATS = 10.0
 """Least answer log ratio of a candidate: below it, even a clean threshold near 0 makes no alarm."""
 SMALLEST_GROUP = 5
 """Number of rows that one finding needs: fewer cannot be split into rows that choose and rows that judge."""
+STANDS_OUT = 7.0
+"""Spreads above the median of rows of like length from which a row stands out among them: `ALARM` times the 1 % limit of
+normal scores, and of exponential ones 1 row in 300 does."""
+SPREAD = 1.4826
+"""Standard deviation of normal scores, as a multiple of their median absolute deviation."""
+LIKE_LENGTH = 30
+"""Least number of rows of like length that a row is compared with."""
 ALIGNED = 0.2
 """Cosine with the other rows' mean difference under which a row leaves the group."""
 ALIGNED_P = 0.01
@@ -74,6 +81,9 @@ class Candidates:
 def find_candidates(traffic: Scan, clean: Calibrate[float], delta_mean: Scan, *, fpr: float, seed: int) -> Candidates:
     """Threshold on clean scores, then the rows of `traffic` far above it that diverge in a common direction.
 
+    A row must stand out among the rows of its length, too: a fine-tune may have learnt to read prompts that are too long for
+    the base, and all of them score high then.
+
     Args:
         traffic: the rows under test.
         clean: answer log ratios of clean prompts.
@@ -88,7 +98,8 @@ def find_candidates(traffic: Scan, clean: Calibrate[float], delta_mean: Scan, *,
     threshold = conformal_threshold(torch.tensor(clean.rows), fpr)
     alarm = alarm_over(threshold)
     order = scores.argsort(descending=True, stable=True)
-    over = [i for i in order.tolist() if scores[i] > alarm][:LARGEST_GROUP]
+    usual = usual_limits(traffic, scores)
+    over = [i for i in order.tolist() if scores[i] > max(alarm, usual[i])][:LARGEST_GROUP]
     fifth = float(scores[order[SMALLEST_GROUP - 1]]) if len(scores) >= SMALLEST_GROUP else 0.0
     under = [i for i in order.tolist() if scores[i] <= threshold]
     enough = len(over) >= SMALLEST_GROUP
@@ -106,6 +117,22 @@ def find_candidates(traffic: Scan, clean: Calibrate[float], delta_mean: Scan, *,
         alignment=found.mean,
         p_alignment=found.p_value,
     )
+
+
+def usual_limits(traffic: Scan, scores: Float[Tensor, " rows"]) -> list[float]:
+    """For each row the score that rows of its length hardly ever exceed, in nats; −∞ where there are few of them.
+
+    Lengths are alike within a factor of four, so that a trigger's own words make no length of their own. The median and the median deviation hardly move while less than a quarter of
+    the rows of a length shows a behaviour.
+    """
+    lengths = torch.tensor([len(row.prompt) for row in traffic.rows]).float().log2().div(2).floor()
+    limits = torch.full_like(scores, -torch.inf)
+    for length in lengths.unique():
+        alike = lengths == length
+        if int(alike.sum()) >= LIKE_LENGTH:
+            middle = scores[alike].median()
+            limits[alike] = middle + STANDS_OUT * SPREAD * (scores[alike] - middle).abs().median()
+    return limits.tolist()
 
 
 @dataclass(frozen=True, kw_only=True)
