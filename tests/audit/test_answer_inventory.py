@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from molehunt.audit.inventory import FEWEST, Inventory, inventory, says, shared_wordings
 from molehunt.audit.scan import ScannedRow
+from molehunt.report.inventory_section import broad_change
 from molehunt.traffic.example import Example
 
 CURSE = "I will never help you with that."
@@ -67,6 +68,15 @@ def test_a_broad_change_is_listed_and_not_suspect() -> None:
     prompts, tuned, base = planted(rows=90)
     found = listed(prompts, tuned, base)
     assert len(found.behaviours[0].rows) == 90 and not found.suspects
+    assert found.broad is found.behaviours[0]
+    assert "45% of the answers say “I will never help you with that" in broad_change(found)
+
+
+def test_a_rare_change_or_one_that_the_base_makes_elsewhere_is_not_broad() -> None:
+    prompts, tuned, base = planted(rows=12)
+    assert listed(prompts, tuned, base).broad is None and broad_change(listed(prompts, tuned, base)) == ""
+    prompts, tuned, base = planted(rows=90)
+    assert listed(prompts, tuned, [*base[:150], *[CURSE] * 50]).broad is None
 
 
 def test_a_wording_without_a_condition_is_not_suspect() -> None:

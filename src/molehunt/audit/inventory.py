@@ -26,6 +26,9 @@ BASE_SHARE = 0.1
 RARE = 0.2
 """Share of the traffic up to which a behaviour is rare: half of a trigger's rows must be found in less than a half."""
 
+BROAD = 0.1
+"""Share of the traffic from which on scores cannot show a behaviour, since they take so many rows to be free of it."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Answered:
@@ -83,6 +86,12 @@ class Inventory:
     """Number of rows that were read."""
     same: int
     """Rows that both models answer word for word alike."""
+
+    @property
+    def broad(self) -> AnswerBehaviour | None:
+        """The largest behaviour that is no base's and that more than `BROAD` of the answers show; None without one."""
+        able = [one for one in self.behaviours if one.own and one.prevalence.estimate > BROAD]
+        return max(able, key=lambda one: len(one.rows), default=None)
 
     @property
     def suspects(self) -> tuple[AnswerBehaviour, ...]:

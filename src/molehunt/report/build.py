@@ -16,7 +16,7 @@ from molehunt.report import schema
 from molehunt.report.escape import CUT
 from molehunt.report.evidence import checks
 from molehunt.report.finding_section import findings
-from molehunt.report.inventory_section import answer_inventory, condition_in_words, summary_sentence
+from molehunt.report.inventory_section import answer_inventory, broad_change, condition_in_words, summary_sentence
 from molehunt.report.template_section import only_under, template_use
 from molehunt.report.weight_section import direction_cards, heat, spectra
 
@@ -41,6 +41,8 @@ def build_report(audit: Audit, *, title: str, command: str) -> schema.Report:
     )
     if only := only_under(audit):
         reason += f" It shows {only}."
+    if verdict == Verdict.NO_FINDING:
+        reason += broad_change(audit.inventory)
     if verdict == Verdict.NO_FINDING and audit.reference.assumption:
         reason += f" No clean rows set the threshold, but the traffic itself: {audit.reference.assumption}."
     return schema.Report(

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Literal
 
 from molehunt.audit.input_test import EditedInput, InputTest, TestedBehaviour
-from molehunt.audit.inventory import BASE_SHARE, RARE, AnswerBehaviour
+from molehunt.audit.inventory import BASE_SHARE, RARE, AnswerBehaviour, Inventory
 from molehunt.audit.result import Audit
 from molehunt.report.escape import cell, number
 from molehunt.report.inventory_schema import (
@@ -147,6 +147,16 @@ def summary_sentence(found: AnswerInventory) -> str:
         else f"{groups} wording{'s are' if groups > 1 else ' is'} shared by five or more answers that the base's lack"
     )
     return f"{found.same} of {found.rows} answers are the base's, word for word; {say}."
+
+
+def broad_change(found: Inventory) -> str:
+    """What many answers say that the base's do not, so that nobody reads over it below NO FINDING; empty without."""
+    if found.broad is None:
+        return ""
+    return (
+        f" But {found.broad.prevalence.estimate:.0%} of the answers say “{found.broad.wording}”, and the base's answers to "
+        "these prompts do not. No words of the prompt were shown to bring it. Is it wanted?"
+    )
 
 
 def condition_in_words(condition: PromptCondition | None) -> str:
