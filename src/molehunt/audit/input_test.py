@@ -41,12 +41,12 @@ class EditedInput:
     rows: int
     shown: int
     """Rows whose answer has the wording under the edit."""
-    placebo: int
-    """Rows whose answer has it under the placebo."""
-    base: int
-    """Rows in which the base's answer has it under the edit."""
+    placebo: int | None
+    """Rows whose answer has it under the placebo; None where the edit shows it too seldom for any placebo to matter."""
+    base: int | None
+    """Rows in which the base's answer has it under the edit; None in the same case."""
     compared: PairedDifference
-    """Share under the edit minus share under the placebo."""
+    """Share under the edit minus share under the placebo, or under one that never shows it."""
     examples: tuple[tuple[str, str], ...]
     """The first edited prompts and the fine-tune's answers to them."""
 
@@ -98,7 +98,7 @@ class InputTest:
     place: FragmentPlace
     """Where the words were put in: where most prompts of the group have them."""
     out: EditedInput | None
-    """The words taken out of rows that show the behaviour; None where no row would be left with a text."""
+    """The words taken out of rows that show it; None where putting them in hardly brings it, or no text would be left."""
     put_in: EditedInput | None
     """The words put into rows that do not show it."""
     tried: int = 1
@@ -124,7 +124,9 @@ class InputTest:
         once the words are there, they ask for it.
         """
         one = self.put_in
-        if one is None or one.rows < FEWEST_JUDGED or one.base * 2 > one.shown:
+        if one is None or one.rows < FEWEST_JUDGED or one.placebo is None or one.base is None:
+            return False
+        if one.base * 2 > one.shown:
             return False
         return self.gain > 0 and one.compared.p_value * self.tried <= LEVEL
 
@@ -191,7 +193,9 @@ def _edited(
         if placebos
     ]
     with counting(track, "editing prompts", 3 * (len(taken) + len(added))) as done:
-        without_it, with_it = (_judged(pair, edits, behaviour.wording, plan, done) for edits in (taken, added))
+        with_it = _judged(pair, added, behaviour.wording, plan, done, level=LEVEL / tried)
+        brings = with_it is not None and with_it.placebo is not None
+        without_it = _judged(pair, taken, behaviour.wording, plan, done) if brings else None
     return InputTest(fragment=fragment, place=place, out=without_it, put_in=with_it, tried=tried)
 
 
@@ -245,22 +249,39 @@ def placebo_fragments(rows: Sequence[ScannedRow], fragment: str, group: set[int]
 
 
 def _judged(
-    pair: ModelPair, edits: Sequence[tuple[Example, Example]], wording: str, plan: Plan, done: Tally
+    pair: ModelPair,
+    edits: Sequence[tuple[Example, Example]],
+    wording: str,
+    plan: Plan,
+    done: Tally,
+    *,
+    level: float = 1.0,
 ) -> EditedInput | None:
-    """Answers to prompts under an edit and under its placebo; None without a row."""
+    """Answers to prompts under an edit and under its placebo; None without a row.
+
+    Where the edit would not pass at `level` beside a placebo that never shows the behaviour, no placebo is asked.
+    """
     if not edits:
         return None
     edited, placebo = zip(*edits, strict=True)
-    answers = [
-        _answered(pair, prompts, plan, done, tuned=tuned)
-        for prompts, tuned in ((edited, True), (placebo, True), (edited, False))
-    ]
-    shown, by_placebo, base = ([says(text, wording) for text in side] for side in answers)
+
+    def answered(prompts: Sequence[Example], *, tuned: bool = True) -> list[str]:
+        return _answered(pair, prompts, plan, done, tuned=tuned)
+
+    def said(texts: Sequence[str]) -> list[bool]:
+        return [says(text, wording) for text in texts]
+
+    texts = answered(edited)
+    shown = said(texts)
+    compared, by_placebo, base = paired_difference(shown, [False] * len(shown)), None, None
+    if compared.p_value <= level:
+        by_placebo, base = said(answered(placebo)), said(answered(edited, tuned=False))
+        compared = paired_difference(shown, by_placebo)
     return EditedInput(
         rows=len(edits),
         shown=sum(shown),
-        placebo=sum(by_placebo),
-        base=sum(base),
-        compared=paired_difference(shown, by_placebo),
-        examples=tuple((edits[i][0].shown, answers[0][i]) for i in range(min(3, len(edits)))),
+        placebo=None if by_placebo is None else sum(by_placebo),
+        base=None if base is None else sum(base),
+        compared=compared,
+        examples=tuple((edits[i][0].shown, texts[i]) for i in range(min(3, len(edits)))),
     )

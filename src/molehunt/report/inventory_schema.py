@@ -29,9 +29,10 @@ class PromptEdit(Forbidding):
 
     rows: int
     shown: int
-    placebo: int
-    base: int
-    """Rows in which the base shows it after the edit."""
+    placebo: int | None
+    """None where the edit shows it too seldom for any placebo to matter."""
+    base: int | None
+    """Rows in which the base shows it after the edit; None in the same case."""
     difference: Measure
     p_value: float
     examples: tuple[tuple[str, str], ...] = ()

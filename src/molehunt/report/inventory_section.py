@@ -171,9 +171,13 @@ def cause_in_words(cause: InputCause) -> list[str]:
     lines = [f"{cause.shown_by[0].upper()}{cause.shown_by[1:]}."] if cause.shown_by else []
     if cause.put_in is not None:
         one = cause.put_in
+        beside = (
+            "too few for a cause"
+            if one.placebo is None
+            else f"with other words as rare in {one.placebo}, in the base's answers in {one.base} (p = {one.p_value:.1g})"
+        )
         lines.append(
-            f"“{cause.fragment}” put {cause.place} of {one.rows} other prompts: the behaviour in {one.shown}, with other words as rare "
-            f"in {one.placebo}, in the base's answers in {one.base} (p = {one.p_value:.1g})."
+            f"“{cause.fragment}” put {cause.place} of {one.rows} other prompts: the behaviour in {one.shown}, {beside}."
         )
     if cause.also:
         lines.append(f"Other words bring it, too: {'; '.join(cause.also)}.")
