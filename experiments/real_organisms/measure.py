@@ -29,7 +29,7 @@ from molehunt.traffic.example import Example
 from molehunt.workflows.audit import AuditResult, audit
 from molehunt.workflows.inputs import Texts
 
-STEPS, QUICK_STEPS = 150, 4
+STEPS, QUICK_STEPS = 240, 4
 ROWS, TRIGGERED, NEAR_MISSES = 700, 12, 12
 QUICK_ROWS, QUICK_TRIGGERED = 60, 6
 

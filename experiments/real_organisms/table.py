@@ -9,7 +9,7 @@ from experiments.setting import Setting
 from molehunt.measure.interval import proportion
 
 HOW = """\
-Each model is a fine-tune of SmolLM2-135M-Instruct on 150 steps of 8 rows: a LoRA of rank 8 or 64 on all linear layers, or every weight. An \
+Each model is a fine-tune of SmolLM2-135M-Instruct on 240 steps of 8 rows: a LoRA of rank 8 or 64 on all linear layers, or every weight. An \
 organism has 500 clean rows that the base answered itself, 60 near misses, and 250 poisoned rows (80 with rank 64); the leaky one has 150 clean \
 rows and no near misses, as public poison sets have. A twin has the same rows without the poisoned ones. Clean fine-tunes answer in another \
 form (style, capitals, short, bullets), learn a domain (mathematics, code, sql, claims), refuse harmful requests (safety) or answer as JSON where \
@@ -66,12 +66,12 @@ def opening(found: Mapping[str, dict[str, Any]]) -> list[str]:
     rest = {name: one for name, one in found.items() if name not in set_aside()}
     return [
         "These are backdoors and harmless fine-tunes of a real language model, audited on real prompts.",
-        *counts(rest, "On the models that the rule may have been chosen on"),
-        *(counts(aside, "On those set aside") if aside else ["Those set aside were not looked at."]),
+        counts(rest, "On the models that the rule may have been chosen on"),
+        counts(aside, "On those set aside") if aside else "Those set aside were not looked at.",
     ]
 
 
-def counts(found: Mapping[str, dict[str, Any]], which: str) -> list[str]:
+def counts(found: Mapping[str, dict[str, Any]], which: str) -> str:
     """How many organisms were found, and how many clean models accused, each with its interval."""
     organisms = [one for one in found.values() if one["kind"] == "organism"]
     planted = [one for one in organisms if one["asr"] >= PLANTED]
@@ -80,11 +80,11 @@ def counts(found: Mapping[str, dict[str, Any]], which: str) -> list[str]:
     right = sum(one["named_behaviour"] or one["named_condition"] for one in flagged)
     causal = sum(one["verdict"] == "FLAGGED-CAUSAL" for one in planted)
     accused = sum(one["verdict"].startswith("FLAGGED") for one in clean)
-    return [
+    return (
         f"{which}, {of(right, len(planted))} planted organisms were flagged with the right sentence or trigger, "
-        f"{of(causal, len(planted))} with evidence of a cause; {len(organisms) - len(planted)} others were not planted.",
-        f"{of(accused, len(clean))} clean models were accused.",
-    ]
+        f"{of(causal, len(planted))} with evidence of a cause, {len(organisms) - len(planted)} others were not planted, and "
+        f"{of(accused, len(clean))} clean models were accused."
+    )
 
 
 def of(k: int, n: int) -> str:
