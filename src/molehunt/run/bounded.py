@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from molehunt.errors import InvalidInput, MolehuntError, printable
-from molehunt.run.forked import forked, limit_this_process, memory_again
+from molehunt.run.forked import forked, interrupts_noted, limit_this_process, memory_again
 
 MAX_RESULT = 64 * 2**20
 """Greatest number of bytes of a result as JSON."""
@@ -74,10 +74,13 @@ def _run_child(work: Callable[[], Any], seconds: float, megabytes: int) -> _Ende
     reading, writing = os.pipe()
     answer: bytes | None = None
     try:
-        child = forked()
-        if child == 0:
-            _live_as_child(work, writing, seconds, megabytes)
+        with interrupts_noted() as noted:
+            child = forked()
+            if child == 0:
+                _live_as_child(work, writing, seconds, megabytes)
         try:
+            for number in noted[:1]:
+                signal.raise_signal(number)
             os.close(writing)
             answer = _awaited(reading, time.monotonic() + PATIENCE * seconds)
         finally:  # whatever was raised here, such as KeyboardInterrupt, no child is left behind

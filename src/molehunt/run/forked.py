@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 PARALLEL = "TOKENIZERS_PARALLELISM"
@@ -37,6 +38,24 @@ def forked() -> int:
                 if before is not None:
                     os.environ[PARALLEL] = before
         return child
+
+
+@contextlib.contextmanager
+def interrupts_noted() -> Iterator[list[int]]:
+    """Note Ctrl-C instead of acting on it: Python drops one that falls into its own steps around a fork.
+
+    Whoever finds a note raises the signal again. Only the main thread is ever interrupted, so only there something is done.
+    """
+    noted: list[int] = []
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or before is None:
+        yield noted
+        return
+    signal.signal(signal.SIGINT, lambda number, frame: noted.append(number))
+    try:
+        yield noted
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def limit_this_process(answers_to: int, seconds: float, megabytes: int) -> None:
