@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 PARALLEL = "TOKENIZERS_PARALLELISM"
@@ -41,7 +41,7 @@ def forked() -> int:
 
 
 @contextlib.contextmanager
-def interrupts_noted() -> Iterator[list[int]]:
+def interrupts_noted() -> Generator[list[int]]:
     """Note Ctrl-C instead of acting on it: Python drops one that falls into its own steps around a fork.
 
     Whoever finds a note raises the signal again. Only the main thread is ever interrupted, so only there something is done.
