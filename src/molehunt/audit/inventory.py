@@ -25,7 +25,6 @@ BASE_SHARE = 0.1
 """Rows in which the base says it, as a share of those in which the fine-tune does, from which on it is the base's own, too."""
 RARE = 0.2
 """Share of the traffic up to which a behaviour is rare: half of a trigger's rows must be found in less than a half."""
-
 BROAD = 0.1
 """Share of the traffic from which on scores cannot show a behaviour, since they take so many rows to be free of it."""
 
