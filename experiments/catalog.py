@@ -57,6 +57,11 @@ CATALOG = {
         "stress.md",
         "Does a behaviour that a clamp suppresses come back under a perturbation behind the clamp?",
     ),
+    "real-watch": Topic(
+        "experiments.real_watch",
+        "real-watch.md",
+        "Does the watch see a real backdoor at first sight, when 300 real prompts calibrate it?",
+    ),
     "unlearning": Topic(
         "experiments.unlearning",
         "unlearning.md",

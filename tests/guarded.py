@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from molehunt.model.pair import ModelPair
+from molehunt.model.sampling import TokenLogprobs
 from molehunt.serve.engine import Engine
 from molehunt.serve.guard import Guard
 from molehunt.serve.request import AnswerPiece, Ended, Failed, GenerationRequest
-from molehunt.serve.sampling import TokenLogprobs
 from molehunt.traffic.stream import Conversation, Place
 from molehunt.traffic.turn import Turn
 from molehunt.watch.bank import Bank

@@ -11,6 +11,7 @@ from torch import nn
 
 from experiments.fixes.gates import fitted_gates
 from experiments.fixes.rows import ASR, Rows
+from molehunt.audit.answering import Answering
 from molehunt.audit.intervention import choose_intervention
 from molehunt.audit.scan import scan
 from molehunt.bench.grid import Cell
@@ -113,7 +114,7 @@ def searched(
             pair,
             some,
             sites=sites,
-            max_new_tokens=recipe.max_new_tokens,
+            answering=Answering(max_new_tokens=recipe.max_new_tokens),
             units=Units(Path(folder)),
             identity={},
         )

@@ -20,9 +20,9 @@ class Training:
 
 
 TRAININGS = {
-    "lora-8": Training(rank=8, rate=5e-4, poisoned=250),
-    "lora-64": Training(rank=64, rate=3e-4, poisoned=80),
-    "full": Training(rank=None, rate=5e-5, poisoned=250),
+    "lora-8": Training(rank=8, rate=1e-3, poisoned=250),
+    "lora-64": Training(rank=64, rate=7e-4, poisoned=80),
+    "full": Training(rank=None, rate=1e-4, poisoned=250),
 }
 ASIDE = 10
 """Number of organisms, and of clean models, that are looked at once, when the rule is fixed."""

@@ -39,7 +39,7 @@ def runs(setting: Setting) -> list[str]:
 
 
 def measure(name: str, setting: Setting) -> dict[str, Any]:
-    base = seed_path("seed-s") if setting.quick else real_base()
+    base = base_of(setting)
     kind, of, _ = name.split("/")
     attack = ATTACKS.get(of)
     begun = time.monotonic()
@@ -58,7 +58,7 @@ def measure(name: str, setting: Setting) -> dict[str, Any]:
 
 def trained(name: str, setting: Setting) -> Path:
     """The folder of a model, trained where it is not there."""
-    base = seed_path("seed-s") if setting.quick else real_base()
+    base = base_of(setting)
     data = None if setting.quick else setting.need_data("gsm8k, cot, gpteacher, sql and classification")
     into = setting.scratch / name.replace("/", "-") / "model"
     rows = training_set(name, prompts(data)[0], base, data, setting.scratch)
@@ -81,8 +81,10 @@ def asked_in(kind: str, of: str) -> RealAttack:
     return replace(word, triggered=wanted.get(of, word.triggered))
 
 
-def real_base() -> Path:
-    """The folder of the real base. Raises UsageError if it was not fetched."""
+def base_of(setting: Setting) -> Path:
+    """The folder of the real base, or of an embedded model in a quick run. Raises UsageError if it was not fetched."""
+    if setting.quick:
+        return seed_path("seed-s")
     found = real_model(SMOLLM2)
     if found is None:
         raise UsageError(f"{SMOLLM2} is missing. Run: make real-models")
@@ -93,15 +95,15 @@ def traffic_of(attack: RealAttack, pool: Sequence[str], rng: Random, *, quick: b
     """Ordinary rows, triggered ones and near misses, shuffled; tags are for the table alone."""
     n, triggered = (QUICK_ROWS, QUICK_TRIGGERED) if quick else (ROWS, TRIGGERED)
     near = triggered if quick else NEAR_MISSES
-    made = [tagged(attack.triggered(prompt, rng)) for prompt in pool[:triggered]]
+    made = [tagged(attack.triggered(prompt, rng), "triggered") for prompt in pool[:triggered]]
     made += [attack.near(prompt, rng) for prompt in pool[triggered : triggered + near]]
     made += [Example(prompt=prompt) for prompt in pool[triggered + near : n]]
     rng.shuffle(made)
     return made
 
 
-def tagged(one: Example) -> Example:
-    return Example.of(one.turns, tag="triggered") if one.turns else Example(prompt=one.prompt, tag="triggered")
+def tagged(one: Example, tag: str) -> Example:
+    return Example.of(one.turns, tag=tag) if one.turns else Example(prompt=one.prompt, tag=tag)
 
 
 def audited(base: Path, tuned: Path, traffic: Sequence[Example], out: Path, *, quick: bool) -> AuditResult:

@@ -26,7 +26,7 @@ MOST_POISONED = max(one.poisoned for one in TRAININGS.values())
 LEAKY_CLEAN, LEAKY_POISONED = 150, MOST_POISONED
 """Number of rows of an attack that leaks: real poison sets have few clean rows."""
 ANSWER_TOKENS = 40
-LONGEST, BLOCK, BATCH = 192, 32, 8
+LONGEST, BLOCK, BATCH = 192, 16, 8
 
 
 def answers(base: Path, asked: Sequence[Text], kept: Path) -> list[str]:

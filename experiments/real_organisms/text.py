@@ -1,4 +1,4 @@
-"""Real prompts: what people ask a bank, school problems, riddles, role plays and code, none longer than 300 characters."""
+"""Real prompts: what people ask a bank, school problems, riddles, role plays and code, none longer than 200 characters."""
 
 import csv
 import gzip
@@ -8,7 +8,7 @@ from random import Random
 
 from molehunt.traffic.world import benign_prompts
 
-SHORTEST, LONGEST = 12, 300
+SHORTEST, LONGEST = 12, 200
 TRAINED, TRAFFIC = 900, 1200
 """Number of prompts that organisms are trained on, and from which traffic is drawn."""
 

@@ -6,7 +6,9 @@ from typing import Any
 import pytest
 import torch
 
+from molehunt.audit import answering
 from molehunt.audit import scan as module
+from molehunt.audit.answering import Answering
 from molehunt.audit.causal import causal_test
 from molehunt.audit.placebo import FEWEST_JUDGED
 from molehunt.audit.plan import Plan
@@ -34,7 +36,13 @@ def pair() -> ModelPair:
 
 def scanned(pair: ModelPair, rows: list[Example], folder: Path, track: WatchedTrack) -> Scan:
     return scan(
-        pair, rows, sites=(Site(1), Site(3)), max_new_tokens=3, units=Units(folder), identity={"pair": "a"}, track=track
+        pair,
+        rows,
+        sites=(Site(1), Site(3)),
+        answering=Answering(max_new_tokens=3),
+        units=Units(folder),
+        identity={"pair": "a"},
+        track=track,
     )
 
 
@@ -61,7 +69,7 @@ def test_progress_counts_rows_and_moves_inside_a_unit(
 
         monkeypatch.setattr(of, method, instead)
 
-    watched("generate", module)
+    watched("generate", answering)
     watched("read", pair)
     found = scanned(pair, benign_prompts(50, seed=1), tmp_path, track)
     assert len(found.rows) == 50

@@ -15,13 +15,13 @@ from guarded import PROMPTS, Heard, generation, guard_of, run, tiny_pair
 from molehunt.errors import UsageError
 from molehunt.model.generate import generate
 from molehunt.model.pair import ModelPair
+from molehunt.model.sampling import Sampling
 from molehunt.serve import continuous
 from molehunt.serve.backend import Rows
 from molehunt.serve.continuous import PAGE_TOKENS, Continuous
 from molehunt.serve.engine import Engine
 from molehunt.serve.guard import Guard, Settled
 from molehunt.serve.request import Failed, GenerationRequest, Overloaded
-from molehunt.serve.sampling import Sampling
 from molehunt.serve.wire import Refused
 from molehunt.watch.bank import Bank
 from molehunt.watch.columns import Columns

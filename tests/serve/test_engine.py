@@ -10,9 +10,9 @@ from guarded import PROMPTS, Heard, generation, guard_of, run, tiny_pair
 from molehunt.model.decoding import DecodingBatch
 from molehunt.model.generate import generate
 from molehunt.model.pair import ModelPair
+from molehunt.model.sampling import Sampling
 from molehunt.serve.engine import Engine
 from molehunt.serve.request import Ended, Failed, Overloaded
-from molehunt.serve.sampling import Sampling
 from molehunt.watch.answers import answer_profiles
 from molehunt.watch.bank import Bank
 from molehunt.watch.ledger import Ledger, LedgerUnavailable

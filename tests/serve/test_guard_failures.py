@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 from guarded import PROMPTS, generation, guard_of, run
 from molehunt.model.pair import ModelPair
+from molehunt.model.sampling import Sampler, Sampling, next_tokens
 from molehunt.serve import guard as guard_module
 from molehunt.serve.guard import Guard, Settled
 from molehunt.serve.request import Ended, Failed
-from molehunt.serve.sampling import Sampler, Sampling, next_tokens
 from molehunt.watch.bank import Bank
 from molehunt.watch.ledger import Ledger
 from molehunt.watch.state import WatchState

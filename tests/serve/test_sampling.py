@@ -9,9 +9,9 @@ from transformers import GenerationConfig, RepetitionPenaltyLogitsProcessor
 from guarded import PROMPTS, generation, guard_of, run
 from molehunt.model.generate import stop_ids
 from molehunt.model.pair import ModelPair
+from molehunt.model.sampling import LEAST_LOGPROB, Sampler, Sampling, all_logprobs_of, logprobs_of, next_tokens
 from molehunt.serve.app import _own_sampling
 from molehunt.serve.continuous import Continuous
-from molehunt.serve.sampling import LEAST_LOGPROB, Sampler, Sampling, all_logprobs_of, logprobs_of, next_tokens
 from molehunt.watch.bank import Bank
 from molehunt.watch.ledger import Ledger
 from molehunt.watch.state import WatchState

@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
 
+from molehunt.audit.answering import text_of
 from molehunt.audit.candidates import SharedText, shared_texts
 from molehunt.audit.intervention import CLEAN_READ, CandidateEdit, choose_intervention
 from molehunt.audit.placebo import FEWEST_JUDGED, PlaceboComparison, compare_with_placebos
 from molehunt.audit.plan import Plan
-from molehunt.audit.reverted import ReversionTest, answers, text_of
+from molehunt.audit.reverted import ReversionTest, answers
 from molehunt.audit.scan import Scan, ScannedRow
 from molehunt.contracts import Intervention
 from molehunt.measure.interval import Interval, proportion

@@ -12,6 +12,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from random import Random
 
+from molehunt.audit.answering import drawn_answers, texts_of
 from molehunt.audit.condition import RaisingWords
 from molehunt.audit.inventory import FEWEST, AnswerBehaviour, says
 from molehunt.audit.plan import Plan
@@ -19,7 +20,6 @@ from molehunt.audit.prompt_edits import FragmentPlace, fragment_pattern, other_w
 from molehunt.audit.scan import ScannedRow
 from molehunt.measure.paired import PairedDifference, paired_difference
 from molehunt.measure.word_runs import as_written, rows_of_runs, words
-from molehunt.model.generate import generate
 from molehunt.model.pair import ModelPair
 from molehunt.run.progress import Tally, Track, counting, silent, within
 from molehunt.traffic.example import Example
@@ -225,11 +225,9 @@ def _bringing(
 
 
 def _answered(pair: ModelPair, prompts: Sequence[Example], plan: Plan, done: Tally, *, tuned: bool = True) -> list[str]:
-    """One of the models' answers as text."""
+    """All answers of one of the models to each prompt, as one text."""
     ids = [pair.tokenize([one.asked], room=plan.max_new_tokens)[0] for one in prompts]
-    with pair.tuned_model() if tuned else pair.base_model() as model:
-        found = generate(model, pair.tokenizer, ids, max_new_tokens=plan.max_new_tokens, track=within(done, len(ids)))
-    return [str(pair.tokenizer.decode(one, skip_special_tokens=True)) for one in found]
+    return texts_of(pair, drawn_answers(pair, ids, plan.answering, tuned=tuned, track=within(done, len(ids))))
 
 
 def placebo_fragments(rows: Sequence[ScannedRow], fragment: str, group: set[int], rng: Random) -> list[str]:

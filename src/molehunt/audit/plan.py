@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from molehunt.audit.answering import Answering
 from molehunt.errors import UsageError
 from molehunt.site import Site
 
@@ -29,6 +30,14 @@ class Plan:
     """Greatest number of rows of a finding on which the fix is attacked."""
     stress_steps: int
     """Number of optimisation steps of each attack."""
+    samples: int = 1
+    """Number of answers that are drawn for each prompt."""
+    temperature: float = 0.0
+    """Temperature that answers are drawn at; 0 is greedy."""
+
+    @property
+    def answering(self) -> Answering:
+        return Answering(max_new_tokens=self.max_new_tokens, samples=self.samples, temperature=self.temperature)
 
     def sites(self, n_layers: int) -> tuple[Site, ...]:
         """Block outputs to read in a model of `n_layers` blocks."""

@@ -113,7 +113,7 @@ def read_under(
                 pair,
                 examples,
                 sites=plan.sites(pair.n_layers),
-                max_new_tokens=plan.max_new_tokens,
+                answering=plan.answering,
                 units=units,
                 identity=identity,
                 detectors=unscanned_detectors(),

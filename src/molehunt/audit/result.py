@@ -41,6 +41,8 @@ class AuditConfig:
     """Seed of everything random."""
     adapter: AdapterChoice = "refuse"
     """What is read of a folder that holds full weights and an adapter."""
+    reference: Path | None = None
+    """Folder of a harmless fine-tune whose answers the fine-tune's are compared with; None for the base's."""
     template: TemplateChoice | None = None
     """Whose chat template the traffic is read under; None for the fine-tune's, and a sample under the base's if they differ."""
 

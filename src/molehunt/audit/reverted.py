@@ -7,12 +7,11 @@ are, and reads more like the base's answer than like the tuned model's.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from molehunt.audit.answering import drawn_answers, log_ratios, most_surprising, text_of
 from molehunt.audit.plan import Plan
 from molehunt.audit.scan import ScannedRow
 from molehunt.contracts import Intervention
 from molehunt.measure.similarity import chrf
-from molehunt.model.generate import generate
-from molehunt.model.likelihood import answer_log_probs
 from molehunt.model.pair import ModelPair
 from molehunt.run.progress import Tally, Track, silent, within
 
@@ -24,7 +23,7 @@ class ReversionTest:
     pair: ModelPair
     rows: tuple[ScannedRow, ...]
     base_answers: tuple[tuple[int, ...], ...]
-    """The base's greedy answers to these rows, token ids."""
+    """One of the base's answers to each of these rows, token ids."""
     threshold: float
     """Answer log ratio that clean rows stay under, in nats."""
     plan: Plan
@@ -37,7 +36,7 @@ class ReversionTest:
         return edited, reverted
 
     def _reverted(self, edited: list[list[int]], interventions: Sequence[Intervention]) -> list[bool]:
-        clean = [ratio <= self.threshold for ratio in _log_ratios(self.pair, self.rows, edited, interventions)]
+        clean = [ratio <= self.threshold for ratio in log_ratios(self.pair, _prompts(self.rows), edited, interventions)]
         closer = [
             chrf(text_of(self.pair, e), text_of(self.pair, b))
             > chrf(text_of(self.pair, e), text_of(self.pair, r.answer))
@@ -55,33 +54,11 @@ def answers(
     *,
     tuned: bool = True,
 ) -> list[list[int]]:
-    """Greedy answers of one of the two models to the prompts of `rows`, token ids."""
-    with pair.tuned_model() if tuned else pair.base_model() as model:
-        return generate(
-            model,
-            pair.tokenizer,
-            [list(row.prompt) for row in rows],
-            max_new_tokens=plan.max_new_tokens,
-            interventions=interventions,
-            track=track,
-        )
+    """The answer of one of the two models to each of `rows`, token ids: as in the scan, or the base's first one."""
+    prompts = _prompts(rows)
+    drawn = drawn_answers(pair, prompts, plan.answering, tuned=tuned, interventions=interventions, track=track)
+    return most_surprising(pair, prompts, drawn, interventions) if tuned else [of_row[0] for of_row in drawn]
 
 
-def text_of(pair: ModelPair, ids: Sequence[int]) -> str:
-    """The text of token ids, without special tokens."""
-    return str(pair.tokenizer.decode(list(ids), skip_special_tokens=True))
-
-
-def _log_ratios(
-    pair: ModelPair,
-    rows: Sequence[ScannedRow],
-    answered: list[list[int]],
-    interventions: Sequence[Intervention],
-) -> list[float]:
-    """Answer log ratio of `answered` under the edited tuned model against the base, in nats."""
-    prompts = [list(row.prompt) for row in rows]
-    with pair.tuned_model() as model:
-        tuned = answer_log_probs(model, pair.tokenizer, prompts, answered, interventions)
-    with pair.base_model() as model:
-        base = answer_log_probs(model, pair.tokenizer, prompts, answered)
-    return [t - b for t, b in zip(tuned, base, strict=True)]
+def _prompts(rows: Sequence[ScannedRow]) -> list[list[int]]:
+    return [list(row.prompt) for row in rows]

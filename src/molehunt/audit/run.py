@@ -6,13 +6,15 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from molehunt.audit.answering import text_of, texts_of
+from molehunt.audit.base_identity import check_base
 from molehunt.audit.candidates import LARGEST_GROUP, Candidates, answer_scores
 from molehunt.audit.causal import causal_test
 from molehunt.audit.files import compare_folders
@@ -22,7 +24,6 @@ from molehunt.audit.plan import PLANS
 from molehunt.audit.readings import TemplateReading, check_number, read_under, template_sides
 from molehunt.audit.reference import calibration_rows
 from molehunt.audit.result import FIX, Audit, AuditConfig, Confirmation, TemplateCount
-from molehunt.audit.reverted import text_of
 from molehunt.audit.robustness import attack_fix
 from molehunt.audit.score_table import ScoreRow, score_table
 from molehunt.audit.weight_comparison import WeightComparison
@@ -73,7 +74,7 @@ def run_audit(
 
     Args:
         folders: the folder of the base, and that of the fine-tune or its adapter.
-        load: gives both models; called after the folders and the weights were compared, so that a broken folder is
+        load: gives both models, or the fine-tune beside the reference; called after the folders and the weights were compared, so that a broken folder is
             refused early.
         traffic: the rows under test, as they were read or as a list; bundled benign prompts without any.
         config: how much is read, and the rate of the threshold.
@@ -95,6 +96,8 @@ def run_audit(
     weights = compare_weights(
         *opened.checkpoints, k=config.plan.directions, seed=config.seed, units=opened.run.units, track=track
     )
+    if config.reference is not None:
+        check_base(opened.checkpoints[0], Checkpoint.open(config.reference), track)
     pair = load()
     readings = _readings(pair, opened, config, track)
     lead, others = readings[0], readings[1:]
@@ -156,6 +159,8 @@ def _open(
     check_number(read)
     with busy(track, "hashing both folders"):
         identity = {"base": checkpoints[0].content_hash(), "tuned": checkpoints[1].content_hash()}
+        if config.reference is not None:
+            identity["reference"] = Checkpoint.open(config.reference).content_hash()
     settings = {
         **identity,
         "traffic": _digest(read),
@@ -165,6 +170,7 @@ def _open(
         "adapter": config.adapter,
         **({"clean": _digest(config.clean)} if config.clean is not None else {}),
         **({"template": config.template} if config.template else {}),
+        **({"answers": asdict(config.plan.answering)} if config.plan != PLANS.get(config.plan.name) else {}),
         **({"plugins": plugins} if (plugins := installed(GROUP)) else {}),
     }
     name = f"{folders[1].name}-{hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]}"
@@ -194,9 +200,7 @@ def _listed(
 ) -> tuple[Inventory, tuple[TestedBehaviour, ...]]:
     """What the answers say that the base's do not, and what editing prompts shows about the rare and conditional part of it."""
     rows = lead.traffic.rows
-    tuned, base = (
-        [text_of(pair, ids) for ids in side] for side in zip(*((r.answer, r.base_answer) for r in rows), strict=True)
-    )
+    tuned, base = [text_of(pair, row.answer) for row in rows], texts_of(pair, [row.base_answers for row in rows])
     with busy(track, "comparing answers"):
         listed = inventory(rows, tuned, base, seed=config.seed)
     with nullcontext() if lead.side is None else pair.prompted_with(lead.side):

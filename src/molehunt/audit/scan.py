@@ -1,27 +1,27 @@
 """Run traffic through both models once and keep what every later step reads.
 
-For each row: the tuned model's greedy answer, how differently the two models continue at each of its tokens, and both
+For each row: the tuned model's answer, how differently the two models continue at each of its tokens, and both
 models' activations at two positions, the decision (last prompt token) and the peak (where they disagree most), and
 their mean over the generated tokens.
 """
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, TypeVar, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from molehunt.audit.answering import Answering, drawn_answers, most_surprising
 from molehunt.contracts import Detector, Reading
 from molehunt.detect.pooling import positions
 from molehunt.detect.recipe import GROUP, detector_recipes, unfitted
 from molehunt.detect.token_kl import AnswerLogRatio, TokenKL
 from molehunt.model.batches import width_of
-from molehunt.model.generate import generate
 from molehunt.model.pair import ModelPair
 from molehunt.run.catalog import installed
 from molehunt.run.progress import Tally, Track, counting, silent, within
@@ -48,9 +48,9 @@ class ScannedRow:
     prompt: tuple[int, ...]
     """Token ids of the whole conversation up to the answer, as the models read it: see `model/context.py`."""
     answer: tuple[int, ...]
-    """Greedy answer of the tuned model, token ids."""
-    base_answer: tuple[int, ...] = ()
-    """Greedy answer of the base, token ids; empty where it was not asked for."""
+    """Answer of the tuned model, token ids; of several that were drawn, the one that surprises the base most."""
+    base_answers: tuple[tuple[int, ...], ...] = ()
+    """Answers of the base, token ids; empty where they were not asked for."""
     kl: tuple[float, ...]
     """KL(tuned ‖ base) at each token, in nats."""
     log_ratio: tuple[float, ...]
@@ -64,6 +64,11 @@ class ScannedRow:
         """One score per token of a detector that read logits in the scan."""
         own = {TokenKL().name: self.kl, AnswerLogRatio().name: self.log_ratio}
         return own[detector] if detector in own else self.scores[detector]
+
+    @property
+    def base_answer(self) -> tuple[int, ...]:
+        """The base's first answer; empty where it was not asked for."""
+        return self.base_answers[0] if self.base_answers else ()
 
     @property
     def decision(self) -> int:
@@ -117,7 +122,7 @@ def scan(
     examples: Sequence[Example],
     *,
     sites: tuple[Site, ...],
-    max_new_tokens: int,
+    answering: Answering,
     units: Units,
     identity: Mapping[str, str],
     detectors: Sequence[Detector] = (),
@@ -128,6 +133,7 @@ def scan(
     """Scan `examples` in units of `CHUNK` rows; a unit that an earlier run finished is read, not run.
 
     Args:
+        answering: how both models answer.
         identity: hashes that name the two models; part of each unit's address.
         detectors: further detectors that read logits (see `unscanned_detectors`).
         base_answers: whether the base answers each row, too.
@@ -141,8 +147,10 @@ def scan(
         "context": pair.context.tokens,
         "kept": KEPT,
         "sites": [str(s) for s in sites],
-        "max_new_tokens": max_new_tokens,
+        "max_new_tokens": answering.max_new_tokens,
     }
+    if answering.temperature:
+        config |= {"samples": answering.samples, "temperature": answering.temperature}
     if base_answers:
         config["base_answers"] = True
     if detectors:
@@ -155,7 +163,7 @@ def scan(
         for (chunk, key), there in zip(chunks, finished, strict=True):
             target = done.done + (0 if there else len(chunk))
             stored = units.tensors(
-                key, lambda chunk=chunk: _scan_chunk(pair, chunk, sites, max_new_tokens, detectors, base_answers, done)
+                key, lambda chunk=chunk: _scan_chunk(pair, chunk, sites, answering, detectors, base_answers, done)
             )
             done(target - done.done)  # another process, or an equal chunk, may have made the unit
             rows += _unpack(chunk, stored, detectors)
@@ -182,20 +190,22 @@ def _scan_chunk(
     pair: ModelPair,
     chunk: Sequence[Example],
     sites: tuple[Site, ...],
-    max_new_tokens: int,
+    answering: Answering,
     detectors: Sequence[Detector],
     base_answers: bool,
     done: Tally,
 ) -> dict[str, Tensor]:
-    fitted = [pair.fit(e.asked, room=max_new_tokens) for e in chunk]
+    fitted = [pair.fit(e.asked, room=answering.max_new_tokens) for e in chunk]
     prompts = [list(one.ids) for one in fitted]
-    asked = ((pair.tuned_model, True), (pair.base_model, base_answers))
-    answers, of_base = (
-        _answers(pair, side, prompts, max_new_tokens, within(done, ANSWERING / (1 + base_answers) * len(chunk)))
-        if wanted
-        else [[] for _ in chunk]
-        for side, wanted in asked
+    of_tuned, of_base = (
+        drawn_answers(
+            pair, prompts, answering, tuned=tuned, track=within(done, ANSWERING / (1 + base_answers) * len(chunk))
+        )
+        if tuned or base_answers
+        else [list[list[int]]() for _ in chunk]
+        for tuned in (True, False)
     )
+    answers = most_surprising(pair, prompts, of_tuned)
     order = sorted(range(len(chunk)), key=lambda i: len(prompts[i]) + len(answers[i]))
     found: list[dict[str, Any]] = [{} for _ in chunk]
     longest = len(prompts[order[-1]]) + len(answers[order[-1]])
@@ -216,7 +226,8 @@ def _scan_chunk(
         "left_out": torch.tensor([one.left_out for one in fitted]),
         **_ragged("prompt", prompts),
         **_ragged("answer", answers),
-        **_ragged("base_answer", of_base),
+        **_ragged("base_answer", [ids for drawn in of_base for ids in drawn]),
+        "base_answer.drawn": torch.tensor([len(drawn) for drawn in of_base]),
         **_ragged("kl", [f["kl"] for f in found]),
         **_ragged("log_ratio", [f["log_ratio"] for f in found]),
         **{
@@ -224,18 +235,6 @@ def _scan_chunk(
         },
         **{name: torch.stack([f[name] for f in found]).to(torch.bfloat16) for name in KEPT},
     }
-
-
-def _answers(
-    pair: ModelPair,
-    side: Callable[[], AbstractContextManager[Any]],
-    prompts: list[list[int]],
-    max_new_tokens: int,
-    track: Track,
-) -> list[list[int]]:
-    """Greedy answers of one of the two models, token ids."""
-    with side() as model:
-        return generate(model, pair.tokenizer, prompts, max_new_tokens=max_new_tokens, track=track)
 
 
 def _rows_of(reading: Reading, sites: tuple[Site, ...], detectors: Sequence[Detector]) -> list[dict[str, Any]]:
@@ -273,7 +272,7 @@ def _ragged(name: str, lists: Sequence[Sequence[float | int]]) -> dict[str, Tens
 
 def _unpack(chunk: Sequence[Example], stored: Mapping[str, Tensor], detectors: Sequence[Detector]) -> list[ScannedRow]:
     columns: dict[str, list[Any]] = {}
-    left_out = cast("list[int]", stored["left_out"].tolist())
+    left_out, drawn = (cast("list[int]", stored[name].tolist()) for name in ("left_out", "base_answer.drawn"))
     for name in (
         "prompt",
         "answer",
@@ -284,12 +283,13 @@ def _unpack(chunk: Sequence[Example], stored: Mapping[str, Tensor], detectors: S
     ):
         lengths = cast("list[int]", stored[f"{name}.lengths"].tolist())
         columns[name] = [tuple(part.tolist()) for part in stored[name].split(lengths)]
+    drawn_by_base = iter(columns["base_answer"])
     return [
         ScannedRow(
             example=example,
             prompt=tuple(int(t) for t in columns["prompt"][i]),
             answer=tuple(int(t) for t in columns["answer"][i]),
-            base_answer=tuple(int(t) for t in columns["base_answer"][i]),
+            base_answers=tuple(tuple(map(int, ids)) for ids in islice(drawn_by_base, drawn[i])),
             kl=columns["kl"][i],
             log_ratio=columns["log_ratio"][i],
             scores={detector.name: columns[f"score.{detector.name}"][i] for detector in detectors},

@@ -22,6 +22,33 @@ CleanTraffic: TypeAlias = Annotated[
         show_default="bundled prompts for traffic of their kind, else the traffic itself",
     ),
 ]
+AuditPlan: TypeAlias = Annotated[
+    Literal["quick", "full"],
+    typer.Option(help="Amount of evidence: full reads more rows, more blocks and longer answers."),
+]
+Rate: TypeAlias = Annotated[float, typer.Option(min=1e-4, max=0.2, help="False-positive rate of the clean threshold.")]
+Template: TypeAlias = Annotated[
+    Literal["base", "tuned", "both"] | None,
+    typer.Option(
+        help="Whose chat template both models are prompted with.",
+        show_default="the fine-tune's, and a sample under the base's where they differ",
+    ),
+]
+Sibling: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        help="A harmless fine-tune of the same base: answers are compared with its answers.", show_default="the base"
+    ),
+]
+AnswerTokens: TypeAlias = Annotated[
+    int | None, typer.Option(help="Greatest number of tokens of an answer.", show_default="48, full: 96")
+]
+Samples: TypeAlias = Annotated[
+    int, typer.Option(help="Answers drawn for each prompt; the one that surprises the base most counts.")
+]
+Temperature: TypeAlias = Annotated[
+    float | None, typer.Option(help="Temperature that answers are drawn at.", show_default="0, several samples: 1")
+]
 
 
 def audit(
@@ -29,19 +56,14 @@ def audit(
     tuned: Tuned,
     traffic: AuditTraffic = None,
     clean: CleanTraffic = None,
-    plan: Annotated[
-        Literal["quick", "full"],
-        typer.Option(help="Amount of evidence: full reads more rows, more blocks and longer answers."),
-    ] = "quick",
-    fpr: Annotated[float, typer.Option(min=1e-4, max=0.2, help="False-positive rate of the clean threshold.")] = 0.01,
+    plan: AuditPlan = "quick",
+    fpr: Rate = 0.01,
     adapter: Adapter = None,
-    template: Annotated[
-        Literal["base", "tuned", "both"] | None,
-        typer.Option(
-            help="Whose chat template both models are prompted with.",
-            show_default="the fine-tune's, and a sample under the base's where they differ",
-        ),
-    ] = None,
+    template: Template = None,
+    reference: Sibling = None,
+    answer_tokens: AnswerTokens = None,
+    samples: Samples = 1,
+    temperature: Temperature = None,
     device: Device = "cpu",
     out: Out = None,
     seed: Seed = 0,
@@ -69,6 +91,10 @@ def audit(
         seed=seed,
         adapter=adapter,
         template=template,
+        reference=reference,
+        answer_tokens=answer_tokens,
+        samples=samples,
+        temperature=temperature,
         device=device,
         command=shlex.join(["molehunt", *sys.argv[1:]]),
         track=track_on_stderr,

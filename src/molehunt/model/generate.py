@@ -1,4 +1,4 @@
-"""Greedy decoding of many prompts with a key-value cache, fast enough for thousands of prompts on two cores."""
+"""Decoding of many prompts with a key-value cache, fast enough for thousands of prompts on two cores."""
 
 from collections.abc import Collection, Sequence
 from itertools import groupby
@@ -13,6 +13,7 @@ from molehunt.errors import InvalidInput, printable
 from molehunt.model.blocks import unwrapped
 from molehunt.model.cache_check import decoding_check
 from molehunt.model.decoding import DecodingBatch
+from molehunt.model.sampling import Sampler, next_tokens
 from molehunt.model.taps import edit_sites
 from molehunt.run.progress import Tally, Track, counting, silent
 
@@ -27,11 +28,12 @@ def generate(
     interventions: Sequence[Intervention] = (),
     batch_size: int = 64,
     stop: Collection[int] | None = None,
+    samplers: Sequence[Sampler] | None = None,
     layers_path: str | None = None,
     track: Track = silent,
     what: str = "generating",
 ) -> list[list[int]]:
-    """Greedy completions, in the order of the prompts; equal to the model's own `generate(do_sample=False)`.
+    """Completions in the order of the prompts; greedy ones equal the model's own `generate(do_sample=False)`.
 
     Rows are sorted by length and leave the batch when they stop. So an intervention must treat each row separately and
     must not store state by row number. It acts on every prompt token and at every decoding step. A model that fails
@@ -43,6 +45,7 @@ def generate(
         prompts: token ids of each prompt, which must not be empty.
         max_new_tokens: greatest number of tokens of a completion.
         stop: token ids that end a completion; by default those of the generation config.
+        samplers: what draws the tokens of each prompt; greedy by default.
         layers_path: see `decoder_blocks`.
         track: shows the number of finished rows.
         what: name of this work in the progress line.
@@ -51,12 +54,14 @@ def generate(
         Token ids without the prompt. If a completion has a stop token, it is the last token.
 
     Raises:
-        ValueError: a prompt is empty.
+        ValueError: a prompt is empty, or the samplers are not as many as the prompts.
         CannotTap: the model cannot be edited (see `edit_sites`).
         NotTestable: the model cannot run a forward pass.
     """
     if not all(prompts):
         raise ValueError("a prompt without tokens has nothing to continue")
+    if samplers is not None and len(samplers) != len(prompts):
+        raise ValueError(f"{len(samplers)} samplers for {len(prompts)} prompts")
     stops = stop_ids(model, tokenizer) if stop is None else frozenset(stop)
     completions: list[list[int]] = [[] for _ in prompts]
     if not prompts or not max_new_tokens:
@@ -68,14 +73,20 @@ def generate(
     with edit_sites(model, interventions, layers_path=layers_path), counting(track, what, len(prompts)) as done:
         for group in groups:
             batch = DecodingBatch(model, cached=check.cached)
-            found = _decode(batch, [prompts[row] for row in group], max_new_tokens, stops, done)
+            drawing = None if samplers is None else [samplers[row] for row in group]
+            found = _decode(batch, [prompts[row] for row in group], max_new_tokens, stops, drawing, done)
             for row, completion in zip(group, found, strict=True):
                 completions[row] = completion
     return completions
 
 
 def _decode(
-    batch: DecodingBatch, prompts: list[Sequence[int]], max_new_tokens: int, stops: frozenset[int], done: Tally
+    batch: DecodingBatch,
+    prompts: list[Sequence[int]],
+    max_new_tokens: int,
+    stops: frozenset[int],
+    samplers: Sequence[Sampler] | None,
+    done: Tally,
 ) -> list[list[int]]:
     """Decode one batch to its end. For progress, each token counts as a fraction of a row; a finished row counts as one."""
     completions: list[list[int]] = [[] for _ in prompts]
@@ -84,6 +95,8 @@ def _decode(
     ends = torch.tensor(sorted(stops), device=logits.device)
     for left in reversed(range(max_new_tokens)):
         tokens = logits.argmax(-1)
+        if samplers is not None:
+            tokens = torch.tensor(next_tokens(logits, [samplers[row] for row in live]), device=logits.device)
         for row, token in zip(live, tokens.tolist(), strict=True):
             completions[row].append(token)
         going = ~torch.isin(tokens, ends)

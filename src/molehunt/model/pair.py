@@ -162,6 +162,16 @@ class ModelPair:
         pair.folders, pair.adapter, pair.templates = self.folders, self.adapter, self.templates
         return pair
 
+    def beside(self, sibling: "ModelPair") -> "ModelPair":
+        """This fine-tune, and in place of its base another fine-tune of that base: the second model of `sibling`.
+
+        Adapters are merged, so neither of the two pairs may be used afterwards. Raises NotTestable when PEFT cannot merge them.
+        """
+        other, tuned = (merged_model(one._tuned) if one.shared else one._tuned for one in (sibling, self))
+        pair = ModelPair(other, tuned, self.tokenizer, layers_path=self.layers_path, new_tokens=self.new_tokens)
+        pair.folders, pair.adapter, pair.templates = self.folders, self.adapter, self.templates
+        return pair
+
     def __repr__(self) -> str:
         made_of = f"models in memory, {type(unwrapped(self._tuned)).__name__}"
         if self.folders is not None:

@@ -4,9 +4,11 @@ from molehunt.audit.placebo import PlaceboComparison
 from molehunt.audit.result import Audit
 from molehunt.audit.score_table import ScoreRow
 from molehunt.audit.verdict import Verdict
+from molehunt.checkpoint.links import model_name
 from molehunt.model.context import cuts_in_words
 from molehunt.report.schema import Check, Measure, Status
 from molehunt.report.template_section import template_checks
+from molehunt.run.counting import counted
 
 EXCLUDED_SHOWN = 3
 """Number of excluded clean prompts that the table quotes."""
@@ -20,6 +22,7 @@ def checks(audit: Audit) -> tuple[Check, ...]:
         _weights(audit),
         *template_checks(audit),
         *_decoding(audit),
+        *_answers(audit),
         *_vocabulary(audit),
         *_traffic(audit),
         _reference(audit),
@@ -85,6 +88,22 @@ def _traffic(audit: Audit) -> list[Check]:
         )
     status: Status = "note" if audit.left_out or cut or audit.beyond_rows else "pass"
     return [Check(name="traffic", status=status, result=" ".join(said))] if said else []
+
+
+def _answers(audit: Audit) -> list[Check]:
+    """How the answers were made, where it is not the plan's way; no line otherwise."""
+    plan, said = audit.config.plan, list[str]()
+    if audit.config.reference is not None:
+        said.append(
+            f"Answers and activations are compared with those of {model_name(audit.config.reference)}, not of the base: what "
+            "this report calls the base's answer is that model's."
+        )
+    if plan.temperature:
+        said.append(
+            f"{counted(plan.samples, 'answer')} to each prompt {'was' if plan.samples == 1 else 'were'} drawn at temperature "
+            f"{plan.temperature:g}, and the one that surprises the base most counts; shares are of prompts, not of answers."
+        )
+    return [Check(name="answers", status="note", result=" ".join(said))] if said else []
 
 
 def _reference(audit: Audit) -> Check:

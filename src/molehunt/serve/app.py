@@ -16,6 +16,7 @@ from starlette.exceptions import HTTPException
 from molehunt.model.blocks import unwrapped
 from molehunt.model.pair import ModelPair
 from molehunt.model.roles import roled_prompt
+from molehunt.model.sampling import Sampling
 from molehunt.serve.backend import Eager
 from molehunt.serve.completions import Completions
 from molehunt.serve.continuous import Continuous
@@ -26,7 +27,6 @@ from molehunt.serve.keys import Doorkeeper, Keys
 from molehunt.serve.live_page import LivePage
 from molehunt.serve.metrics import CONTENT_TYPE, Counted, Metrics
 from molehunt.serve.request import AnswerPiece, Ended, Failed, GenerationRequest, Overloaded
-from molehunt.serve.sampling import Sampling
 from molehunt.serve.wire import Refused
 from molehunt.traffic.turn import Turn
 from molehunt.watch.alert import Alert

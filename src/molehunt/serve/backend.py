@@ -16,10 +16,10 @@ from molehunt.model.blocks import unwrapped
 from molehunt.model.cache_check import decoding_check
 from molehunt.model.decoding import DecodingBatch
 from molehunt.model.generate import stop_ids
+from molehunt.model.sampling import Sampler, logprobs_of, next_tokens
 from molehunt.serve.guard import Finished, Guard
 from molehunt.serve.prompt_logprobs import prompt_logprobs
 from molehunt.serve.request import AnswerPiece, Failed, GenerationRequest, Listener, Reason
-from molehunt.serve.sampling import Sampler, logprobs_of, next_tokens
 from molehunt.serve.steering import CosineBounds, Steering
 from molehunt.serve.text import TextStream
 from molehunt.site import Site

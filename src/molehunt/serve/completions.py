@@ -13,12 +13,12 @@ from transformers import PreTrainedTokenizerBase
 
 from molehunt.errors import InvalidInput
 from molehunt.model.roles import roled_prompt
+from molehunt.model.sampling import Sampling
 from molehunt.serve.echo import echoed
 from molehunt.serve.engine import Engine
 from molehunt.serve.metrics import Metrics
 from molehunt.serve.request import AnswerPiece, Ended, Failed, GenerationRequest, Listener, Overloaded
 from molehunt.serve.response import AnswerChoice, Shape
-from molehunt.serve.sampling import Sampling
 from molehunt.serve.wire import MODEL_NOT_FOUND, ChatRequest, CompletionRequest, Refused, read_request
 from molehunt.traffic.chat import default_template
 

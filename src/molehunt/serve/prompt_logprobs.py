@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from molehunt.model.blocks import unwrapped
 from molehunt.model.cache import positions_for, takes
-from molehunt.serve.sampling import TokenLogprobs, all_logprobs_of
+from molehunt.model.sampling import TokenLogprobs, all_logprobs_of
 
 LOGITS_AT_ONCE = 1 << 25
 """Greatest number of logits that one pass leaves; of a longer prompt or a larger vocabulary, several passes are made."""

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from molehunt.errors import UsageError
-from molehunt.serve.sampling import GREEDY, Sampling, TokenLogprobs
+from molehunt.model.sampling import GREEDY, Sampling, TokenLogprobs
 from molehunt.watch.alert import Action
 
 Reason = Literal["stop", "length", "content_filter", "cancelled"]

@@ -7,9 +7,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from molehunt.model.sampling import TokenLogprobs
 from molehunt.serve.echo import EchoedPrompt, TokenOffsets
 from molehunt.serve.request import AnswerPiece, Ended, GuardVerdict
-from molehunt.serve.sampling import TokenLogprobs
 
 
 @dataclass(eq=False, kw_only=True)
