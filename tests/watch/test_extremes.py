@@ -13,7 +13,20 @@ from torch import Tensor
 
 from molehunt.errors import InvalidInput, UsageError
 from molehunt.traffic.turn import Turn
-from molehunt.watch.extremes import ANSWER_CHARS, FILE, KEPT, PROMPT_CHARS, ExtremeRow, Extremes, Inputs, RowText
+from molehunt.watch import extremes
+from molehunt.watch.extremes import (
+    ANSWER_CHARS,
+    FILE,
+    KEPT,
+    PROMPT_CHARS,
+    WHOLE_CHARS,
+    DistinctPrompts,
+    ExtremeRow,
+    Extremes,
+    Inputs,
+    RowText,
+    whole_prompt,
+)
 from molehunt.watch.saved_state import METADATA
 
 COLUMNS = 2
@@ -160,7 +173,7 @@ def test_another_watchs_and_broken_files_are_refused(tmp_path: Path) -> None:
         save_file({**tensors, **replaced}, path, {METADATA: json.dumps({**header, **(payload or {})})})
 
     changed({"schema": 99})
-    with pytest.raises(InvalidInput, match="of schema 99; this version reads 2"):
+    with pytest.raises(InvalidInput, match="of schema 99; this version reads 3"):
         Inputs.load(tmp_path, IDENTITY, COLUMNS)
     for payload, replaced in (
         ({"what": "published range"}, {}),
@@ -181,6 +194,95 @@ def test_another_watchs_and_broken_files_are_refused(tmp_path: Path) -> None:
     save_file(tensors, path)
     with pytest.raises(InvalidInput, match="no list of inputs"):
         Inputs.load(tmp_path, IDENTITY, COLUMNS)
+
+
+def distinct(values: Tensor, prompts: list[str]) -> DistinctPrompts:
+    return DistinctPrompts.empty(COLUMNS).add(values, prompts)
+
+
+@given(ROWS, st.data())
+def test_distinct_prompts_of_parts_in_any_order_and_again_equal_one_pass(values: Tensor, data: st.DataObject) -> None:
+    prompts = data.draw(st.lists(st.sampled_from(["a", "A", "b c", "b  c", ""]), min_size=len(values), max_size=len(values)))  # fmt: skip
+    whole = distinct(values, prompts)
+    merged = DistinctPrompts.empty(COLUMNS)
+    owner = data.draw(st.lists(st.integers(0, 2), min_size=len(values), max_size=len(values)))
+    for part in data.draw(st.permutations([0, 1, 2, 0])):
+        mine = [i for i, who in enumerate(owner) if who == part]
+        merged.merge(distinct(values[mine], [prompts[i] for i in mine]))
+    assert same(merged.extremes, whole.extremes) and merged.texts == whole.texts
+    again = whole.copy().add(values, prompts)
+    assert same(again.extremes, whole.extremes) and again.texts == whole.texts
+
+
+def test_a_repeated_prompt_counts_once_at_its_furthest() -> None:
+    values = torch.tensor([[1.0, 0, 0, 0], [3, 0, 0, 0], [2, 0, 0, 0]])
+    found = distinct(values, ["go  on", "Go on", "stop"])
+    assert found.extremes.values[0, :3].tolist() == [3, 2, -torch.inf] and set(found.texts.values()) == {
+        "Go on",
+        "stop",
+    }
+    found.add(torch.tensor([[0.0, 0, 0, 9]]), ["stop"])
+    assert found.extremes.values[0, :2].tolist() == [3, 2] and found.extremes.values[3, 0] == 9
+    with pytest.raises(ValueError, match="NaN"):
+        found.add(torch.full((1, 4), torch.nan), ["x"])
+    with pytest.raises(ValueError, match="cannot merge"):
+        found.merge(DistinctPrompts.empty(COLUMNS + 1))
+
+
+def test_the_sample_of_prompts_is_bounded_and_does_not_depend_on_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(extremes, "SAMPLED", 20)
+    rng = torch.Generator().manual_seed(0)
+    values, prompts = torch.rand(300, 4, generator=rng), [f"prompt {i}" for i in range(300)]
+    found = distinct(values, prompts)
+    assert 20 <= len(found.texts) <= 20 + 4 * KEPT
+    order = torch.randperm(300, generator=rng)
+    turned = DistinctPrompts.empty(COLUMNS)
+    for part in order.split(50):
+        turned.add(values[part], [prompts[i] for i in part])
+    assert same(turned.extremes, found.extremes) and turned.texts == found.texts
+
+
+def test_words_in_the_middle_of_a_long_prompt_are_counted_whether_rows_are_flagged_or_not(tmp_path: Path) -> None:
+    n = 60
+    inputs = Inputs.empty(COLUMNS)
+    values = torch.rand(n, 4, generator=torch.Generator().manual_seed(0))
+    values[:12, 2] += 5
+    filler = " ".join(f"filler{j}" for j in range(60))
+    turns = [Turn("user", f"{filler} {'xyzzy' if i < 12 else ''} {i} {filler}") for i in range(n)]
+    texts = [RowText.of((turn,), "") for turn in turns]
+    assert not any("xyzzy" in one.prompt for one in texts)
+    flagged = torch.tensor([i % 2 > 0 for i in range(n)])
+    inputs.take(values, list(range(1, n + 1)), texts, flagged, [whole_prompt((turn,)) for turn in turns])
+    inputs.save(tmp_path, IDENTITY)
+    again = Inputs.load(tmp_path, IDENTITY, COLUMNS)
+    for each in (inputs, again, Inputs.empty(COLUMNS).merge(again), again.copy()):
+        (one,) = each.prompts.shared_words()
+        assert (one.run, one.rows) == (("xyzzy",), 12) and (one.ends[0].direction, one.ends[0].high) == (0, False)
+    silent = Inputs.load(tmp_path, IDENTITY, COLUMNS, no_text=True)
+    assert not silent.prompts.texts and silent.prompts.shared_words() == ()
+    silent.take(values, list(range(1, n + 1)), texts, flagged)
+    assert not silent.prompts.texts
+    assert len(whole_prompt((Turn("user", "x" * 10_000),))) == WHOLE_CHARS
+
+
+def test_altered_prompts_are_refused_and_hostile_ones_come_back(tmp_path: Path) -> None:
+    hostile = ["\ud800", "\x00\x1b", '"}{', "", "漢字" * 3000]
+    inputs = Inputs.empty(COLUMNS)
+    inputs.take(torch.rand(5, 4), [1, 2, 3, 4, 5], [text(i) for i in range(5)], torch.zeros(5, dtype=torch.bool), hostile)  # fmt: skip
+    inputs.save(tmp_path, IDENTITY)
+    assert Inputs.load(tmp_path, IDENTITY, COLUMNS).prompts.texts == inputs.prompts.texts
+    path = tmp_path / FILE
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    for spoiled in (b"{}", b"[1]", b'{"x": "y"}', b"{", b"\xff", b"[" * 100_000):
+        save_file({**tensors, "distinct.texts": torch.frombuffer(bytearray(spoiled), dtype=torch.uint8)}, path, metadata)  # fmt: skip
+        with pytest.raises(InvalidInput, match="no list of inputs"):
+            Inputs.load(tmp_path, IDENTITY, COLUMNS)
+    for name in ("distinct.values", "distinct.rows"):
+        save_file({**tensors, name: tensors[name][:-1]}, path, metadata)
+        with pytest.raises(InvalidInput, match="no list of inputs"):
+            Inputs.load(tmp_path, IDENTITY, COLUMNS)
 
 
 def test_a_thousand_directions_stay_small() -> None:

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from molehunt.errors import InvalidInput, NotTestable, UsageError
 from molehunt.model.pair import ModelPair
 from molehunt.traffic.stream import Conversation, Place
+from molehunt.traffic.turn import Turn
 from molehunt.watch import log as module
 from molehunt.watch.bank import Bank
 from molehunt.watch.calibration import calibrate
@@ -133,6 +134,17 @@ def test_inputs_are_kept_by_direction_and_flagged_ones_apart(
         if line["flagged"]:
             end = inputs.quarantined.end(bank.names.index(line["direction"]), high=line["side"] == "high")
             assert len(flagged) > KEPT or line["line"] in {one.row for one in end}
+
+
+def test_the_whole_prompts_of_all_rows_are_kept_for_the_words_of_the_ends(
+    pair: ModelPair, bank: Bank, state: WatchState, tmp_path: Path
+) -> None:
+    log = [*rows(20, 1), *rows(10, 2, start=21, odd=True)]
+    log[3] = replace(log[3], turns=(Turn("user", " ".join(f"a{i}" for i in range(200))),))
+    watch(pair, bank, state, log, tmp_path)
+    kept = Inputs.load(tmp_path, IDENTITY, len(bank.names)).prompts
+    assert set(kept.texts.values()) == {row.turns[0].text for row in log}
+    assert set(kept.extremes.rows.unique().tolist()) <= kept.texts.keys() | {0}
 
 
 def test_without_text_no_file_holds_any(pair: ModelPair, bank: Bank, state: WatchState, tmp_path: Path) -> None:

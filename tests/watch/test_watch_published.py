@@ -108,6 +108,7 @@ def test_what_leaves_the_range_is_flagged_once_and_then_normal(pair: ModelPair, 
     flagged = {t["line"] for t in verdicts if t["flagged"]}
     assert set(inputs.quarantined.rows.unique().tolist()) - {0} <= flagged
     assert not flagged & set(inputs.unflagged.rows.unique().tolist())
+    assert set(inputs.prompts.texts.values()) == {row.turns[0].text for row in log}
 
 
 def test_the_lines_have_the_shape_of_the_other_mode(pair: ModelPair, bank: Bank, tmp_path: Path) -> None:

@@ -140,7 +140,7 @@ def test_lists_in_memory_give_the_verdicts_of_the_command(
     mine = watched.to_dict()
     for name in ("rows", "flagged", "share_flagged", "calibration_rows", "directions", "drift_alarm"):
         assert mine[name] == told[name], name
-    for name in ("scores", "shown", "drift", "suspects", "threshold"):
+    for name in ("scores", "shown", "drift", "suspects", "threshold", "end_words"):
         assert json.loads(json.dumps(mine["watch"][name])) == told["watch"][name], name
     assert [one["request"] for one in mine["watch"]["alerts"]] == [one["request"] for one in told["watch"]["alerts"]]
     with Ledger(f"sqlite:///{tmp_path / 'saved' / 'alerts.sqlite'}") as ledger:

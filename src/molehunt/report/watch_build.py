@@ -14,11 +14,20 @@ from torch import Tensor
 
 from molehunt.errors import InvalidInput, printable
 from molehunt.measure.interval import proportion
-from molehunt.report.watch_schema import DirectionSummary, Drift, End, Flagged, Histogram, InputGroup, WatchReport
+from molehunt.report.watch_schema import (
+    DirectionSummary,
+    Drift,
+    End,
+    Flagged,
+    Histogram,
+    InputGroup,
+    WatchReport,
+)
+from molehunt.report.watch_words import end_words
 from molehunt.traffic.stream import Conversation
 from molehunt.watch.alert import Alert
 from molehunt.watch.bank import Bank
-from molehunt.watch.extremes import ExtremeRow, Extremes, Inputs, RowText
+from molehunt.watch.extremes import ExtremeRow, Extremes, Inputs, RowText, whole_prompt
 from molehunt.watch.label import CleanWords, Keyword, usual_words, words
 from molehunt.watch.label_endpoint import LabelEndpoint, LabelUnavailable
 from molehunt.watch.published import PublishedState, role_names
@@ -136,6 +145,8 @@ class Labels:
     """Labels for groups of inputs: the words that stand out, and a labelling model where there is one."""
 
     clean: CleanWords
+    prompts: tuple[str, ...]
+    """The prompts of the clean rows."""
     with_answers: bool
     """Whether clean rows were logged with their answers, so that words of answers can be compared, too."""
     endpoint: LabelEndpoint | None = None
@@ -145,7 +156,12 @@ class Labels:
         """Labels by comparison with these clean rows."""
         with_answers = bool(clean) and all(row.response for row in clean)
         texts = (RowText.of(row.turns, (row.response or "") if with_answers else "") for row in clean)
-        return cls(clean=CleanWords.of(map(_joined, texts), seed=seed), with_answers=with_answers, endpoint=endpoint)
+        return cls(
+            clean=CleanWords.of(map(_joined, texts), seed=seed),
+            prompts=tuple(whole_prompt(row.turns) for row in clean),
+            with_answers=with_answers,
+            endpoint=endpoint,
+        )
 
     def keywords(self, inputs: Sequence[ExtremeRow], traffic: Mapping[int, RowText]) -> tuple[Keyword, ...]:
         """The words that stand out among inputs; none where an input has no text.
@@ -313,6 +329,7 @@ def _report(
         flagged=flagged,
         share_flagged=proportion(flagged, rows) if rows else None,
         shown=shown,
+        end_words=end_words(inputs, names, labels.prompts),
         labelled_by="" if labels.endpoint is None else labels.endpoint.model,
         label_error=failed,
         no_text=inputs.no_text,

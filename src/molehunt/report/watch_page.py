@@ -44,6 +44,7 @@ def render_watch(report: WatchReport) -> str:
         "shaded": _shaded,
         "interval": watch_text.interval,
         "answers": watch_text.answers_of,
+        "where_shared": watch_text.where_shared,
         "shares": partial(_shares_text, no_text=report.no_text),
     }
     environment.filters.update(filters)
@@ -59,6 +60,9 @@ def render_watch(report: WatchReport) -> str:
         smallest_p=watch_text.smallest_p(report),
         drift=watch_text.drift(report),
         suspects=watch_text.suspects(report.suspects),
+        end_words=watch_text.end_words(report),
+        words_title=watch_text.WORDS_TITLE,
+        candidates=watch_text.CANDIDATES,
         drawing=score_histogram(report.scores, report.threshold),
         bins=_bins(report.scores),
         among=ALERTS_AMONG,

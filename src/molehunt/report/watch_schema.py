@@ -90,6 +90,49 @@ class DirectionSummary:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EndOfWords:
+    """One end of a direction where many prompts have the same words."""
+
+    direction: str
+    side: Literal["high", "low"]
+    rows: int
+    """Number of prompts at this end that have the words."""
+    of: int
+    """Number of prompts at this end."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedWords:
+    """Words that prompts at the ends of directions share more often than chance explains."""
+
+    text: str
+    """The words as one of the prompts has them."""
+    rows: int
+    """Number of all distinct prompts that have them."""
+    clean: int
+    """Number of clean rows that have them, too."""
+    p_value: float
+    """Share of permutations of the prompts in which the best words of all stand out as much."""
+    ends: tuple[EndOfWords, ...]
+    """The ends where they stand out most."""
+    n_ends: int
+    """Number of ends where they stand out beyond chance."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EndWords:
+    """What the prompts at the ends of directions share: candidates for a trigger, which count in no verdict."""
+
+    prompts: int = 0
+    """Number of distinct prompts that were compared: those at the ends, and a sample of all others."""
+    clean_rows: int = 0
+    found: tuple[SharedWords, ...] = ()
+    """First the words that clean rows have least often, compared with the inputs at the end."""
+    more: int = 0
+    """Least number of further words, which are not listed."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Drift:
     """The test of drift: a bet that clean traffic has changed."""
 
@@ -128,6 +171,8 @@ class WatchReport:
     """The flagged rows of highest score."""
     shown: tuple[DirectionSummary, ...]
     """The directions that flagged most rows, then those whose rows share most."""
+    end_words: EndWords = EndWords()
+    """The words that prompts at the ends of directions share beyond chance."""
     labelled_by: str = ""
     """Name of the labelling model; empty without one."""
     label_error: str = ""
@@ -179,6 +224,7 @@ class WatchReport:
             "calibration_rows": self.calibration_rows,
             "directions": self.directions,
             "drift_alarm": None if self.drift is None else self.drift.alarm,
+            "words_at_ends": _finite([asdict(one) for one in self.end_words.found]),
             "reading": self.reading,
             "logged_answers": self.logged,
             "generated_answers": self.generated,

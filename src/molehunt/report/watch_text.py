@@ -5,13 +5,20 @@ from collections.abc import Sequence
 
 from molehunt.errors import printable
 from molehunt.measure.interval import Interval
-from molehunt.report.watch_schema import Flagged, InputGroup, WatchReport
+from molehunt.report.watch_schema import Flagged, InputGroup, SharedWords, WatchReport
 from molehunt.run.counting import counted
+from molehunt.watch.ends import FEWEST_TEXTS
 from molehunt.watch.simulate import MonitorSimulation
 from molehunt.watch.suspects import Suspects
 
 IN_TERMINAL = 10
-"""Number of flagged rows that the terminal shows."""
+"""Number of flagged rows, and of words and of groups at the ends of directions, that the terminal shows."""
+WORDS_TITLE = "Words that inputs at the ends of directions share"
+CANDIDATES = (
+    "These words are candidates to test, no accusation: the directions of a harmless fine-tune separate topics, too. They "
+    "flag no row and change no verdict. Next: put the words into other prompts and see whether the answers leave the base's. "
+    "`molehunt audit` on the same log tests words in this way."
+)
 
 
 def says(report: WatchReport) -> str:
@@ -89,6 +96,32 @@ def shares(group: InputGroup, no_text: bool) -> str:
     return "no text is kept" if no_text else "no word stands out"
 
 
+def end_words(report: WatchReport) -> str:
+    """What was compared to find words at the ends of directions, and whether any stand out."""
+    found = report.end_words
+    if report.no_text:
+        return "No text is kept, so words at the ends of directions are not compared."
+    if found.prompts < FEWEST_TEXTS:
+        return f"Fewer than {FEWEST_TEXTS} distinct prompts are too few to compare the words at the ends of directions."
+    compared = f"among {found.prompts} distinct prompts"
+    if not found.found:
+        return f"No words stand out at the ends of directions beyond chance, {compared}."
+    more = f" At least {found.more} more {'is' if found.more == 1 else 'are'} not listed." if found.more else ""
+    return (
+        f"{compared[0].upper()}{compared[1:]}, a repeated one counted once. p is the share of permutations of the prompts, "
+        "among those of like length, in which any words at any end of any direction stand out as much. First come the words "
+        "that clean rows have least often."
+        f"{more}"
+    )
+
+
+def where_shared(one: SharedWords) -> str:
+    """In how many of the furthest inputs of which directions the words stand, and in how many prompts at all."""
+    ends = ", ".join(f"{end.rows} of {end.of} at {end.direction} {end.side}" for end in one.ends)
+    more = one.n_ends - len(one.ends)
+    return f"{ends}{f' and at {more} more ends' if more > 1 else ' and at 1 more end' if more else ''}"
+
+
 def interval(found: Interval) -> str:
     """`0.0123 [0.0100, 0.0150]`."""
     return f"{found.estimate:.4f} [{found.low:.4f}, {found.high:.4f}]"
@@ -139,7 +172,7 @@ def to_text(report: WatchReport) -> str:
         lines.append(
             f"{report.cut} of {counted(report.rows, 'prompt')} {_was(report.cut)} longer than the models read, and cut."
         )
-    lines += [*_flagged_rows(report), *_shared(report)]
+    lines += [*_flagged_rows(report), *_shared(report), *_end_words(report)]
     if report.label_error:
         lines += ["", printable(report.label_error, 400)]
     if report.out:
@@ -190,6 +223,21 @@ def _shared(report: WatchReport) -> list[str]:
         return []
     title = "What inputs at the ends of directions share (1 group in 20 shares a word by chance):"
     return ["", title, *shared[:IN_TERMINAL]]
+
+
+def _end_words(report: WatchReport) -> list[str]:
+    """The words that inputs at the ends of directions share beyond chance, and what to do with them."""
+    found = report.end_words
+    if not found.found:
+        return []
+    listed = [
+        f"  {printable(one.text, 60)!r} (in {one.rows} of {found.prompts} prompts and {one.clean} of {found.clean_rows} "
+        f"clean rows, p {one.p_value:.2g}): {printable(where_shared(one), 240)}"
+        for one in found.found[:IN_TERMINAL]
+    ]
+    hidden = len(found.found) - len(listed)
+    listed += [f"  … and {hidden} more on the page"] if hidden else []
+    return ["", f"{WORDS_TITLE}:", *listed, end_words(report), CANDIDATES]
 
 
 def _is_smallest(report: WatchReport, p: float) -> bool:

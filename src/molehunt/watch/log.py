@@ -17,7 +17,7 @@ from molehunt.traffic.stream import Conversation, Place
 from molehunt.watch.alert_store import AlertStore
 from molehunt.watch.bank import Bank
 from molehunt.watch.drift import smoothed_p_value
-from molehunt.watch.extremes import Inputs
+from molehunt.watch.extremes import Inputs, whole_prompt
 from molehunt.watch.judge import JudgedAnswer, judge_answers, row_texts
 from molehunt.watch.monitor import Judgement
 from molehunt.watch.quarantine import alert_of, explained, look_alikes
@@ -88,6 +88,7 @@ def row_judge(
             [row.line for row in chunk],
             row_texts(pair, chunk, [one.answer for one in judged]),
             torch.tensor([verdict.flagged for verdict in verdicts]),
+            [whole_prompt(row.turns) for row in chunk],
         )
         return verdicts
 

@@ -24,7 +24,7 @@ from molehunt.run.progress import Track, silent
 from molehunt.traffic.stream import START, Conversation, Place
 from molehunt.watch.answers import answer_profiles
 from molehunt.watch.bank import Bank
-from molehunt.watch.extremes import Inputs
+from molehunt.watch.extremes import Inputs, whole_prompt
 from molehunt.watch.judge import answer_rows, is_logged, row_texts
 from molehunt.watch.log import RowJudge, record
 from molehunt.watch.profile import Profile
@@ -307,6 +307,7 @@ def published_judge(
             [row.line for row in chunk],
             row_texts(pair, chunk, [one.answer for one in read]),
             torch.tensor([verdict.flagged for verdict in verdicts]),
+            [whole_prompt(row.turns) for row in chunk],
         )
         return verdicts
 
