@@ -41,7 +41,7 @@ def test_it_opens_quietly_and_fits(browser, folder: Path, name: str, width: int,
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     assert said == [] and requests == [address]
     sections = page.eval_on_selector_all("section", "all => all.map(s => s.id)")
-    assert sections == ["verdict", "scores", "alerts", "directions", "drift", "limits"]
+    assert sections == ["verdict", "scores", "alerts", "directions", "end-words", "drift", "limits"]
     assert page.locator("svg.figure").bounding_box()["width"] > 250
     dark = page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(21, 22, 24)"
     assert dark == (scheme == "dark")
@@ -54,7 +54,7 @@ def test_hostile_text_is_shown_and_not_run(browser, folder: Path) -> None:
     assert page.title().startswith("FLAGGED: watch of organism<img src=x")
     assert page.locator("img, script").count() == 0
     page.eval_on_selector_all("details", "all => all.forEach(d => d.open = true)")
-    for place in ("#verdict h1", "#alerts tbody", "#directions .rows"):
+    for place in ("#verdict h1", "#alerts tbody", "#directions .rows", "#end-words tbody"):
         text = page.locator(place).first.inner_text()
         assert "<img src=x onerror=" in text and "⟦U+202E⟧" in text and "\u202e" not in text, place
     page.close()
