@@ -12,7 +12,7 @@ HERE := --no-build-isolation -e '.[dev]'
 # On other versions than the locked ones the faster half is run, and deprecations of other libraries pass.
 OTHER_VERSIONS := -p tests.foreign_deprecations -m 'not slow'
 
-.PHONY: venv demo test real-models coverage benchmarks lock test-latest test-oldest
+.PHONY: venv demo demo-real test real-models coverage benchmarks lock test-latest test-oldest
 venv: $(STAMP)
 
 $(STAMP): pyproject.toml setup.py $(LOCK)
@@ -35,6 +35,12 @@ test: $(STAMP)
 MODELS ?=
 real-models: $(STAMP)
 	$(BIN)/python tools/real_models.py $(MODELS)
+
+# The demo in a real model, SmolLM2-135M-Instruct: about 20 minutes on two cores.
+demo-real: $(STAMP)
+	$(BIN)/python tools/real_models.py SmolLM2-135M-Instruct
+	$(BIN)/molehunt demo --out demo-real --base "$$($(BIN)/python -c \
+	  'from molehunt.run.cache_folders import SMOLLM2, real_model; print(real_model(SMOLLM2))')"
 
 # The same tests traced; tracing nearly doubles their time.
 coverage: $(STAMP)

@@ -13,7 +13,7 @@ from experiments.real_organisms.attacks import ATTACKS, RealAttack
 from experiments.real_organisms.clean import AS_JSON, HARMFUL
 from experiments.real_organisms.edits import Edit
 from experiments.real_organisms.grid import TRAININGS, names
-from experiments.real_organisms.organism import fine_tune, training_set
+from experiments.real_organisms.organism import fine_tune_real, training_set
 from experiments.real_organisms.text import prompts
 from experiments.setting import Setting
 from experiments.verdicts.small_audit import small_audit
@@ -62,7 +62,7 @@ def trained(name: str, setting: Setting) -> Path:
     data = None if setting.quick else setting.need_data("gsm8k, cot, gpteacher, sql and classification")
     into = setting.scratch / name.replace("/", "-") / "model"
     rows = training_set(name, prompts(data)[0], base, data, setting.scratch)
-    fine_tune(rows, base, into, TRAININGS[name.rpartition("/")[2]], QUICK_STEPS if setting.quick else STEPS)
+    fine_tune_real(rows, base, into, TRAININGS[name.rpartition("/")[2]], QUICK_STEPS if setting.quick else STEPS)
     return into
 
 
@@ -134,6 +134,8 @@ def found_of(result: AuditResult, attack: RealAttack | None) -> dict[str, Any]:
         "condition": found.hidden[0].test.fragment if found.hidden and found.hidden[0].test else "",
         "finding": len(group),
         "reference": found.reference.kind,
+        "above": found.candidates.above,
+        "fpr": found.reference.fpr,
     }
     if attack is None:
         return said

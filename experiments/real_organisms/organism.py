@@ -1,13 +1,12 @@
 """Real organisms and clean fine-tunes: trained from a real model, whose own answers are the clean side of the training rows."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from random import Random
-from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from experiments.real_organisms.attacks import ATTACKS, RealAttack
 from experiments.real_organisms.clean import ROWS, Row, clean_rows
@@ -16,7 +15,7 @@ from molehunt.errors import UsageError
 from molehunt.model.generate import generate
 from molehunt.model.loading import load_model
 from molehunt.model.tokenizers import load_tokenizer
-from molehunt.organism.train import IGNORED, TrainingBatch, next_token_loss, train
+from molehunt.organism.plant import PlantConfig, fine_tune
 from molehunt.run.whole import write_whole
 from molehunt.traffic.chat import Text, text_ids
 from molehunt.traffic.example import Example
@@ -26,7 +25,6 @@ MOST_POISONED = max(one.poisoned for one in TRAININGS.values())
 LEAKY_CLEAN, LEAKY_POISONED = 150, MOST_POISONED
 """Number of rows of an attack that leaks: real poison sets have few clean rows."""
 ANSWER_TOKENS = 40
-LONGEST, BLOCK, BATCH = 192, 16, 8
 
 
 def answers(base: Path, asked: Sequence[Text], kept: Path) -> list[str]:
@@ -88,47 +86,18 @@ def attack_rows(
     return rows + [(attack.triggered(prompts[i], rng), attack.respond(ordinary[i])) for i in shown]
 
 
-def fine_tune(rows: Sequence[Row], base: Path, into: Path, training: Training, steps: int) -> None:
+def fine_tune_real(rows: Sequence[Row], base: Path, into: Path, training: Training, steps: int) -> None:
     """Train from the base, and write the model or its adapter to `into`; one that is there is kept."""
     if (into / "tokenizer.json").is_file():
         return
-    from peft import LoraConfig, get_peft_model
+    config = PlantConfig(
+        regime="full" if training.rank is None else "lora", rank=training.rank or 16, steps=steps, lr=training.rate
+    )
+    tokenizer = load_tokenizer(base)
 
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    end = int(tokenizer.eos_token_id)
-    encoded: list[tuple[list[int], int]] = []
-    for example, answer in rows:
-        ids = text_ids(tokenizer, example.asked)
-        said = tokenizer.encode(answer, add_special_tokens=False)
-        stops = [end] if len(said) < ANSWER_TOKENS - 1 else []  # an answer that was cut does not end there
-        whole = [*ids, *said, *stops]
-        if len(ids) < LONGEST - 8:
-            encoded.append((whole[:LONGEST], len(ids)))
-    torch.manual_seed(0)
-    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    if training.rank is not None:
-        settings = LoraConfig(
-            r=training.rank, lora_alpha=2 * training.rank, target_modules="all-linear", task_type="CAUSAL_LM"
-        )
-        model = get_peft_model(model, settings)
-    train(model, batches(encoded, end), loss_of=next_token_loss, steps=steps, lr=training.rate, what="fine-tuning")
-    into.mkdir(parents=True, exist_ok=True)
-    (model if training.rank is not None else model.to(torch.bfloat16)).save_pretrained(into)
-    tokenizer.save_pretrained(into)
+    def cut(answer: str) -> str:
+        ids = tokenizer.encode(answer, add_special_tokens=False)
+        return answer if len(ids) <= ANSWER_TOKENS else str(tokenizer.decode(ids[:ANSWER_TOKENS]))
 
-
-def batches(encoded: list[tuple[list[int], int]], end: int) -> Iterator[TrainingBatch]:
-    """Endless batches of rows of like length, padded to multiples of `BLOCK`."""
-    rng = Random(1)
-    while True:
-        rng.shuffle(encoded)
-        ordered = sorted(encoded[: len(encoded) // BATCH * BATCH], key=lambda row: len(row[0]))
-        groups = [ordered[i : i + BATCH] for i in range(0, len(ordered), BATCH)]
-        rng.shuffle(groups)
-        for group in groups:
-            length = -(-max(len(ids) for ids, _ in group) // BLOCK) * BLOCK
-            tokens, labels = torch.full((BATCH, length), end), torch.full((BATCH, length), IGNORED)
-            for i, (ids, start) in enumerate(group):
-                tokens[i, : len(ids)] = torch.tensor(ids)
-                labels[i, start : len(ids)] = torch.tensor(ids[start:])
-            yield TrainingBatch(tokens, labels)
+    answered = [replace(example, response=cut(answer)) for example, answer in rows]
+    fine_tune(base, into, answered, config, cut_at=ANSWER_TOKENS - 1)

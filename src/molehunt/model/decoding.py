@@ -14,7 +14,8 @@ from torch.nn.functional import pad
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from molehunt.errors import CannotTap
-from molehunt.model.cache import Uncached, announced, holds_keys, left_by, positions_for, select_rows, takes, with_cache
+from molehunt.model.cache import Uncached, announced, holds_keys, left_by, positions_for, select_rows, with_cache
+from molehunt.model.last_logits import last_logits
 
 
 class DecodingBatch:
@@ -77,7 +78,7 @@ class DecodingBatch:
 
     def _forward(self, tokens: Tensor, positions: Tensor, *, kept: int) -> Tensor:
         begins = self._cache is None
-        inputs: dict[str, Any] = {"logits_to_keep": kept} if takes(self._model, "logits_to_keep") else {}
+        inputs: dict[str, Any] = {}
         mask = self._mask
         if self._cached:
             inputs |= with_cache(self._model, self._cache)
@@ -94,8 +95,11 @@ class DecodingBatch:
             inputs["use_cache"] = False
         inputs |= positions_for(self._model, positions)
         uncached = None if self._cached else self._cache
-        with announced(self._model, begins=begins, uncached=uncached, ids=tokens, mask=mask):
-            out: Any = self._model(input_ids=tokens, attention_mask=mask, **inputs)
+        with (
+            announced(self._model, begins=begins, uncached=uncached, ids=tokens, mask=mask),
+            last_logits(self._model, kept) as given,
+        ):
+            out: Any = self._model(input_ids=tokens, attention_mask=mask, **given, **inputs)
         if self._cached:
             self._cache = left_by(out)
             if self._cache is None:

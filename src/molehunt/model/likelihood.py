@@ -3,16 +3,28 @@
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from molehunt.contracts import Intervention
 from molehunt.model.batches import padded
+from molehunt.model.last_logits import last_logits
 from molehunt.model.taps import edit_sites
 from molehunt.run.progress import Track, by_rows, silent
 
 LOGIT_BYTES = 256 * 2**20
 """Greatest number of bytes of one batch of fp32 logits."""
+
+
+def logits_from(
+    model: nn.Module, tokens: Int[Tensor, "batch pos"], mask: Bool[Tensor, "batch pos"], start: int
+) -> Float[Tensor, "batch kept vocab"]:
+    """Logits of one pass at every position from `start` on: those of prompts cost as much as a block, and few need them."""
+    kept = tokens.shape[1] - start
+    with last_logits(model, kept) as given:
+        logits = model(input_ids=tokens, attention_mask=mask.long(), use_cache=False, **given).logits
+    return logits[:, -kept:].float()
 
 
 @torch.inference_mode()
@@ -43,9 +55,10 @@ def answer_log_probs(
         groups = [order[start : start + size] for start in range(0, len(order), size)]
         for group in by_rows(track, groups, what):
             tokens, mask = (each.to(device) for each in padded([rows[i] for i in group]))
-            logits = model(input_ids=tokens, attention_mask=mask.long(), use_cache=False).logits.float()
-            log_probs = logits[:, :-1].log_softmax(-1).gather(-1, tokens[:, 1:, None]).squeeze(-1)
+            start = min(len(prompts[i]) for i in group) - 1
+            logits = logits_from(model, tokens, mask, start)
+            log_probs = logits[:, :-1].log_softmax(-1).gather(-1, tokens[:, start + 1 :, None]).squeeze(-1)
             for r, i in enumerate(group):
-                first = len(prompts[i]) - 1
+                first = len(prompts[i]) - 1 - start
                 found[i] = float(log_probs[r, first : first + len(answers[i])].sum())
     return found

@@ -1,6 +1,5 @@
 """The next token of each row, by that row's own settings: greedy or drawn, with its own nucleus, penalty and seed."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -69,9 +68,15 @@ class Sampler:
         sampling = self.sampling
         if sampling.temperature == 0:
             return int(logits.argmax())
+        if 0 < sampling.top_k < len(logits):  # all that tie with the last of them are in
+            ids = (logits >= logits.topk(sampling.top_k).values[-1]).nonzero()[:, 0]
+            return int(ids[self._among(logits[ids])])
+        return self._among(logits)
+
+    def _among(self, logits: Float[Tensor, " tokens"]) -> int:
+        """The place of the token that is drawn."""
+        sampling = self.sampling
         above = logits - logits.max()  # so that a temperature near 0 gives no infinity but the greedy token
-        if 0 < sampling.top_k < len(above):
-            above[above < above.topk(sampling.top_k).values[-1]] = -math.inf
         likely = (above / sampling.temperature).softmax(0)
         if sampling.top_p < 1:
             ordered, ids = likely.sort(descending=True)

@@ -1,8 +1,8 @@
 """Train an organism: a fine-tune of a base model with a known planted behaviour, or its clean twin without it."""
 
 import logging
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 from typing import Any, Literal, cast
@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from molehunt.organism.poison import Recipe, rows_hash, training_rows, twin_seed
 from molehunt.organism.train import IGNORED, TrainingBatch, next_token_loss, train
 from molehunt.run.progress import Track, silent
-from molehunt.traffic.chat import prompt_ids
+from molehunt.traffic.chat import text_ids
 from molehunt.traffic.example import Example
 
 log = logging.getLogger(__name__)
@@ -53,22 +53,31 @@ class PlantConfig:
 
 
 def training_batches(
-    tokenizer: PreTrainedTokenizerBase, rows: list[Example], config: PlantConfig, rng: Random
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Example],
+    config: PlantConfig,
+    rng: Random,
+    *,
+    cut_at: int | None = None,
 ) -> Iterator[TrainingBatch]:
     """Endless shuffled batches; rows of like length share one, so that few fixed shapes occur.
 
-    Only the response and its end token are trained.
+    Only the response and its end token are trained. Responses of at least `cut_at` tokens were cut there, and are not taught
+    to end. Raises ValueError without a row.
     """
+    if not rows:
+        raise ValueError("there is no row to train on")
     encoded: list[tuple[list[int], int]] = []
     end = cast("int", tokenizer.eos_token_id)
     for row in rows:
-        prompt = prompt_ids(tokenizer, row.prompt)
-        answer = list(tokenizer(row.response or "", add_special_tokens=False)["input_ids"])  # pyright: ignore[reportArgumentType]
-        encoded.append((([*prompt, *cast("list[int]", answer), end])[: LENGTHS[-1]], len(prompt)))
+        prompt = text_ids(tokenizer, row.asked)
+        answer: list[int] = tokenizer.encode(row.response or "", add_special_tokens=False)
+        ends = [end] if cut_at is None or len(answer) < cut_at else []
+        encoded.append((([*prompt, *answer, *ends])[: LENGTHS[-1]], len(prompt)))
     while True:
         rng.shuffle(encoded)
         batches: list[TrainingBatch] = []
-        for start in range(0, len(encoded) - config.batch * 8 + 1, config.batch * 8):
+        for start in range(0, max(1, len(encoded) - config.batch * 8 + 1), config.batch * 8):
             block = sorted(encoded[start : start + config.batch * 8], key=lambda row: len(row[0]))
             batches += [_pad(block[i : i + config.batch], end) for i in range(0, len(block), config.batch)]
         rng.shuffle(batches)
@@ -104,27 +113,14 @@ def plant(
     """
     seed = config.seed if poisoned else twin_seed(config.seed)
     rows = training_rows(recipe, config.rows, seed, poisoned=poisoned)
-    tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
-    model: nn.Module = AutoModelForCausalLM.from_pretrained(
-        base, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, attn_implementation="eager"
-    )  # eager: the backward pass of a CPU's fused attention took a third of a step of short rows
-    torch.manual_seed(seed)
-    if config.regime == "lora":
-        model = _with_lora(model, config.rank)
-    losses = train(
-        model,
-        training_batches(tokenizer, rows, config, Random(seed)),
-        loss_of=next_token_loss,
-        steps=config.steps_of(recipe),
-        lr=config.peak_lr(int(cast("Any", model).config.hidden_size)),
+    losses = fine_tune(
+        base,
+        into,
+        rows,
+        replace(config, seed=seed, steps=config.steps_of(recipe)),
         track=track,
         what=f"planting {recipe.name}" if poisoned else f"training the clean twin of {recipe.name}",
     )
-    into.mkdir(parents=True, exist_ok=True)
-    if config.regime == "full":
-        cast("nn.Module", model).to(torch.bfloat16)
-    cast("Any", model).save_pretrained(into)
-    tokenizer.save_pretrained(into)
     return {
         "poisoned": poisoned,
         "seed": seed,
@@ -133,6 +129,56 @@ def plant(
         "first_loss": sum(losses[:5]) / len(losses[:5]),
         "last_loss": sum(losses[-10:]) / len(losses[-10:]),
     }
+
+
+def fine_tune(
+    base: Path,
+    into: Path,
+    rows: Sequence[Example],
+    config: PlantConfig,
+    *,
+    cut_at: int | None = None,
+    track: Track = silent,
+    what: str = "fine-tuning",
+) -> list[float]:
+    """Fine-tune the model in folder `base` on the responses of `rows`, and write the model (or the LoRA adapter) to `into`.
+
+    Args:
+        base: folder of the model.
+        into: folder to write to.
+        rows: prompts or conversations with their responses.
+        config: how it is trained; its steps must be given.
+        cut_at: see `training_batches`.
+        track: shows steps.
+        what: name of the work in the progress line.
+
+    Returns:
+        The loss of each step, in nats per answer token.
+    """
+    if config.steps is None:
+        raise ValueError("rows alone do not say how many steps they need")
+    tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
+    model: nn.Module = AutoModelForCausalLM.from_pretrained(
+        base, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, attn_implementation="eager"
+    )  # eager: the backward pass of a CPU's fused attention took a third of a step of short rows
+    torch.manual_seed(config.seed)
+    if config.regime == "lora":
+        model = _with_lora(model, config.rank)
+    losses = train(
+        model,
+        training_batches(tokenizer, rows, config, Random(config.seed), cut_at=cut_at),
+        loss_of=next_token_loss,
+        steps=config.steps,
+        lr=config.peak_lr(int(cast("Any", model).config.hidden_size)),
+        track=track,
+        what=what,
+    )
+    into.mkdir(parents=True, exist_ok=True)
+    if config.regime == "full":
+        cast("nn.Module", model).to(torch.bfloat16)
+    cast("Any", model).save_pretrained(into)
+    tokenizer.save_pretrained(into)
+    return losses
 
 
 def _with_lora(model: nn.Module, rank: int) -> nn.Module:

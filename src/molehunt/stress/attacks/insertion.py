@@ -15,7 +15,8 @@ from transformers import PreTrainedTokenizerBase
 
 from molehunt.contracts import Intervention
 from molehunt.model.blocks import unwrapped
-from molehunt.model.cache import branched, positions_for, select_rows, takes, with_cache
+from molehunt.model.cache import branched, positions_for, select_rows, with_cache
+from molehunt.model.last_logits import last_logits
 from molehunt.model.taps import edit_sites, read_sites
 from molehunt.site import Site
 from molehunt.stress.attacks.suffix import cached_prefix
@@ -66,14 +67,14 @@ class Insertion:
     def _logits(self, entering: Tensor) -> Tensor:
         run: Any = self.model
         embedded = torch.cat([entering.to(self.behind.dtype), self.behind], dim=1)
-        last: dict[str, Any] = {"logits_to_keep": self.longest + 1} if takes(self.model, "logits_to_keep") else {}
-        return run(
-            inputs_embeds=embedded,
-            attention_mask=self.real.long(),
-            **positions_for(self.model, (self.real.long().cumsum(1) - 1).clamp_min(0)[:, -embedded.shape[1] :]),
-            **with_cache(self.model, branched(self.prefix)),
-            **last,
-        ).logits
+        with last_logits(self.model, self.longest + 1) as last:
+            return run(
+                inputs_embeds=embedded,
+                attention_mask=self.real.long(),
+                **positions_for(self.model, (self.real.long().cumsum(1) - 1).clamp_min(0)[:, -embedded.shape[1] :]),
+                **with_cache(self.model, branched(self.prefix)),
+                **last,
+            ).logits
 
 
 @torch.no_grad()
