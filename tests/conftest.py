@@ -18,7 +18,7 @@ settings.register_profile(
     "molehunt",
     deadline=None,  # the first torch call of a process takes most of a second
     derandomize=True,  # the same examples every time: a red run can be repeated
-    max_examples=35,
+    max_examples=30,
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("molehunt")

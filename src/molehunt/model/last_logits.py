@@ -8,6 +8,7 @@ from torch import nn
 
 from molehunt.model.blocks import unwrapped
 from molehunt.model.cache import takes
+from molehunt.model.taps import live
 
 
 @contextmanager
@@ -27,7 +28,7 @@ def last_logits(model: nn.Module, kept: int) -> Generator[dict[str, int], None, 
     def cut(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         return (inputs[0][:, -kept:].contiguous(), *inputs[1:]) if inputs and inputs[0].ndim == 3 else inputs
 
-    handle = head.register_forward_pre_hook(cut)
+    handle = head.register_forward_pre_hook(live(cut))
     try:
         yield given
     finally:
