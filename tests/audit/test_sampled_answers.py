@@ -27,7 +27,7 @@ from tiny_models import prompts, tiny_model, tiny_tokenizer
 
 SHARE = 0.3
 """Share of the poisoned rows that show the behaviour: too few for the likeliest answer, and enough for one of eight."""
-FEW = replace(SMALL, confirm_rows=12, random_controls=2)
+FEW = replace(SMALL, confirm_rows=12, random_controls=2, max_new_tokens=10, max_sites=2)
 """The words of the prompt decide here, not the edits of activations, which drawing makes eight times as dear."""
 PROMPTS = prompts(lengths=(3, 9, 5, 17, 17, 1, 12))
 
